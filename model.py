@@ -1,0 +1,548 @@
+"""The policy: loading, sharding, the attention of packs, token log-probabilities, sampling, the optimiser step.
+
+What is computed here, for a prompt x and its branches y_1 .. y_N (see data.py):
+
+    log pi(y_t | x, y_<t) = z_t[y_t] / tau - logsumexp(z_t / tau)          token_logprobs, at the sampling temperature tau
+    y_t ~ softmax(z_t / tau)                                                generate, with the same tau and vocabulary
+
+Scores and samples share the prompt. In a forward over a pack the prompt attends to itself and the branches, as N rows,
+attend to [prompt | themselves]; while sampling, N rows go on from the prompt's keys and values, which stand once in
+memory, and finished rows leave at once. `transformers` computes all else: a pack, or the cache of the sampler, travels
+as the keyword `layout` through the model to the attention function registered below, and answers there.
+
+Everything is sharded with FSDP2 (`fully_shard`) when there are several processes, or a GPU: then parameters are float32
+and computations bfloat16 with float32 reduction. Gradients are summed over ranks, not averaged: losses come divided by
+global denominators. On one CPU process nothing is sharded and all is float32.
+"""
+
+import contextlib
+import hashlib
+import math
+import os
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+from transformers import AttentionInterface, AttentionMaskInterface, AutoConfig, AutoModelForImageTextToText
+
+from data import Group, Pack, Prompt, UserError, blank_group, load_processor, make_packs, save_processor
+
+try:  # on a GPU, attention by one call over ragged segments
+    from flash_attn import flash_attn_varlen_func
+except ImportError:
+    flash_attn_varlen_func = None
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Attention of a pack
+
+
+class PackAttention:
+    """Attention of one pack, given to the model as `layout`. H heads, K of them key-value heads, T tokens, D per head.
+
+    Every token is the query of exactly one segment: the prompt (keys: the prompt) or a branch (keys: prompt and branch),
+    each with its last keys aligned to its queries. A prompt with one branch, or none, is a plain causal sequence; such
+    neighbours are attended to together. Keys and values are kept when `keep` is a list (the sampler's prefill).
+    """
+
+    def __init__(self, pack: Pack, keep: list | None = None):
+        self.keep = keep
+        device = pack.input_ids.device
+        self.ragged = _ragged(pack) if flash_attn_varlen_func and device.type == "cuda" else None
+        self.blocks = []  # (start, prompt, end, gather (N, L), real (N, L), visible (L, prompt + L) or None)
+        plain: list[int] = []  # lengths of the plain sequences since `start`
+        start = 0
+        for segment in pack.segments if self.ragged is None else []:
+            total = segment.prompt + sum(segment.branches)
+            # Rows are padded to the longest: new ones join as long as at most half as much again is padding.
+            if plain and (len(segment.branches) > 1
+                          or (len(plain) + 1) * max(*plain, total) > 1.5 * (sum(plain) + total)):
+                self.blocks.append((start, 0, segment.start, *_rows(plain, 0, device), None))
+                plain = []
+            if len(segment.branches) > 1:
+                gather, real = _rows(segment.branches, segment.prompt, device)
+                visible = torch.ones(gather.shape[1], segment.prompt + gather.shape[1], dtype=torch.bool, device=device)
+                self.blocks.append((segment.start, segment.prompt, segment.start + total, gather, real,
+                                    visible.tril(segment.prompt)))
+            else:
+                start = start if plain else segment.start
+                plain.append(total)
+        if plain:
+            self.blocks.append((start, 0, start + sum(plain), *_rows(plain, 0, device), None))
+
+    def attend(self, layer: int, q, k, v, scale: float) -> torch.Tensor:
+        """(1, H, T, D), (1, K, T, D) twice -> (1, T, H, D)."""
+        if self.keep is not None:
+            self.keep.append((k[0], v[0]))
+        if self.ragged is not None:
+            index, queries, keys, longest_query, longest_key = self.ragged
+            q, k, v = (x[0].transpose(0, 1) for x in (q, k, v))
+            return flash_attn_varlen_func(q, k[index], v[index], queries, keys, longest_query, longest_key,
+                                          softmax_scale=scale, causal=True)[None]
+        out = []
+        for start, prompt, end, gather, real, visible in self.blocks:
+            part = [x[:, :, start:end] for x in (q, k, v)]
+            qb, kb, vb = (x[0][:, gather].transpose(0, 1) for x in part)  # (N, heads, L, D)
+            if prompt:
+                qp, kp, vp = (x[:, :, :prompt] for x in part)
+                out.append(_sdpa(qp, kp, vp, scale, is_causal=True)[0].transpose(0, 1))
+                kb = torch.cat([kp.expand(len(gather), -1, -1, -1), kb], 2)
+                vb = torch.cat([vp.expand(len(gather), -1, -1, -1), vb], 2)
+            out.append(_sdpa(qb, kb, vb, scale, attn_mask=visible, is_causal=visible is None).transpose(1, 2)[real])
+        return torch.cat(out)[None]
+
+
+def _rows(lengths: list[int], first: int, device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Neighbouring sequences, the first at `first`, as padded rows: where each element is, and whether it is real."""
+    lengths = torch.tensor(lengths)
+    step = torch.arange(int(lengths.max()))
+    real = step < lengths[:, None]
+    return torch.where(real, (first + lengths.cumsum(0) - lengths)[:, None] + step, 0).to(device), real.to(device)
+
+
+def _sdpa(q, k, v, scale, **kwargs):
+    return F.scaled_dot_product_attention(q, k, v, scale=scale, enable_gqa=q.shape[1] != k.shape[1], **kwargs)
+
+
+def _ragged(pack: Pack):
+    """The same segments for one varlen call: which keys each takes, and the cumulated lengths of queries and keys."""
+    index, queries, keys = [], [0], [0]
+    for segment in pack.segments:
+        prompt = torch.arange(segment.start, segment.start + segment.prompt)
+        index.append(prompt)
+        queries.append(queries[-1] + segment.prompt)
+        keys.append(keys[-1] + segment.prompt)
+        for length in segment.branches:
+            index += [prompt, queries[-1] + torch.arange(length)]
+            keys.append(keys[-1] + segment.prompt + length)
+            queries.append(queries[-1] + length)
+    device = pack.input_ids.device
+    q, k = (torch.tensor(x, dtype=torch.int32, device=device) for x in (queries, keys))
+    return torch.cat(index).to(device), q, k, int(q.diff().max()), int(k.diff().max())
+
+
+def _attention(module, query, key, value, attention_mask, scaling, dropout=0.0, layout=None, **kwargs):
+    if layout is None:
+        raise ValueError("this model attends through a layout (PackAttention or RowCache); call it through model.py")
+    return layout.attend(module.layer_idx, query, key, value, scaling), None
+
+
+AttentionInterface.register("layout", _attention)
+AttentionMaskInterface.register("layout", lambda *args, **kwargs: None)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Log-probabilities over a large vocabulary
+
+
+class _LogProbs(torch.autograd.Function):
+    """log softmax(hidden @ weight.T / tau)[target] and its entropy, the logits never held for all positions at once.
+
+    hidden (K, h), weight (V, h), targets (K,) -> (2, K) float32: log-probabilities, entropies (no gradient through
+    these). The backward pass computes each chunk's logits again and adds to the head's one gradient in place.
+    """
+
+    @staticmethod
+    def forward(ctx, hidden, weight, targets, temperature, forbidden, chunk):
+        out = hidden.new_empty(2, len(hidden), dtype=torch.promote_types(hidden.dtype, torch.float32))
+        normaliser = out.new_empty(len(hidden))
+        for part in torch.arange(len(hidden)).split(chunk):
+            part = slice(int(part[0]), int(part[-1]) + 1)
+            logits = _logits(hidden[part], weight, temperature, forbidden)
+            normaliser[part] = logits.logsumexp(-1)
+            out[0, part] = logits.gather(1, targets[part, None])[:, 0] - normaliser[part]
+            p = (logits - normaliser[part, None]).exp_()
+            out[1, part] = normaliser[part] - (p * logits.masked_fill_(p == 0, 0)).sum(-1)
+        ctx.save_for_backward(hidden, weight, targets, normaliser)
+        ctx.rest = temperature, forbidden, chunk
+        return out
+
+    @staticmethod
+    def backward(ctx, grad):
+        hidden, weight, targets, normaliser = ctx.saved_tensors
+        temperature, forbidden, chunk = ctx.rest
+        grad_hidden, grad_weight = torch.zeros_like(hidden), torch.zeros_like(weight)
+        for part in torch.arange(len(hidden)).split(chunk):
+            part = slice(int(part[0]), int(part[-1]) + 1)
+            d = _logits(hidden[part], weight, temperature, forbidden).sub_(normaliser[part, None]).exp_().neg_()
+            d.scatter_add_(1, targets[part, None], torch.ones_like(d[:, :1]))  # d logp / d logits = one-hot - p
+            d = d.mul_(grad[0, part, None] / temperature).to(hidden.dtype)
+            grad_hidden[part] = d @ weight
+            grad_weight.addmm_(d.T, hidden[part])
+        return grad_hidden, grad_weight, None, None, None, None
+
+
+def _logits(hidden, weight, temperature, forbidden):
+    logits = (hidden @ weight.T).to(torch.promote_types(hidden.dtype, torch.float32)).div_(temperature)
+    return logits.index_fill_(1, forbidden, -torch.inf)
+
+
+class Head(torch.nn.Linear):
+    """The language model's head. Told which tokens are asked for, it answers with their log-probabilities (and the
+    entropies) instead of logits, so that the weight is used inside the model's own forward, where FSDP has gathered it."""
+
+    asked = None  # (targets (K,), temperature, forbidden ids, chunk)
+
+    def forward(self, hidden):
+        if self.asked is None:
+            return super().forward(hidden)
+        return _LogProbs.apply(hidden[0], self.weight, *self.asked)
+
+
+def token_logprobs(policy, pack: Pack, temperature: float = 1.0, chunk: int = 256) -> tuple[torch.Tensor, torch.Tensor]:
+    """Log-probability of each branch token of the pack, and the entropy of the distribution it came from: two (K,)
+    float32 tensors in the order of `pack.targets` (`pack.rows` makes padded rows of them). Entropy has no gradient."""
+    policy.lm_head.asked = (pack.targets, temperature, policy.forbidden.to(pack.targets.device), chunk)
+    try:
+        out = policy(input_ids=pack.input_ids, position_ids=pack.position_ids, pixel_values=pack.pixel_values,
+                     image_grid_thw=pack.image_grid_thw, logits_to_keep=pack.predictors, use_cache=False,
+                     layout=PackAttention(pack)).logits
+    finally:
+        policy.lm_head.asked = None
+    return out[0], out[1].detach()
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Sampling
+
+
+class RowCache:
+    """Keys and values while rows are sampled, given to the model as `layout`.
+
+    The prompts' stand once each, the rows attend to them together, grouped by prompt; a row's own are written into
+    preallocated places at its own index. S rows are alive; attention over the two parts is merged by their log-sum-exp.
+    """
+
+    def __init__(self, kept: list[tuple[torch.Tensor, torch.Tensor]], packs_lengths: list[int]):
+        lengths = torch.tensor(packs_lengths)
+        longest = int(lengths.max())
+        device = kept[0][0].device
+        step = torch.arange(longest)
+        first = lengths.cumsum(0) - lengths
+        gather = torch.where(step < lengths[:, None], first[:, None] + step, 0).to(device)
+        # (P, K, longest, D) for each layer
+        self.prompts = [tuple(x[:, gather].transpose(0, 1).contiguous() for x in kv) for kv in kept]
+        unseen = (step >= lengths[:, None])[:, None, None].to(device)  # (P, 1, 1, longest)
+        self.bias = torch.zeros(unseen.shape, device=device).masked_fill_(unseen, -torch.inf)
+        k = kept[0][0]
+        self.own = [tuple(k.new_empty(0, k.shape[0], 0, k.shape[2]) for _ in range(2)) for _ in kept]
+        self.prompt_of = torch.zeros(0, dtype=torch.long, device=device)  # (S,)
+        self.length = torch.zeros(0, dtype=torch.long, device=device)  # (S,) own tokens that are cached
+
+    def add(self, prompt_of: torch.Tensor) -> None:
+        """New rows, with nothing of their own yet, take places behind the ones that are there."""
+        self.prompt_of = torch.cat([self.prompt_of, prompt_of])
+        self.length = torch.cat([self.length, torch.zeros_like(prompt_of)])
+
+    def keep(self, alive: torch.Tensor) -> torch.Tensor:
+        """Drops the rows that are not alive; those behind fill the holes. Returns (S',): the old place of each row."""
+        count = int(alive.sum())
+        order = torch.arange(count, device=alive.device)
+        holes = (~alive[:count]).nonzero()[:, 0]
+        movers = count + alive[count:].nonzero()[:, 0]
+        order[holes] = movers
+        for kv in self.own:
+            for x in kv:
+                there = movers < len(x)  # a row that ended at its first token never had a place
+                x[holes[there]] = x[movers[there]]
+        self.prompt_of, self.length = self.prompt_of[order], self.length[order]
+        return order
+
+    def begin_step(self) -> None:
+        """Before each forward of the S rows, one token a row: makes room, and the table that groups rows by prompt."""
+        rows, need = len(self.length), int(self.length.max()) + 1
+        have = self.own[0][0].shape
+        if rows > have[0] or need > have[2]:  # grows by doubling
+            shape = (max(rows, have[0]), have[1], have[2] if need <= have[2] else max(64, 2 * need), have[3])
+            for layer, kv in enumerate(self.own):
+                grown = tuple(x.new_zeros(shape) for x in kv)
+                for new, old in zip(grown, kv):
+                    new[: have[0], :, : have[2]] = old
+                self.own[layer] = grown
+        counts = torch.bincount(self.prompt_of, minlength=len(self.bias))
+        self.width = int(counts.max())
+        order = self.prompt_of.argsort(stable=True)
+        place = torch.empty_like(order)
+        place[order] = torch.arange(rows, device=order.device) - (counts.cumsum(0) - counts)[self.prompt_of[order]]
+        self.cell = self.prompt_of * self.width + place  # (S,) cells of the (P, width) table
+        self.index = torch.arange(rows, device=order.device)
+        unseen = torch.arange(need, device=order.device) > self.length[:, None]
+        self.own_bias = torch.zeros(unseen.shape, device=order.device).masked_fill_(unseen, -torch.inf)[:, None, None]
+        self.seen = need
+
+    def attend(self, layer: int, q, k, v, scale: float) -> torch.Tensor:
+        """(S, H, 1, D), (S, K, 1, D) twice -> (S, 1, H, D)."""
+        rows, heads, _, dim = q.shape
+        own_k, own_v = self.own[layer]
+        own_k[self.index, :, self.length] = k[:, :, 0]
+        own_v[self.index, :, self.length] = v[:, :, 0]
+        q = q.view(rows, k.shape[1], -1, dim) * scale  # (S, K, G, D), G query heads a key-value head
+        own = _partial(q, own_k[:rows, :, : self.seen], own_v[:rows, :, : self.seen], self.own_bias)
+        prompts_k, prompts_v = self.prompts[layer]
+        table = q.new_zeros(len(prompts_k) * self.width, *q.shape[1:])
+        table[self.cell] = q
+        table = table.view(len(prompts_k), self.width, *q.shape[1:]).transpose(1, 2).flatten(2, 3)  # (P, K, width * G, D)
+        shared = _partial(table, prompts_k, prompts_v, self.bias)
+        shared = (x.unflatten(2, (self.width, -1)).transpose(1, 2).flatten(0, 1)[self.cell] for x in shared)
+        (out, total, top), (out_p, total_p, top_p) = own, shared
+        highest = torch.maximum(top, top_p)
+        a, b = (top - highest).exp(), (top_p - highest).exp()
+        out = (out * a + out_p * b) / (total * a + total_p * b)
+        return out.to(v.dtype).reshape(rows, 1, heads, dim)
+
+
+def _partial(q, k, v, bias):
+    """Unnormalised attention: sum_j exp(s_j - max) v_j, sum_j exp(s_j - max), max, with s = q k^T + bias, in float32."""
+    scores = (q @ k.transpose(-1, -2)).float() + bias
+    top = scores.amax(-1, keepdim=True)
+    weights = (scores - top).exp_()
+    return (weights.to(v.dtype) @ v).float(), weights.sum(-1, keepdim=True), top
+
+
+def uniforms(seed: int, step: int, prompt: int, row: int, count: int) -> torch.Tensor:
+    """The random numbers of one row: they depend on seed, step, prompt and row alone, whatever else is in the batch."""
+    key = hashlib.blake2b(f"{seed} {step} {prompt} {row}".encode(), digest_size=7).digest()
+    return torch.rand(count, generator=torch.Generator().manual_seed(int.from_bytes(key, "big")))
+
+
+@torch.no_grad()
+def generate(policy, prompts: list[Prompt], num_generations: int, max_completion_length: int, temperature: float = 1.0,
+             seed: int = 0, step: int = 0, max_rollout_rows: int | None = None) -> list[Group]:
+    """Samples `num_generations` branches for each prompt (temperature 0: greedy), with their log-probabilities at that
+    temperature. A branch ends with its end of sequence, or without one where it reached `max_completion_length`.
+
+    Temperature only: no top-k, no top-p, so that what is sampled is what `token_logprobs` scores. The special tokens of
+    images and videos are forbidden to both. `max_rollout_rows` bounds the rows alive at once; the others wait.
+    """
+    device = next(policy.parameters()).device
+    rows_in_all = len(prompts) * num_generations
+    was_training = policy.training
+    policy.eval()
+    with gathered(policy):
+        # The prompts, once each: their keys and values, and the logits of the first token.
+        pack = make_packs([Group(prompt, []) for prompt in prompts])[0].to(device)
+        lengths = [segment.prompt for segment in pack.segments]
+        kept = []
+        first = policy(input_ids=pack.input_ids, position_ids=pack.position_ids, pixel_values=pack.pixel_values,
+                       image_grid_thw=pack.image_grid_thw, use_cache=False, layout=PackAttention(pack, kept),
+                       logits_to_keep=torch.tensor(lengths, device=device).cumsum(0) - 1).logits[0]
+        cache = RowCache(kept, lengths)
+        del kept
+        following = torch.tensor([prompt.next_position for prompt in prompts], device=device)
+        forbidden, ends = policy.forbidden.to(device), policy.ends.to(device)
+        if temperature > 0:
+            u = torch.stack([uniforms(seed, step, prompt.index, n, max_completion_length)
+                             for prompt in prompts for n in range(num_generations)]).to(device)
+        waiting = torch.arange(rows_in_all, device=device)
+        rows = waiting[:0]
+        logits = first[:0]
+        record = []  # (rows, tokens, log-probabilities) of every step
+        while True:
+            free = (max_rollout_rows or rows_in_all) - len(rows)
+            new, waiting = waiting[:free], waiting[free:]
+            if len(new):  # they begin with the logits that their prompt left
+                rows = torch.cat([rows, new])
+                cache.add(new // num_generations)
+                logits = torch.cat([logits, first[new // num_generations]])
+            if not len(rows):
+                break
+            logits = logits.float().div_(temperature or 1.0).index_fill_(1, forbidden, -torch.inf)
+            logp = logits.log_softmax(-1)
+            if temperature > 0:  # inverse of the cumulated distribution at the row's own uniform number
+                cdf = logp.exp().cumsum(-1)
+                at = u[rows, cache.length, None] * cdf[:, -1:]
+                token = torch.searchsorted(cdf, at, right=True).clamp_(max=cdf.shape[1] - 1)
+            else:
+                token = logp.argmax(-1, keepdim=True)
+            record.append((rows, token[:, 0], logp.gather(1, token)[:, 0]))
+            alive = ~torch.isin(token[:, 0], ends) & (cache.length + 1 < max_completion_length)
+            order = cache.keep(alive)
+            rows, token = rows[order], token[order]
+            if not len(rows):
+                logits = first[:0]
+                continue
+            cache.begin_step()
+            position = (following[cache.prompt_of] + cache.length)[None, :, None].expand(3, -1, 1)
+            logits = policy(input_ids=token, position_ids=position, use_cache=False, layout=cache).logits[:, 0]
+            cache.length += 1
+    policy.train(was_training)
+
+    # The record, step after step, as one branch a row.
+    row, token, logp = (torch.cat(column).cpu() for column in zip(*record))
+    order = row.argsort(stable=True)
+    counts = torch.bincount(row, minlength=rows_in_all).tolist()
+    tokens, logps = token[order].split(counts), logp[order].split(counts)
+    n = num_generations
+    return [Group(prompt, list(tokens[i * n:(i + 1) * n]), list(logps[i * n:(i + 1) * n]))
+            for i, prompt in enumerate(prompts)]
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Processes and sharding
+
+
+def setup() -> torch.device:
+    """Joins the processes that torchrun started (gloo on CPU, nccl on GPU); a bare `python` is one process."""
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+        if not dist.is_initialized():
+            alone = {} if "RANK" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+            dist.init_process_group("cpu:gloo,cuda:nccl", **alone)
+        return torch.device("cuda", torch.cuda.current_device())
+    if "RANK" in os.environ and not dist.is_initialized():
+        dist.init_process_group("gloo")
+    return torch.device("cpu")
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def all_sum(values, op=dist.ReduceOp.SUM if dist.is_available() else None) -> torch.Tensor:
+    """A small float64 vector, summed (or `op`) over the ranks."""
+    values = torch.as_tensor(values, dtype=torch.float64)
+    if world_size() > 1:
+        dist.all_reduce(values, op)
+    return values
+
+
+def shard(module: torch.nn.Module, device: torch.device) -> torch.nn.Module:
+    """FSDP2 over all ranks: every transformer block a unit, the rest the root's. Gradients are summed over ranks."""
+    if world_size() == 1 and device.type == "cpu":
+        return module
+    mesh = init_device_mesh(device.type, (world_size(),))
+    precision = (MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+                 if device.type == "cuda" else MixedPrecisionPolicy())
+    names = ("TextDecoderLayer", "VisionBlock")
+    for block in [m for m in module.modules() if type(m).__name__.endswith(names)]:
+        fully_shard(block, mesh=mesh, mp_policy=precision)
+    fully_shard(module, mesh=mesh, mp_policy=precision)
+    for part in module.modules():
+        if isinstance(part, FSDPModule):
+            part.set_gradient_divide_factor(1.0)
+            if device.type == "cpu":
+                part.set_force_sum_reduction_for_comms(True)
+    return module
+
+
+@contextlib.contextmanager
+def gathered(module: torch.nn.Module):
+    """The whole weights on every rank for a while, so that forwards need no other rank; sharded again afterwards."""
+    parts = [m for m in module.modules() if isinstance(m, FSDPModule)]
+    for part in parts:
+        part.set_reshard_after_forward(False, recurse=False)
+        part.unshard()
+    try:
+        yield
+    finally:
+        for part in parts:
+            part.set_reshard_after_forward(part is not module, recurse=False)
+            part.reshard()
+
+
+def even_packs(packs: list[Pack], processor) -> list[Pack]:
+    """As many packs on every rank, each with an image where any has one: a forward is a collective when sharded."""
+    if world_size() == 1:
+        return packs
+    count, images = all_sum([len(packs), any(p.pixel_values is not None for p in packs)], dist.ReduceOp.MAX).tolist()
+    blank = blank_group(processor)
+    packs = packs + [make_packs([blank])[0] for _ in range(int(count) - len(packs))]
+    return [_with_blank(pack, blank) if images and pack.pixel_values is None else pack for pack in packs]
+
+
+def _with_blank(pack: Pack, blank: Group) -> Pack:
+    tail = make_packs([blank])[0]
+    tail.segments[0].start = pack.input_ids.shape[1]
+    pack.segments = pack.segments + tail.segments
+    pack.input_ids = torch.cat([pack.input_ids, tail.input_ids], 1)
+    pack.position_ids = torch.cat([pack.position_ids, tail.position_ids], 2)
+    pack.pixel_values, pack.image_grid_thw = tail.pixel_values, tail.image_grid_thw
+    return pack
+
+
+def learning_rate_at(step: int, max_steps: int, learning_rate: float, warmup_ratio: float, schedule: str) -> float:
+    """The rate of step 1 .. max_steps: linear warm-up over the first share, then `constant`, or `cosine` to zero."""
+    warmup = warmup_ratio * max_steps
+    if step <= warmup:
+        return learning_rate * step / max(1.0, warmup)
+    if schedule == "constant":
+        return learning_rate
+    return learning_rate * 0.5 * (1 + math.cos(math.pi * (step - 1 - warmup) / max(1.0, max_steps - warmup)))
+
+
+def optimizer_step(module, optimizer, learning_rate: float, max_grad_norm: float) -> float:
+    """Clips the global gradient norm, steps, clears. Returns the norm before clipping; when it is not finite the step
+    is left out (the weights stay as they were), which the caller sees in what is returned."""
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate
+    norm = torch.nn.utils.clip_grad_norm_(module.parameters(), max_grad_norm)
+    norm = float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+    if math.isfinite(norm):
+        optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return norm
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Hugging Face directories in and out
+
+
+def read_config(flag: str, path: str):
+    """The configuration of a Hugging Face directory or hub id, or one line that says what is wrong with it."""
+    if os.path.exists(path) and not os.path.isfile(os.path.join(path, "config.json")):
+        raise UserError(f"{flag} {path}: no config.json in it; give a Hugging Face model directory or a hub id")
+    try:
+        return AutoConfig.from_pretrained(path)
+    except Exception as error:
+        raise UserError(f"{flag} {path}: neither a Hugging Face directory nor a hub id that can be loaded "
+                        f"({str(error).strip().splitlines()[0][:150]})") from None
+
+
+def load_policy(flag: str, path: str, activation_checkpointing: bool = False):
+    """-> (policy, processor) in float32. The policy carries `forbidden` and `ends`: the ids that are never sampled (an
+    image's tokens, without an image, would break the next forward), and those that end a response."""
+    config = read_config(flag, path)
+    try:
+        policy = AutoModelForImageTextToText.from_pretrained(path, dtype=torch.float32)
+        processor = load_processor(path)
+    except Exception as error:
+        raise UserError(f"{flag} {path}: a {config.model_type} directory that cannot be loaded as a vision-language "
+                        f"model with its processor ({str(error).strip().splitlines()[0][:150]})") from None
+    policy.set_attn_implementation({"text_config": "layout", "vision_config": "sdpa"})
+    policy.lm_head.__class__ = Head
+    names = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
+    policy.forbidden = torch.tensor([i for i in (getattr(config, name, None) for name in names) if i is not None])
+    ends = policy.generation_config.eos_token_id
+    ends = ends if isinstance(ends, list) else [ends]
+    policy.ends = torch.tensor(sorted({processor.tokenizer.eos_token_id, *(e for e in ends if e is not None)}))
+    if activation_checkpointing:
+        policy.activation_checkpointing_enable()
+    return policy, processor
+
+
+def full_state(module) -> dict[str, torch.Tensor]:
+    """The whole weights on the CPU of rank 0 (empty elsewhere)."""
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+
+    return get_model_state_dict(module, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+
+
+def save_policy(policy, processor, path: str) -> None:
+    """A Hugging Face directory: weights, config, generation config, processor, chat template. Called by every rank."""
+    state = full_state(policy)
+    if rank() == 0:
+        if policy.config.tie_word_embeddings:
+            state.pop("lm_head.weight", None)
+        policy.set_attn_implementation("sdpa")
+        policy.save_pretrained(path, state_dict=state)
+        policy.set_attn_implementation({"text_config": "layout", "vision_config": "sdpa"})
+        save_processor(processor, path)
+    if world_size() > 1:
+        dist.barrier()
