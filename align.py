@@ -133,7 +133,7 @@ def train() -> None:
     d_optimizer = torch.optim.AdamW(discriminator.parameters(), lr=config.discriminator_learning_rate,
                                     weight_decay=config.weight_decay)
     modules = {"policy": (policy, optimizer), "discriminator": (discriminator, d_optimizer)}
-    progress = run.load(modules, {"rows_left_out": 0})
+    run.load(modules, {})
 
     n = config.num_generations
     batch = config.per_device_train_batch_size * config.gradient_accumulation_steps * world_size()
@@ -147,10 +147,10 @@ def train() -> None:
     for step in run.steps(warmup + config.max_steps, "align"):
         # prompts -> rollouts
         with run.phase("data"):
-            rows, out = fits(next(stream), config.max_prompt_length)
+            rows = fits(run, step, next(stream), config.max_prompt_length)
         with run.phase("rollout"):
             groups = generate(policy, [prompt for _, prompt in rows], n, config.max_completion_length, config.temperature,
-                              config.seed, step, config.max_rollout_rows) if rows else []
+                              config.seed, step, config.max_rollout_rows)
         texts = [[decode(processor, branch) for branch in group.branches] for group in groups]
         parsed = [[parse_response(text) for text in some] for some in texts]
 
@@ -185,20 +185,19 @@ def train() -> None:
 
         lengths = [len(branch) for group in groups for branch in group.branches]
         no_valid = int((~valid.any(1)).sum())
-        progress["rows_left_out"] += int(all_sum([out])[0])
         sums |= {"format_valid": ratio(valid.sum(), valid.numel()), "response_length": ratio(sum(lengths), len(lengths))}
         counts = all_sum([no_valid, len(groups) > 0 and no_valid == len(groups),
                           sum(lengths) + sum(len(p.input_ids) for _, p in rows)]).tolist()
         run.log(step, sums, values | expert_shares(judged) | {
             "prompts_without_valid": counts[0], "ranks_without_valid": counts[1], "tokens": counts[2],
-            "rows_left_out": progress["rows_left_out"]})
+            "rows_left_out": run.rows_left_out()})
         if step % config.logging_steps == 0 and groups:
             run.log_rollouts(step, rollout_rows(rows[0][0], texts[0], valid=valid[0], advantage=advantage[0],
                                                 score_perception=scores[0, :, 0], score_reasoning=scores[0, :, 1],
                                                 teacher_perception=judged.teacher[:n, 0],
                                                 teacher_reasoning=judged.teacher[:n, 1], length=lengths[:n]))
         if step % config.save_steps == 0 and step < warmup + config.max_steps:
-            run.save(step, save, modules, progress)
+            run.save(step, save, modules, {})
     run.finish(save)
     say(f"saved {config.output_dir}")
 

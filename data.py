@@ -37,7 +37,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import torch
 from huggingface_hub import snapshot_download
 from PIL import Image
-from transformers import AutoProcessor, PreTrainedTokenizerBase, Qwen3VLProcessor
+from transformers import AutoProcessor, PreTrainedTokenizerBase, Qwen2Tokenizer, Qwen3VLProcessor
 from transformers.utils import is_torchvision_available
 
 
@@ -58,13 +58,15 @@ class Response:
     answer: str
 
 
-FORMAT = re.compile(r"\s*" + r"\s*".join(rf"<{tag}>(.*)</{tag}>" for tag in ("caption", "think", "answer")) + r"\s*", re.S)
+BLOCKS = ("caption", "think", "answer")
+TAGS = [tag for name in BLOCKS for tag in (f"<{name}>", f"</{name}>")]
+FORMAT = re.compile(r"\s*" + r"\s*".join(f"<{name}>(.*)</{name}>" for name in BLOCKS) + r"\s*", re.S)
 
 
 def parse_response(text: str) -> Response | None:
     """`<caption>...</caption><think>...</think><answer>...</answer>`: each block once, in order, none empty, white space
     alone between them. None for anything else. Linear in the text's length."""
-    if not isinstance(text, str) or any(text.count(f"<{slash}{tag}>") != 1 for tag in ("caption", "think", "answer") for slash in ("", "/")):
+    if not isinstance(text, str) or any(text.count(tag) != 1 for tag in TAGS):
         return None  # each tag once: nothing nested, and one way at most for the pattern to match
     match = FORMAT.fullmatch(text)
     blocks = [block.strip() for block in match.groups()] if match else [""]
@@ -565,7 +567,8 @@ def write_processor(path: str | Path, tokenizer: PreTrainedTokenizerBase, image:
         "additional_special_tokens": [token for token in special if token != tokenizer.pad_token],
         "bos_token": None, "chat_template": chat_template, "clean_up_tokenization_spaces": False,
         "eos_token": tokenizer.eos_token, "errors": "replace", "model_max_length": tokenizer.model_max_length,
-        "pad_token": tokenizer.pad_token, "split_special_tokens": False, "tokenizer_class": "Qwen2Tokenizer",
+        "pad_token": tokenizer.pad_token, "split_special_tokens": False,
+        "tokenizer_class": "Qwen2Tokenizer" if type(tokenizer) is Qwen2Tokenizer else "PreTrainedTokenizerFast",
         "unk_token": None}
     files = {
         "preprocessor_config.json": _json(image),

@@ -47,7 +47,7 @@ import numpy as np
 import torch
 from PIL import Image
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, trainers
-from transformers import (GenerationConfig, HfArgumentParser, Qwen2Tokenizer, Qwen3VLConfig,
+from transformers import (GenerationConfig, HfArgumentParser, PreTrainedTokenizerFast, Qwen2Tokenizer, Qwen3VLConfig,
                           Qwen3VLForConditionalGeneration)
 
 
@@ -285,11 +285,11 @@ def _write_rows(path: Path, rows: list[dict]) -> None:
 
 # The model ------------------------------------------------------------------------------------------------------------
 
-def train_tokenizer(texts: list[str], merges: int) -> Qwen2Tokenizer:
+def train_tokenizer(texts: list[str], merges: int) -> PreTrainedTokenizerFast:
     """Qwen's byte-level BPE (pre-tokenizer: digits one by one) on `texts`, and Qwen3-VL's added tokens behind it."""
     qwen = Qwen2Tokenizer().backend_tokenizer
     bpe = Tokenizer(models.BPE())
-    bpe.normalizer, bpe.pre_tokenizer = qwen.normalizer, qwen.pre_tokenizer
+    bpe.pre_tokenizer = qwen.pre_tokenizer
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(vocab_size=len(alphabet) + merges, initial_alphabet=alphabet, show_progress=False)
     # Added tokens never reach the BPE, and the roles of the template are in no row.
@@ -298,14 +298,16 @@ def train_tokenizer(texts: list[str], merges: int) -> Qwen2Tokenizer:
     trained = json.loads(bpe.to_str())["model"]
     added = [AddedToken(token, special=True, normalized=False) for token in CONTROL_TOKENS]
     added += [AddedToken(token, special=False, normalized=False) for token in PLAIN_TOKENS]
-    return Qwen2Tokenizer(
+    qwen = Qwen2Tokenizer(
         vocab=trained["vocab"], merges=[tuple(merge) for merge in trained["merges"]],
-        added_tokens_decoder={len(trained["vocab"]) + i: token for i, token in enumerate(added)},
-        extra_special_tokens=CONTROL_TOKENS[1:], eos_token="<|im_end|>", pad_token="<|endoftext|>", unk_token=None,
+        added_tokens_decoder={len(trained["vocab"]) + i: token for i, token in enumerate(added)}).backend_tokenizer
+    qwen.normalizer = None  # Qwen's composes characters (NFC), so that decomposed text would not come back as it was
+    return PreTrainedTokenizerFast(
+        tokenizer_object=qwen, extra_special_tokens=CONTROL_TOKENS[1:], eos_token="<|im_end|>", pad_token="<|endoftext|>",
         clean_up_tokenization_spaces=False, model_max_length=4096)
 
 
-def build_model(path: Path, tokenizer: Qwen2Tokenizer, world: World) -> None:
+def build_model(path: Path, tokenizer: PreTrainedTokenizerFast, world: World) -> None:
     """A complete Hugging Face directory: random weights, configuration, generation defaults, processor."""
     token = tokenizer.convert_tokens_to_ids
     end, pad = token("<|im_end|>"), token("<|endoftext|>")

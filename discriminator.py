@@ -37,8 +37,8 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from safetensors import safe_open
+from tqdm import tqdm
 from transformers import AutoModelForImageTextToText, Qwen3VLMoeConfig, Qwen3VLMoeForConditionalGeneration
-from transformers.activations import ACT2FN
 
 from model import (PackAttention, all_sum, even_packs, full_state, generate, learning_rate_at, load_policy, optimizer_step,
                    rank, read_config, setup, shard, world_size)
@@ -208,7 +208,8 @@ class ViewPack:
         return ViewPack(self.pack.to(device), self.views.to(device), self.pairs.to(device), self.students)
 
 
-def view_packs(comparisons: list[Comparison], processor, max_tokens: int | None = None, text_only: bool = False) -> list[ViewPack]:
+def view_packs(comparisons: list[Comparison], processor, max_tokens: int | None = None,
+               text_only: bool = False) -> list[ViewPack]:
     """All views of all comparisons in packs of at most `max_tokens` tokens. A comparison that goes on in another pack
     takes its prompt and the teacher's views along, so that every pair stands in one pack."""
     bins, used, number = [], 0, 0
@@ -276,7 +277,8 @@ def judge(discriminator, comparisons: list[Comparison], processor, device, max_t
     none = torch.zeros(0, dtype=torch.long)
     packs = [dataclasses.replace(v, pack=p) for v, p in zip(packs, evened)]
     packs += [ViewPack(p, none, none.view(0, 4), none) for p in evened[len(packs):]]
-    num_pairs, num_tokens = all_sum([sum(len(v.pairs) for v in packs), sum(v.pack.input_ids.shape[1] for v in packs)]).tolist()
+    num_pairs, num_tokens = all_sum([sum(len(v.pairs) for v in packs),
+                                     sum(v.pack.input_ids.shape[1] for v in packs)]).tolist()
     teacher, student = torch.full((members, 2), torch.nan), torch.full((members, 2), torch.nan)
     differs = torch.zeros(members, 2, dtype=torch.bool)
     sparse = discriminator.sparse
@@ -445,29 +447,26 @@ class DiscriminatorConfig:
 
 
 def sample_students(examples: list[Example], config: DiscriminatorConfig, device, path: str) -> None:
-    """One response of the policy to each prompt, put beside the supervision response; all pairs are written to `path`."""
+    """One response of the policy to each prompt, as the student of its pair; all pairs are also written to `path`."""
     policy, processor = load_policy("--policy", config.policy)
     policy = shard(policy, device)
-    per_rank, texts = 64, torch.zeros(0)
-    rows: list[dict] = []
-    stream = batches(examples, processor, per_rank * world_size(), config.seed, 0, len(examples), (rank(), world_size()))
-    for _ in range(math.ceil(len(examples) / (per_rank * world_size()))):
-        batch = next(stream)
-        groups = generate(policy, [p for _, p in batch], 1, config.max_completion_length, 1.0, config.seed) if batch else []
-        for (example, _), group in zip(batch, groups):
+    batch = 64 * world_size()
+    stream = batches(examples, processor, batch, config.seed, 0, len(examples), (rank(), world_size()))
+    for _ in tqdm(range(math.ceil(len(examples) / batch)), desc="sampling the policy", disable=rank() != 0):
+        rows = next(stream)
+        groups = generate(policy, [p for _, p in rows], 1, config.max_completion_length, seed=config.seed)
+        for (example, _), group in zip(rows, groups):
             example.student = decode(processor, group.branches[0])
-            rows.append({"row": example.where, "teacher_response": example.response, "student_response": example.student})
-    del texts
     if world_size() > 1:
-        gathered = [None] * world_size()
-        dist.all_gather_object(gathered, [(e.index, e.student) for e in examples if e.student])
-        for index, student in (pair for part in gathered for pair in part):
+        parts = [None] * world_size()
+        dist.all_gather_object(parts, [(e.index, e.student) for e in examples if e.student is not None])
+        for index, student in (pair for part in parts for pair in part):
             examples[index].student = student
     if rank() == 0:
-        with open(path, "w") as file:
-            for example in examples:
-                file.write(json.dumps({"row": example.where, "teacher_response": example.response,
-                                       "student_response": example.student}, ensure_ascii=False) + "\n")
+        with open(path, "w", encoding="utf-8") as file:
+            for e in examples:
+                pair = {"row": e.where, "teacher_response": e.response, "student_response": e.student}
+                file.write(json.dumps(pair, ensure_ascii=False) + "\n")
 
 
 def compare(example: Example, prompt: Prompt, processor, max_length: int) -> tuple[Comparison | None, str]:
@@ -496,6 +495,7 @@ def warm_up() -> None:
     for index, example in enumerate(examples):
         example.index = index
     if config.policy and not all(example.student for example in examples):
+        run.start()
         with run.phase("sample"):
             sample_students(examples, config, device, os.path.join(config.output_dir, "pairs.jsonl"))
     held_out = max(1, round(config.validation_share * len(examples))) if config.validation_share > 0 else 0
@@ -510,17 +510,14 @@ def warm_up() -> None:
     optimizer = torch.optim.AdamW(discriminator.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay)
     total = math.ceil(len(training) * config.num_train_epochs) if config.max_steps <= 0 else None
     max_steps = config.max_steps if config.max_steps > 0 else math.ceil(total / batch)
-    left_out_before = run.load({"discriminator": (discriminator, optimizer)}, {"rows_left_out": 0})["rows_left_out"]
-    left_out = 0
+    run.load({"discriminator": (discriminator, optimizer)}, {})
     save = lambda path: save_discriminator(discriminator, processor, path)  # noqa: E731
 
-    def comparisons(batch_rows):
-        nonlocal left_out
+    def comparisons(step, batch_rows):
         for example, prompt in batch_rows:
             comparison, why = compare(example, prompt, processor, config.max_length)
             if comparison is None:
-                left_out += 1
-                say(f"{example.where}: left out, {why}")
+                run.leave_out(step, example.where, why)
             else:
                 yield comparison
 
@@ -528,24 +525,24 @@ def warm_up() -> None:
     discriminator.train()
     for step in run.steps(max_steps, "discriminator"):
         with run.phase("data"):
-            pairs = list(comparisons(next(stream)))
+            pairs = list(comparisons(step, next(stream)))
         with run.phase("update"):
             judgement = judge(discriminator, pairs, processor, device, config.max_tokens_per_pack, config.score_l2,
                               config.router_aux_loss_coef)
             rate = learning_rate_at(step, max_steps, config.learning_rate, config.warmup_ratio, config.lr_scheduler_type)
             grad_norm = optimizer_step(discriminator, optimizer, rate, config.max_grad_norm)
-        left_out_in_all = left_out_before + int(all_sum([left_out])[0])
-        run.log(step, judgement.sums, {"grad_norm": grad_norm, "learning_rate": rate, "rows_left_out": left_out_in_all,
+        run.log(step, judgement.sums, {"grad_norm": grad_norm, "learning_rate": rate, "rows_left_out": run.rows_left_out(),
                                        **expert_shares(judgement)})
         if step % config.save_steps == 0 and step < max_steps:
-            run.save(step, save, {"discriminator": (discriminator, optimizer)}, {"rows_left_out": left_out_in_all})
+            run.save(step, save, {"discriminator": (discriminator, optimizer)}, {})
 
     # Held-out pairs, which the discriminator has not learned from.
     discriminator.eval()
     totals: dict[str, tuple[float, float]] = {}
     stream = batches(validation, processor, batch, config.seed, 0, len(validation), (rank(), world_size()))
     for _ in range(math.ceil(len(validation) / batch)):
-        judgement = judge(discriminator, list(comparisons(next(stream))), processor, device, config.max_tokens_per_pack, learn=False)
+        judgement = judge(discriminator, list(comparisons(max_steps, next(stream))), processor, device,
+                          config.max_tokens_per_pack, learn=False)
         for name, (a, b) in judgement.sums.items():
             before = totals.get(name, (0.0, 0.0))
             totals[name] = (before[0] + a, before[1] + b)

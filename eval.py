@@ -77,16 +77,18 @@ def evaluate() -> None:
     for _ in tqdm(range(math.ceil(len(examples) / batch)), desc="eval", disable=rank() != 0):
         pairs = next(stream)
         groups = generate(policy, [p for _, p in pairs], 1, config.max_completion_length, temperature=0.0,
-                          max_rollout_rows=config.max_rollout_rows) if pairs else []
+                          max_rollout_rows=config.max_rollout_rows)
         for (example, _), group in zip(pairs, groups):
-            text = decode(processor, group.branches[0])
+            branch = group.branches[0]
+            text = decode(processor, branch)
             response = parse_response(text)
+            right = response is not None and verify(response.answer, example.answer)
+            reads = response is not None and same_caption(response.caption, example.captions)
             rows.append({
-                "row": example.index, "where": example.where, "source": example.source, "answer": example.answer, "response": text,
-                "format_valid": response is not None, "correct": response is not None and verify(response.answer, example.answer),
-                "caption_correct": (response is not None and same_caption(response.caption, example.captions)
-                                    if example.captions else None),
-                "tokens": len(group.branches[0]), "truncated": int(group.branches[0][-1]) not in policy.ends.tolist()})
+                "row": example.index, "where": example.where, "source": example.source, "answer": example.answer,
+                "response": text, "format_valid": response is not None, "correct": right,
+                "caption_correct": reads if example.captions else None, "tokens": len(branch),
+                "truncated": int(branch[-1]) not in policy.ends.tolist()})
     if world_size() > 1:
         parts = [None] * world_size()
         dist.all_gather_object(parts, rows)
@@ -102,7 +104,8 @@ def evaluate() -> None:
             file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         with open(os.path.join(output_dir, "eval.json"), "w") as file:
             json.dump(result, file, indent=1)
-        shown = " ".join(f"{k} {result[k]:.3f}" for k in ("accuracy", "caption_accuracy", "format_valid") if result[k] is not None)
+        names = [name for name in ("accuracy", "caption_accuracy", "format_valid") if result[name] is not None]
+        shown = ", ".join(f"{name} {result[name]:.3f}" for name in names)
         say(f"{config.ckpt}: {shown} on {len(rows)} rows; written to {output_dir}/eval.json")
 
 

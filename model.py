@@ -149,8 +149,8 @@ class _LogProbs(torch.autograd.Function):
     def forward(ctx, hidden, weight, targets, temperature, forbidden, chunk):
         out = hidden.new_empty(2, len(hidden), dtype=torch.promote_types(hidden.dtype, torch.float32))
         normaliser = out.new_empty(len(hidden))
-        for part in torch.arange(len(hidden)).split(chunk):
-            part = slice(int(part[0]), int(part[-1]) + 1)
+        for start in range(0, len(hidden), chunk):
+            part = slice(start, start + chunk)
             logits = _logits(hidden[part], weight, temperature, forbidden)
             normaliser[part] = logits.logsumexp(-1)
             out[0, part] = logits.gather(1, targets[part, None])[:, 0] - normaliser[part]
@@ -165,8 +165,8 @@ class _LogProbs(torch.autograd.Function):
         hidden, weight, targets, normaliser = ctx.saved_tensors
         temperature, forbidden, chunk = ctx.rest
         grad_hidden, grad_weight = torch.zeros_like(hidden), torch.zeros_like(weight)
-        for part in torch.arange(len(hidden)).split(chunk):
-            part = slice(int(part[0]), int(part[-1]) + 1)
+        for start in range(0, len(hidden), chunk):
+            part = slice(start, start + chunk)
             d = _logits(hidden[part], weight, temperature, forbidden).sub_(normaliser[part, None]).exp_().neg_()
             d.scatter_add_(1, targets[part, None], torch.ones_like(d[:, :1]))  # d logp / d logits = one-hot - p
             d = d.mul_(grad[0, part, None] / temperature).to(hidden.dtype)
@@ -317,6 +317,8 @@ def generate(policy, prompts: list[Prompt], num_generations: int, max_completion
     Temperature only: no top-k, no top-p, so that what is sampled is what `token_logprobs` scores. The special tokens of
     images and videos are forbidden to both. `max_rollout_rows` bounds the rows alive at once; the others wait.
     """
+    if not prompts:
+        return []
     device = next(policy.parameters()).device
     rows_in_all = len(prompts) * num_generations
     was_training = policy.training

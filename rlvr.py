@@ -25,7 +25,7 @@ Where this differs from the published run, on purpose:
     torchrun --nproc_per_node=8 rlvr.py --ckpt align_out --data prompts.parquet --algorithm dapo --output_dir rl_out
 """
 
-from data import Example, Group, UserError, batches, decode, load_data, make_packs, parse_response
+from data import Example, Group, Prompt, UserError, batches, decode, load_data, make_packs, parse_response
 
 import math
 from dataclasses import dataclass
@@ -36,7 +36,7 @@ import torch.distributed as dist
 from model import (all_sum, even_packs, generate, learning_rate_at, load_policy, optimizer_step, rank, save_policy, setup,
                    shard, token_logprobs, world_size)
 from run import Run, main, parse, ratio, say
-from verifier import reward, verify
+from verifier import reward, verify  # noqa: F401, rlvr.reward is part of what others use
 
 # The published constants of each algorithm; a flag overrides its own.
 ALGORITHMS = {
@@ -208,13 +208,13 @@ def update_policy(policy, groups: list[Group], advantage: torch.Tensor, processo
 # The loop
 
 
-def fits(examples: list[tuple[Example, object]], max_prompt_length: int) -> tuple[list, int]:
-    """The prompts that fit, and how many do not; each of those is named."""
-    kept = [pair for pair in examples if len(pair[1].input_ids) <= max_prompt_length]
-    for example, prompt in examples:
+def fits(run: Run, step: int, batch: list[tuple[Example, Prompt]], max_prompt_length: int) -> list[tuple[Example, Prompt]]:
+    """The prompts that are not too long; the others are counted and named. None is ever cut."""
+    for example, prompt in batch:
         if len(prompt.input_ids) > max_prompt_length:
-            say(f"{example.where}: left out, {len(prompt.input_ids)} tokens are more than --max_prompt_length {max_prompt_length}")
-    return kept, len(examples) - len(kept)
+            run.leave_out(step, example.where,
+                          f"{len(prompt.input_ids)} tokens are more than --max_prompt_length {max_prompt_length}")
+    return [(example, prompt) for example, prompt in batch if len(prompt.input_ids) <= max_prompt_length]
 
 
 def spread(values: torch.Tensor) -> torch.Tensor:
@@ -239,7 +239,7 @@ def train() -> None:
     policy = shard(policy, device).train()
     reference = shard(load_policy("--ckpt", config.ckpt)[0], device).eval() if config.beta else None
     optimizer = torch.optim.AdamW(policy.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay)
-    progress = run.load({"policy": (policy, optimizer)}, {"batches": 0, "rows_left_out": 0})
+    progress = run.load({"policy": (policy, optimizer)}, {"batches": 0})
 
     n, dapo = config.num_generations, config.algorithm == "dapo"
     batch = config.per_device_train_batch_size * config.gradient_accumulation_steps * world_size()
@@ -255,12 +255,11 @@ def train() -> None:
         gen_batches, sampled_groups, kept = 0, 0, 0
         while True:
             with run.phase("data"):
-                new, out = fits(next(stream), config.max_prompt_length)
+                new = fits(run, step, next(stream), config.max_prompt_length)
                 progress["batches"] += 1
-                progress["rows_left_out"] += int(all_sum([out])[0])
             with run.phase("rollout"):
                 new_groups = generate(policy, [prompt for _, prompt in new], n, config.max_completion_length,
-                                      config.temperature, config.seed, step * 1000 + gen_batches, config.max_rollout_rows) if new else []
+                                      config.temperature, config.seed, step * 1000 + gen_batches, config.max_rollout_rows)
             with run.phase("reward"):
                 new_texts = [[decode(processor, branch) for branch in group.branches] for group in new_groups]
                 parsed = [[parse_response(text) for text in some] for some in new_texts]
@@ -292,8 +291,8 @@ def train() -> None:
             if not dapo or kept >= batch:
                 break
             if gen_batches >= config.max_gen_batches:
-                raise UserError(f"--algorithm dapo: {gen_batches} batches of {sampled_at_once} prompts gave {kept} groups with any "
-                                f"spread in accuracy, {batch} are needed; easier or harder data, or more --max_gen_batches")
+                raise UserError(f"--algorithm dapo: {gen_batches} batches of {sampled_at_once} prompts gave {kept} groups with "
+                                f"any spread in accuracy, {batch} are needed; easier or harder data, or more --max_gen_batches")
 
         # rewards -> advantages -> loss -> step
         advantage = group_advantage(rewards) if len(rewards) else rewards
@@ -323,7 +322,7 @@ def train() -> None:
         line = run.log(step, sums, {
             "loss": float(all_sum([sum(u.loss for u in updates)])[0]) / len(updates), "grad_norm": grad_norm,
             "learning_rate": rate, "ratio_max": worst[0], "ratio_min": -worst[1], "sampled_scored_gap": worst[2],
-            "gen_batches": gen_batches, "tokens": float(all_sum([tokens])[0]), "rows_left_out": progress["rows_left_out"]})
+            "gen_batches": gen_batches, "tokens": float(all_sum([tokens])[0]), "rows_left_out": run.rows_left_out()})
         del line
         if step % config.logging_steps == 0 and groups:
             run.log_rollouts(step, rollout_rows(rows[0][0], texts[0], reward=rewards[0], accuracy=accuracy[0],

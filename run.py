@@ -4,6 +4,7 @@
                                    configuration of the model, since this is then a Hugging Face directory too
     output_dir/metrics.jsonl       one line a step, reduced over ranks; null where there was nothing to measure
     output_dir/rollouts.jsonl      a sample of rollouts with all their scores
+    output_dir/left_out.jsonl      every row that was left out, by any rank, and why
     output_dir/checkpoint-N/       a Hugging Face directory, and in `state/` what resuming needs: weights in full precision
                                    and the optimiser's moments (torch.distributed.checkpoint, sharded as the run was)
     output_dir/                    at the end, the Hugging Face directory of the result
@@ -62,7 +63,7 @@ def ratio(numerator, denominator) -> tuple[float, float]:
 
 
 class Run:
-    """The directory of a run and its log. Made before anything expensive, so that a wrong flag costs nothing."""
+    """The directory of a run and its log. Made first, so that a directory that is in use is noticed before work is done."""
 
     def __init__(self, config, device: torch.device):
         self.config, self.device = config, device
@@ -77,34 +78,50 @@ class Run:
             raise UserError(f"--output_dir {self.path} is not empty; pass --resume to go on there, or name another")
         self.step = max(self._checkpoints(), default=0) if config.resume else 0  # the last step that is done
         self.checkpoint = os.path.join(self.path, f"checkpoint-{self.step}") if self.step else None
+        self.left_out = self.left_out_before = 0
+        self.started = False
+
+    def start(self) -> None:
+        """Writes config.json and opens the logs. Called when all that can go wrong at the start has gone well, so that a
+        wrong flag leaves nothing behind; `load` calls it."""
+        if self.started:
+            return
+        self.started = True
         if model.world_size() > 1:
-            dist.barrier()  # every rank has looked before rank 0 writes
+            dist.barrier()  # every rank has looked into the directory before rank 0 writes
         if model.rank() == 0:
             os.makedirs(self.path, exist_ok=True)
             self._cut("metrics.jsonl")
             self._cut("rollouts.jsonl")
-            fields = dataclasses.asdict(config)
+            self.left_out_before = self._cut("left_out.jsonl")
+            fields = dataclasses.asdict(self.config)
             name = os.path.join(self.path, "config.json")
             if self.checkpoint and os.path.exists(name):
-                before = json.load(open(name)).get("run", {})
+                with open(name) as file:
+                    before = json.load(file).get("run", {})
                 changed = [f"{k}: {before.get(k)} -> {v}" for k, v in fields.items() if before.get(k) != v and k != "resume"]
                 if changed:
                     say("resumed with other settings:", ", ".join(changed))
             with open(name, "w") as file:
                 json.dump({"run": fields}, file, indent=1)
-            self.writer = _writer(config.report_to, self.path, fields)
+            self.writer = _writer(self.config.report_to, self.path, fields)
+        if model.world_size() > 1:
+            dist.barrier()  # no rank logs a row before rank 0 has cut the files
 
     def _checkpoints(self) -> list[int]:
         names = os.listdir(self.path) if os.path.isdir(self.path) else []
         return [int(name[11:]) for name in names if name.startswith("checkpoint-") and name[11:].isdigit()]
 
-    def _cut(self, name: str) -> None:
-        """Drops what a killed run had logged behind the checkpoint that this run goes on from."""
+    def _cut(self, name: str) -> int:
+        """Drops what a killed run had logged behind the checkpoint that this run goes on from; returns what is left."""
         path = os.path.join(self.path, name)
-        if os.path.exists(path):
-            lines = [line for line in open(path) if line.endswith("\n") and json.loads(line)["step"] <= self.step]
-            with open(path, "w") as file:
-                file.writelines(lines)
+        if not os.path.exists(path):
+            return 0
+        with open(path) as file:
+            lines = [line for line in file if line.endswith("\n") and json.loads(line)["step"] <= self.step]
+        with open(path, "w") as file:
+            file.writelines(lines)
+        return len(lines)
 
     @contextlib.contextmanager
     def phase(self, name: str):
@@ -149,6 +166,18 @@ class Run:
                 self.bar.set_postfix({k: f"{line[k]:.3f}" for k in shown if line.get(k) is not None})
         return line
 
+    def leave_out(self, step: int, where: str, why: str) -> None:
+        """A row that cannot be used: counted, written to left_out.jsonl, and the first few of them shown."""
+        self.left_out += 1
+        with open(os.path.join(self.path, "left_out.jsonl"), "a") as file:
+            file.write(json.dumps({"step": step, "row": where, "why": why}, ensure_ascii=False) + "\n")
+        if self.left_out <= 3:
+            say(f"{where}: left out, {why}" + ("; more of them go to left_out.jsonl only" if self.left_out == 3 else ""))
+
+    def rows_left_out(self) -> int:
+        """How many rows were left out so far, on all ranks, also before a resumption. Called by every rank."""
+        return int(model.all_sum([self.left_out + (self.left_out_before if model.rank() == 0 else 0)])[0])
+
     def log_rollouts(self, step: int, rows: list[dict]) -> None:
         if model.rank() == 0:
             with open(os.path.join(self.path, "rollouts.jsonl"), "a") as file:
@@ -175,7 +204,9 @@ class Run:
             dist.barrier()
 
     def load(self, modules: dict, progress: dict) -> dict:
-        """Puts the latest checkpoint's state into the modules and optimisers; returns its progress (or `progress`)."""
+        """Starts the run: puts the latest checkpoint's state, if there is one, into the modules and optimisers, and returns
+        its progress (or `progress`)."""
+        self.start()
         if not self.checkpoint:
             return progress
         path = os.path.join(self.checkpoint, "state")
@@ -227,7 +258,7 @@ def _writer(report_to: str, path: str, fields: dict):
         try:
             import wandb
         except ImportError:
-            raise UserError("--report_to wandb: wandb is not installed; pip install wandb, or --report_to tensorboard") from None
+            raise UserError("--report_to wandb: it is not installed; pip install wandb, or use tensorboard") from None
         wandb.init(project="prism", dir=path, config=fields)
         return lambda line, step: wandb.log(line, step=step)
     raise UserError(f"--report_to {report_to}: choose none, tensorboard or wandb")

@@ -71,8 +71,7 @@ def train() -> None:
     batch = config.per_device_train_batch_size * config.gradient_accumulation_steps * world_size()
     total = math.ceil(len(examples) * config.num_train_epochs) if config.max_steps <= 0 else None
     max_steps = config.max_steps if config.max_steps > 0 else math.ceil(total / batch)
-    left_out_before = run.load({"policy": (policy, optimizer)}, {"rows_left_out": 0})["rows_left_out"]
-    left_out = 0
+    run.load({"policy": (policy, optimizer)}, {})
     save = lambda path: save_policy(policy, processor, path)  # noqa: E731
 
     stream = batches(examples, processor, batch, config.seed, run.step, total, (rank(), world_size()))
@@ -84,8 +83,7 @@ def train() -> None:
                 response = encode_response(processor, example.response)
                 length = len(prompt.input_ids) + len(response)
                 if length > config.max_length:
-                    left_out += 1
-                    say(f"{example.where}: left out, {length} tokens are more than --max_length {config.max_length}")
+                    run.leave_out(step, example.where, f"{length} tokens are more than --max_length {config.max_length}")
                     continue
                 groups.append(Group(prompt, [response]))
             packs = even_packs(make_packs(groups, config.max_tokens_per_pack), processor)
@@ -104,13 +102,12 @@ def train() -> None:
             rate = learning_rate_at(step, max_steps, config.learning_rate, config.warmup_ratio, config.lr_scheduler_type)
             grad_norm = optimizer_step(policy, optimizer, rate, config.max_grad_norm)
 
-        left_out_in_all = left_out_before + int(all_sum([left_out])[0])
         run.log(step, {"entropy": ratio(entropy, sum(len(g.branches[0]) for g in groups))}, {
             "loss": all_sum([loss]).tolist()[0] if num_rows else None, "grad_norm": grad_norm, "learning_rate": rate,
             "response_length": num_tokens / num_rows if num_rows else None, "tokens": num_tokens + prompt_tokens,
-            "rows_left_out": left_out_in_all, "packs": len(packs)})
+            "rows_left_out": run.rows_left_out(), "packs": len(packs)})
         if step % config.save_steps == 0 and step < max_steps:
-            run.save(step, save, {"policy": (policy, optimizer)}, {"rows_left_out": left_out_in_all})
+            run.save(step, save, {"policy": (policy, optimizer)}, {})
     run.finish(save)
     say(f"saved {config.output_dir}")
 

@@ -550,7 +550,7 @@ def _algebra_says(alternatives: list[Pairs]) -> bool:
                 if not _ready:
                     _ready = _reply(START_LIMIT) is True
                     if not _ready:
-                        warnings.warn("rlvr: the algebra child does not start; answers that need it count as wrong")
+                        warnings.warn("the algebra child does not start; answers that need it count as wrong", stacklevel=2)
                         _stop()
                         return False
                 _server.stdin.write(json.dumps(alternatives).encode() + b"\n")

@@ -1,0 +1,44 @@
+"""The same global batch on 1, 2 and 4 gloo ranks gives the same numbers."""
+import json
+
+import pytest
+import torch
+
+from tests.conftest import launch
+
+
+def metrics(path, name="loss"):
+    return [json.loads(line)[name] for line in open(path / "metrics.jsonl")]
+
+
+def test_sft_loss_is_the_same_on_any_number_of_ranks(world, tmp_path):
+    losses = {}
+    for ranks in (1, 2, 4):
+        launch("sft.py", "--model", world["init"], "--data", world["sft"], "--output_dir", tmp_path / str(ranks),
+               "--max_steps", 5, "--learning_rate", 1e-3, "--warmup_ratio", 0, "--per_device_train_batch_size", 8 // ranks,
+               "--max_tokens_per_pack", 300, ranks=ranks)
+        losses[ranks] = metrics(tmp_path / str(ranks))
+    assert len(losses[1]) == 5 and losses[1][0] - losses[1][-1] > 0.1  # it moves
+    assert losses[2] == pytest.approx(losses[1], rel=1e-5)
+    assert losses[4] == pytest.approx(losses[1], rel=1e-5)
+
+
+def test_policy_and_discriminator_are_the_same_on_any_number_of_ranks(world, trained, tmp_path):
+    results = {}
+    for ranks in (1, 2, 4):
+        out = tmp_path / f"{ranks}.json"
+        launch("tests/worker.py", out, trained, world["prompts"], ranks=ranks)
+        results[ranks] = json.loads(out.read_text())
+    one = results[1]
+    assert abs(one["grpo_loss"] - one["gspo_loss"]) > 1e-3 and one["d_grad_norm"] > 0
+    assert one["scores"].count(-99.0) == 3 * 4  # the invalid students have no score; their teacher neither
+    for ranks in (2, 4):
+        other = results[ranks]
+        for name in ("grpo_loss", "gspo_loss", "grad_norm", "d_grad_norm"):
+            assert other[name] == pytest.approx(one[name], rel=1e-5, abs=1e-7), name
+        assert other["sampled"] == one["sampled"]
+        torch.testing.assert_close(torch.tensor(other["scores"]), torch.tensor(one["scores"]), atol=1e-5, rtol=0)
+        for part in ("grpo_grads", "gspo_grads", "weights"):
+            assert other[part].keys() == one[part].keys()
+            for name, norm in one[part].items():
+                assert other[part][name] == pytest.approx(norm, rel=1e-4, abs=1e-7), (part, name)

@@ -1,0 +1,212 @@
+"""The policy's computations: packed equals separate, sampled equals scored, and both equal transformers' own."""
+import copy
+
+import pytest
+import torch
+from PIL import Image
+from transformers import AutoModelForImageTextToText
+
+from data import Example, Group, Prompt, encode_prompts, encode_response, load_data, load_processor, make_packs
+from model import _LogProbs, generate, learning_rate_at, load_policy, token_logprobs
+
+
+@pytest.fixture(scope="module")
+def policy_processor(world):
+    return load_policy("--model", world["init"])
+
+
+def example(index: int, images: int, text: str, size=(48, 16)) -> Example:
+    """A question with `images` images of noise, of different sizes."""
+    content, pictures = [{"type": "text", "text": "Look. "}], []
+    for i in range(images):
+        noise = torch.randint(0, 255, (size[1] * (i + 1), size[0], 3), generator=torch.Generator().manual_seed(index * 7 + i))
+        import io
+
+        buffer = io.BytesIO()
+        Image.fromarray(noise.to(torch.uint8).numpy()).save(buffer, "PNG")
+        pictures.append(buffer.getvalue())
+        content += [{"type": "image"}, {"type": "text", "text": f" and {i}"}]
+    return Example(index, f"row {index}", [{"role": "user", "content": [*content, {"type": "text", "text": text}]}], pictures)
+
+
+def mixed_groups(processor) -> list[Group]:
+    """Prompts without an image, with one and with two; branches of very different lengths, one of a single token."""
+    prompts = encode_prompts(processor, [example(0, 1, "One image?"), example(1, 0, "No image at all, and a longer question?"),
+                                         example(2, 2, "Two?")])
+    texts = [["<caption>a</caption>", "seven words and then some more of them", ""], ["only one branch"],
+             ["x", "a much longer branch " * 6, "yy", "z z z"]]
+    return [Group(p, [encode_response(processor, t) for t in some]) for p, some in zip(prompts, texts)]
+
+
+def reference_logprobs(policy, prompt: Prompt, branch, temperature, forbidden):
+    """One sequence alone, by transformers' own forward (its attention, its positions) and full logits, in float64."""
+    ids = torch.cat([prompt.input_ids, branch])[None]
+    types = (ids == policy.config.image_token_id).int()
+    out = policy(input_ids=ids, pixel_values=None if prompt.pixel_values is None else prompt.pixel_values.double(),
+                 image_grid_thw=prompt.image_grid_thw, mm_token_type_ids=types, attention_mask=torch.ones_like(ids))
+    logits = out.logits[0, len(prompt.input_ids) - 1:-1].double() / temperature
+    logits[:, forbidden] = -torch.inf
+    logp = logits.log_softmax(-1)
+    p = logp.exp()
+    return logp.gather(1, branch[:, None])[:, 0], -(p * logp.masked_fill(p == 0, 0)).sum(-1)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+@pytest.mark.parametrize("max_tokens", [None, 150, 40])
+def test_packed_equals_separate(world, policy_processor, temperature, max_tokens):
+    """Log-probabilities, entropies and gradients of packs against separate sequences, for every cut."""
+    policy, processor = policy_processor
+    groups = mixed_groups(processor)
+    weights = {(g, i): torch.linspace(-1, 2, len(b)) for g, group in enumerate(groups) for i, b in enumerate(group.branches)}
+
+    packs = make_packs(groups, max_tokens)
+    assert sorted(m for p in packs for m in p.members) == sorted(weights)
+    assert len(packs) == 1 if max_tokens is None else len(packs) > 1
+    policy.zero_grad()
+    got = {}
+    for pack in packs:
+        logp, entropy = token_logprobs(policy, pack, temperature, chunk=7)
+        at = 0
+        for member, length in zip(pack.members, pack.lengths):
+            got[member] = logp[at:at + length].detach(), entropy[at:at + length]
+            at += length
+        assert torch.equal(pack.rows(logp)[pack.mask], logp)
+        (logp * torch.cat([weights[m] for m in pack.members])).sum().backward()
+
+    reference = AutoModelForImageTextToText.from_pretrained(world["init"], dtype=torch.float64)
+    for (g, i), weight in weights.items():
+        logp, entropy = reference_logprobs(reference, groups[g].prompt, groups[g].branches[i], temperature, policy.forbidden)
+        torch.testing.assert_close(got[g, i][0], logp.float(), atol=1e-5, rtol=0)
+        torch.testing.assert_close(got[g, i][1], entropy.float(), atol=1e-5, rtol=1e-5)
+        (logp * weight).sum().backward()
+    compared = 0
+    for (name, mine), theirs in zip(policy.named_parameters(), reference.parameters()):
+        if theirs.grad is not None and theirs.grad.norm() > 0:
+            assert (mine.grad - theirs.grad).norm() <= 1e-4 * theirs.grad.norm(), name
+            compared += 1
+    assert compared > 50
+
+
+def test_a_branch_sees_no_sibling(policy_processor):
+    policy, processor = policy_processor
+    groups = mixed_groups(processor)
+    pack = make_packs(groups)[0]
+    before = token_logprobs(policy, pack)[0]
+    groups[2].branches[1] = torch.roll(groups[2].branches[1], 3)
+    after = token_logprobs(policy, make_packs(groups)[0])[0]
+    changed, at = [], 0
+    for member, length in zip(pack.members, pack.lengths):
+        if not torch.allclose(before[at:at + length], after[at:at + length], atol=1e-6):
+            changed.append(member)
+        at += length
+    assert changed == [(2, 1)]
+
+
+def test_positions_are_those_of_transformers(policy_processor):
+    policy, processor = policy_processor
+    for prompt in [g.prompt for g in mixed_groups(processor)]:
+        types = (prompt.input_ids == processor.image_token_id).int()[None]
+        theirs, _ = policy.model.get_rope_index(prompt.input_ids[None], types, prompt.image_grid_thw)
+        assert torch.equal(prompt.position_ids, theirs[:, 0])
+
+
+def test_logprobs_function_by_gradcheck():
+    torch.manual_seed(0)
+    hidden = torch.randn(9, 5, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(11, 5, dtype=torch.float64, requires_grad=True)
+    targets = torch.tensor([0, 1, 2, 4, 5, 7, 8, 9, 10])
+    forbidden = torch.tensor([3, 6])
+
+    def logp(h, w):
+        return _LogProbs.apply(h, w, targets, 0.6, forbidden, 4)[0]
+
+    assert torch.autograd.gradcheck(logp, (hidden, weight))
+    logits = (hidden @ weight.T / 0.6).index_fill(1, forbidden, -torch.inf)
+    torch.testing.assert_close(logp(hidden, weight), logits.log_softmax(-1).gather(1, targets[:, None])[:, 0])
+
+
+@pytest.mark.parametrize("max_rows", [None, 3])
+def test_sampled_is_scored(world, trained, max_rows):
+    """What the sampler records is what token_logprobs says of the same tokens; ragged lengths, several prompts."""
+    policy, processor = load_policy("--ckpt", trained)
+    prompts = encode_prompts(processor, load_data(world["validation"])[:3] + [example(99, 0, "And without an image?")])
+    groups = generate(policy, prompts, 4, 60, temperature=1.3, seed=5, step=2, max_rollout_rows=max_rows)
+    lengths = [len(b) for g in groups for b in g.branches]
+    assert len(set(lengths)) > 3 and max(lengths) <= 60
+    assert any(int(b[-1]) in policy.ends for g in groups for b in g.branches)
+    for pack in make_packs(groups):
+        scored = token_logprobs(policy, pack, 1.3)[0].detach()
+        recorded = torch.cat([groups[g].logprobs[i] for g, i in pack.members])
+        torch.testing.assert_close(scored, recorded, atol=1e-4, rtol=0)
+
+
+def test_a_row_depends_on_itself_alone(world, trained):
+    """Same seed, step and row: the same tokens, whatever else is sampled beside it and however many rows run at once."""
+    policy, processor = load_policy("--ckpt", trained)
+    prompts = encode_prompts(processor, load_data(world["validation"])[:4])
+    whole = generate(policy, prompts, 5, 50, seed=1, step=3)
+    alone = generate(policy, prompts[2:3], 3, 50, seed=1, step=3)
+    queued = generate(policy, prompts, 5, 50, seed=1, step=3, max_rollout_rows=4)
+    other = generate(policy, prompts, 5, 50, seed=1, step=4)
+    assert all(torch.equal(a, b) for a, b in zip(whole[2].branches, alone[0].branches))
+    assert all(torch.equal(a, b) for x, y in zip(whole, queued) for a, b in zip(x.branches, y.branches))
+    assert any(not torch.equal(a, b) for x, y in zip(whole, other) for a, b in zip(x.branches, y.branches))
+
+
+def test_sampling_follows_the_distribution(world, policy_processor):
+    """First tokens of many rows against the policy's own probabilities (chi-square over the likelier tokens)."""
+    policy, processor = policy_processor
+    prompt = encode_prompts(processor, [example(0, 1, "One?")])[0]
+    rows = 4000
+    groups = generate(policy, [prompt], rows, 1, temperature=0.8, seed=3)
+    tokens = torch.cat(groups[0].branches)
+    every = torch.arange(policy.config.text_config.vocab_size)
+    allowed = every[~torch.isin(every, policy.forbidden)]
+    pack = make_packs([Group(prompt, list(allowed[:, None]))])[0]
+    p = token_logprobs(policy, pack, 0.8)[0].exp().detach()
+    assert abs(float(p.sum()) - 1) < 1e-4
+    assert not torch.isin(tokens, policy.forbidden).any()
+    expected = p * rows
+    seen = torch.bincount(tokens, minlength=len(every))[allowed].float()
+    often = expected > 5
+    chi2 = ((seen - expected) ** 2 / expected)[often].sum()
+    freedom = int(often.sum())
+    assert chi2 < freedom + 5 * (2 * freedom) ** 0.5
+
+
+def test_greedy_equals_transformers_generate(world, trained):
+    policy, processor = load_policy("--ckpt", trained)
+    theirs = AutoModelForImageTextToText.from_pretrained(trained).eval()
+    examples = load_data(world["validation"])[:6]
+    prompts = encode_prompts(processor, examples)
+    ours = generate(policy, prompts, 1, 48, temperature=0.0)
+    for prompt, group in zip(prompts, ours):
+        ids = prompt.input_ids[None]
+        out = theirs.generate(input_ids=ids, attention_mask=torch.ones_like(ids), pixel_values=prompt.pixel_values,
+                              image_grid_thw=prompt.image_grid_thw, do_sample=False, max_new_tokens=48,
+                              mm_token_type_ids=(ids == processor.image_token_id).int())
+        assert out[0, ids.shape[1]:].tolist() == group.branches[0].tolist()
+
+
+def test_forbidden_tokens_have_no_probability(policy_processor):
+    """A policy that wants nothing but image tokens still samples none."""
+    policy, processor = copy.deepcopy(policy_processor[0]), policy_processor[1]
+    with torch.no_grad():
+        policy.lm_head.weight[policy.config.image_token_id] *= 100
+    prompts = encode_prompts(processor, [example(0, 1, "One?")])
+    groups = generate(policy, prompts, 8, 12)
+    assert not torch.isin(torch.cat(groups[0].branches), policy.forbidden).any()
+    assert torch.isfinite(torch.cat(groups[0].logprobs)).all()
+
+
+def test_learning_rate_schedule():
+    rates = [learning_rate_at(s, 100, 2.0, 0.1, "cosine") for s in range(1, 101)]
+    assert rates[4] == pytest.approx(1.0) and max(rates) == rates[9] == rates[10] == pytest.approx(2.0)
+    assert rates == sorted(rates[:10]) + sorted(rates[10:], reverse=True) and 0 < rates[-1] < 0.01
+    assert learning_rate_at(1, 10, 3.0, 0.0, "constant") == learning_rate_at(10, 10, 3.0, 0.0, "constant") == 3.0
+
+
+def test_special_tokens_in_text_stay_text(world):
+    processor = load_processor(world["init"])
+    ids = encode_response(processor, "a<|im_end|>b<|image_pad|>")
+    assert (ids == processor.tokenizer.eos_token_id).sum() == 1 and processor.image_token_id not in ids
