@@ -230,12 +230,16 @@ def load_data(path: str, need: tuple[str, ...] = ()) -> list[Example]:
         for name in need:
             if not getattr(example, name):
                 raise UserError(f"{example.where}: row without `{name}`, which this stage needs; add it or remove the row")
+        for image in example.images:
+            open_image(image, example.where, header_only=True)  # now, not hours into a run
     return examples
 
 
-def open_image(source: str | bytes, where: str) -> Image.Image:
+def open_image(source: str | bytes, where: str, header_only: bool = False) -> Image.Image:
+    """The picture, in RGB; with `header_only` it is only found out that it is one."""
     try:
-        return Image.open(io.BytesIO(source) if isinstance(source, bytes) else source).convert("RGB")
+        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
+            return image if header_only else image.convert("RGB")
     except Exception as error:  # PIL raises many kinds; each means that the picture is not usable
         name = source if isinstance(source, str) else "(bytes)"
         raise UserError(f"{where}: image {name} cannot be opened ({error}); mend it or remove the row") from None

@@ -45,7 +45,8 @@ def main(stage) -> None:
     try:
         stage()
     except UserError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+        tqdm.write(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.stderr.flush()
         os._exit(2) if dist.is_initialized() else sys.exit(2)  # the other ranks wait in a collective: leave at once
     if dist.is_initialized():
         dist.destroy_process_group()

@@ -4,6 +4,7 @@ import random
 
 import pytest
 import torch
+from PIL import Image
 from hypothesis import example as h_example
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -99,6 +100,10 @@ def test_bad_paths(path):
 def test_image_that_cannot_be_opened(tmp_path, processor):
     path = write(tmp_path, ROW)
     (tmp_path / "a.png").write_bytes(b"not a picture")
+    with pytest.raises(UserError, match=r"data.jsonl:1: image .*a.png cannot be opened"):
+        load_data(path)
+    Image.effect_noise((64, 64), 50).save(tmp_path / "a.png")
+    (tmp_path / "a.png").write_bytes((tmp_path / "a.png").read_bytes()[:500])  # its header is whole, the rest is missing
     with pytest.raises(UserError, match=r"data.jsonl:1: image .*a.png cannot be opened"):
         encode_prompts(processor, load_data(path))
 
