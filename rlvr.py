@@ -93,7 +93,8 @@ def group_advantage(rewards: torch.Tensor) -> torch.Tensor:
     and std 1."""
     if rewards.shape[1] == 1:
         return rewards / (1 + 1e-6)
-    return (rewards - rewards.mean(1, keepdim=True)) / (rewards.std(1, keepdim=True) + 1e-6)
+    r = rewards.double()  # in float32 the mean of equal rewards is off by a rounding, which the small eps would blow up
+    return ((r - r.mean(1, keepdim=True)) / (r.std(1, keepdim=True) + 1e-6)).to(rewards.dtype)
 
 
 def policy_loss(logp: torch.Tensor, old_logp: torch.Tensor, advantage: torch.Tensor, mask: torch.Tensor, algorithm: str,

@@ -63,6 +63,11 @@ def ratio(numerator, denominator) -> tuple[float, float]:
     return float(numerator), float(denominator)
 
 
+def finite(line: dict) -> dict:
+    """null where a number is none, as JSON has it."""
+    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in line.items()}
+
+
 class Run:
     """The directory of a run and its log. Made first, so that a directory that is in use is noticed before work is done."""
 
@@ -156,7 +161,7 @@ class Run:
         if "tokens" in line:
             line["tokens_per_second"] = line["tokens"] / line["time/step"]
         self.seconds = {}
-        line = {k: (None if isinstance(v, float) and not math.isfinite(v) else v) for k, v in line.items()}
+        line = finite(line)
         if model.rank() == 0:
             with open(os.path.join(self.path, "metrics.jsonl"), "a") as file:
                 file.write(json.dumps(line) + "\n")
@@ -182,7 +187,7 @@ class Run:
     def log_rollouts(self, step: int, rows: list[dict]) -> None:
         if model.rank() == 0:
             with open(os.path.join(self.path, "rollouts.jsonl"), "a") as file:
-                file.writelines(json.dumps({"step": step, **row}, ensure_ascii=False) + "\n" for row in rows)
+                file.writelines(json.dumps(finite({"step": step, **row}), ensure_ascii=False) + "\n" for row in rows)
 
     def save(self, step: int, save, modules: dict, progress: dict) -> None:
         """checkpoint-<step>: `save(path)` writes the Hugging Face directory; `modules` are name -> (module, optimiser),
