@@ -24,15 +24,33 @@ test: .venv/installed
 lint: .venv/installed
 	$(PY) -m ruff check .
 
-# base -> SFT -> alignment -> RLVR, and RLVR straight from SFT beside it. Nothing here is special to the digits but that
-# --data is left out: with it the same commands run on anything.
+# base -> SFT -> alignment -> RLVR, and RLVR straight from SFT beside it, two commands at a time. Nothing here is special to
+# the digits but that --data is left out: with it, the same commands run on anything.
 demo: .venv/installed
-	rm -rf $(DEMO) && mkdir -p $(DEMO)
-	$(PY) digits.py && cp -r out/digits/base $(DEMO)/base
+	rm -rf $(DEMO)
+	$(MAKE) --no-print-directory -j2 $(DEMO)/results.json
+
+$(DEMO)/base/model.safetensors:
+	$(PY) digits.py
+	mkdir -p $(DEMO) && cp -r out/digits/base $(DEMO)/base
+
+$(DEMO)/sft/model.safetensors: $(DEMO)/base/model.safetensors
 	$(PY) sft.py --model $(DEMO)/base --output_dir $(DEMO)/sft
+
+$(DEMO)/discriminator/model.safetensors: $(DEMO)/sft/model.safetensors
 	$(PY) discriminator.py --model $(DEMO)/base --policy $(DEMO)/sft --output_dir $(DEMO)/discriminator
+
+$(DEMO)/align/model.safetensors: $(DEMO)/discriminator/model.safetensors
 	$(PY) align.py --ckpt $(DEMO)/sft --discriminator $(DEMO)/discriminator --output_dir $(DEMO)/align
-	$(PY) rlvr.py --ckpt $(DEMO)/sft --output_dir $(DEMO)/sft_grpo
+
+$(DEMO)/align_grpo/model.safetensors: $(DEMO)/align/model.safetensors
 	$(PY) rlvr.py --ckpt $(DEMO)/align --output_dir $(DEMO)/align_grpo
-	for name in base sft align sft_grpo align_grpo; do $(PY) eval.py --ckpt $(DEMO)/$$name || exit 1; done
+
+$(DEMO)/sft_grpo/model.safetensors: $(DEMO)/sft/model.safetensors
+	TQDM_POSITION=1 $(PY) rlvr.py --ckpt $(DEMO)/sft --output_dir $(DEMO)/sft_grpo
+
+$(DEMO)/%/eval.json: $(DEMO)/%/model.safetensors
+	$(PY) eval.py --ckpt $(DEMO)/$*
+
+$(DEMO)/results.json: $(foreach name,align_grpo sft_grpo align sft base,$(DEMO)/$(name)/eval.json)
 	$(PY) report.py $(DEMO)

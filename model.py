@@ -231,6 +231,7 @@ class RowCache:
         self.own = [tuple(k.new_empty(0, k.shape[0], 0, k.shape[2]) for _ in range(2)) for _ in kept]
         self.prompt_of = torch.zeros(0, dtype=torch.long, device=device)  # (S,)
         self.length = torch.zeros(0, dtype=torch.long, device=device)  # (S,) own tokens that are cached
+        self.seen = 0  # the longest of them
 
     def add(self, prompt_of: torch.Tensor) -> None:
         """New rows, with nothing of their own yet, take places behind the ones that are there."""
@@ -247,7 +248,7 @@ class RowCache:
         for kv in self.own:
             for x in kv:
                 there = movers < len(x)  # a row that ended at its first token never had a place
-                x[holes[there]] = x[movers[there]]
+                x[holes[there], :, :self.seen] = x[movers[there], :, :self.seen]
         self.prompt_of, self.length = self.prompt_of[order], self.length[order]
         return order
 

@@ -25,6 +25,7 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, get_state_dict, set_state_dict
 from tqdm import tqdm
 from transformers import HfArgumentParser
+from transformers.utils import logging
 
 import model
 from data import UserError
@@ -42,6 +43,7 @@ def parse(config_class, world: dict):
 
 def main(stage) -> None:
     """Runs `stage()`; what the user can mend ends in one line and exit code 2."""
+    logging.disable_progress_bar()  # loading and writing weights; the stage has its own bar
     try:
         stage()
     except UserError as error:
