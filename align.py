@@ -51,7 +51,7 @@ class AlignConfig:
     warmup_ratio: float = 0.0  # of the learning rates; paper: none
     weight_decay: float = 0.01  # paper: 0.01, both models
     max_steps: int = 500  # paper: 500 (one of its files: 1500)
-    per_device_train_batch_size: int = 4  # prompts; paper: 4 in all
+    per_device_train_batch_size: int = 1  # prompts; paper: 4 in all, which is 1 on each of 4 GPUs
     gradient_accumulation_steps: int = 1
     num_generations: int = 16  # paper: 16 rollouts a prompt
     temperature: float = 1.0  # paper: 1.0

@@ -24,7 +24,8 @@ def lines(path) -> list[dict]:
 def discriminator(world, trained, tmp_path_factory):
     out = tmp_path_factory.mktemp("d") / "d"
     launch("discriminator.py", "--model", trained, "--policy", trained, "--data", world["prompts"], "--output_dir", out,
-           "--max_steps", 4, "--per_device_train_batch_size", 8, "--gradient_accumulation_steps", 1, "--learning_rate", 1e-3, *TINY)
+           "--max_steps", 4, "--per_device_train_batch_size", 8, "--gradient_accumulation_steps", 1, "--learning_rate", 1e-3,
+           *TINY)
     return out
 
 
@@ -46,13 +47,15 @@ def test_align_run(world, trained, discriminator, tmp_path):
     steps = lines(out / "metrics.jsonl")
     assert [s["step"] for s in steps] == [1, 2, 3]
     for name in ("loss", "discriminator_loss", "balance_loss", "format_valid", "response_length", "entropy", "grad_norm",
-                 "tokens_per_second", "time/rollout", "time/judge", "time/update", "score_gap_perception", "score_gap_reasoning",
-                 "pair_accuracy_perception", "pair_accuracy_reasoning", "score_teacher_perception", "score_student_reasoning",
+                 "tokens_per_second", "time/rollout", "time/judge", "time/update", "score_gap_perception",
+                 "score_gap_reasoning", "pair_accuracy_perception", "pair_accuracy_reasoning", "score_teacher_perception",
+                 "score_student_reasoning",
                  "expert_share_perception", "expert_share_reasoning", "ranks_without_valid", "rows_left_out"):
         assert name in steps[0], name
     assert sum(steps[0]["expert_share_perception"][0]) == pytest.approx(1, abs=1e-3)
     rollouts = lines(out / "rollouts.jsonl")
-    assert len(rollouts) == 3 * 4 and {"response", "score_perception", "score_reasoning", "advantage", "images"} <= set(rollouts[0])
+    assert len(rollouts) == 3 * 4
+    assert {"response", "score_perception", "score_reasoning", "advantage", "images"} <= set(rollouts[0])
     moved = [k for k, v in load(out).items() if not torch.equal(v, load(trained)[k])]
     assert len(moved) > 40
     assert (out / "discriminator" / "model.safetensors").exists()
@@ -64,8 +67,8 @@ def load(path):
 
 def test_align_makes_its_own_discriminator(world, trained, tmp_path):
     out = tmp_path / "align"
-    launch("align.py", "--ckpt", trained, "--data", world["prompts"], "--output_dir", out, "--max_steps", 1, "--warmup_steps", 2,
-           "--num_generations", 4, *TINY)
+    launch("align.py", "--ckpt", trained, "--data", world["prompts"], "--output_dir", out, "--max_steps", 1,
+           "--warmup_steps", 2, "--num_generations", 4, *TINY)
     steps = lines(out / "metrics.jsonl")
     assert [s["warmup"] for s in steps] == [1.0, 1.0, 0.0]
     assert "grad_norm" not in steps[0] and steps[2]["grad_norm"] > 0
@@ -75,9 +78,10 @@ def test_align_makes_its_own_discriminator(world, trained, tmp_path):
 @pytest.mark.parametrize("algorithm", ["grpo", "dapo", "gspo"])
 def test_rlvr_run(world, trained, tmp_path, algorithm):
     out = tmp_path / algorithm
-    launch("rlvr.py", "--ckpt", trained, "--data", world["prompts"], "--output_dir", out, "--algorithm", algorithm, "--max_steps", 2,
-           "--num_generations", 4, "--per_device_train_batch_size", 2, "--num_minibatches", 2, "--learning_rate", 1e-3, "--beta",
-           0.01 if algorithm == "grpo" else 0, "--overlong_buffer", 8, "--report_to", "tensorboard", *TINY)
+    launch("rlvr.py", "--ckpt", trained, "--data", world["prompts"], "--output_dir", out, "--algorithm", algorithm,
+           "--max_steps", 2, "--num_generations", 4, "--per_device_train_batch_size", 2, "--num_minibatches", 2,
+           "--learning_rate", 1e-3, "--beta", 0.01 if algorithm == "grpo" else 0, "--overlong_buffer", 8,
+           "--report_to", "tensorboard", *TINY)
     steps = lines(out / "metrics.jsonl")
     for name in ("loss", "reward", "accuracy", "format_valid", "response_length", "entropy", "grad_norm", "clipped_low",
                  "clipped_high", "kl_old", "ratio_min", "ratio_max", "tokens_per_second", "time/rollout", "time/update"):
@@ -127,7 +131,8 @@ def test_checkpoints_look_like_the_original(trained):
 ])
 def test_a_killed_run_resumes(world, trained, tmp_path, script, flags):
     """Killed behind a checkpoint and resumed, a run ends where an undisturbed one does."""
-    model = ("--model", trained, "--data", world["sft"]) if script == "sft.py" else ("--ckpt", trained, "--data", world["prompts"])
+    flag, data = ("--model", world["sft"]) if script == "sft.py" else ("--ckpt", world["prompts"])
+    model = (flag, trained, "--data", data)
     common = (*model, *flags, "--max_steps", 6, "--learning_rate", 1e-3, "--lr_scheduler_type", "constant", "--save_steps", 2)
     launch(script, *common, "--output_dir", tmp_path / "whole")
     arguments = [sys.executable, script, *map(str, common), "--output_dir", str(tmp_path / "killed")]
@@ -144,10 +149,38 @@ def test_a_killed_run_resumes(world, trained, tmp_path, script, flags):
     launch(script, *common, "--output_dir", tmp_path / "killed", "--resume")
     before, after = lines(tmp_path / "whole" / "metrics.jsonl"), lines(tmp_path / "killed" / "metrics.jsonl")
     assert [s["step"] for s in after] == [s["step"] for s in before]
-    assert [s["loss"] for s in after if "loss" in s] == pytest.approx([s["loss"] for s in before if "loss" in s], rel=1e-4, abs=1e-6)
+    losses = [[s["loss"] for s in steps if "loss" in s] for steps in (after, before)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4, abs=1e-6)
     whole, killed = load(tmp_path / "whole"), load(tmp_path / "killed")
     for name, weight in whole.items():
         torch.testing.assert_close(killed[name], weight, atol=1e-5, rtol=1e-4)
+
+
+def table(header: str) -> list[list[str]]:
+    """The cells of the README's table whose first row begins with `header`."""
+    rows = (ROOT / "README.md").read_text().split(f"| {header} |", 1)[1].split("\n\n")[0].splitlines()
+    return [[cell.strip() for cell in row.strip("|").split("|")] for row in (f" {header} |" + rows[0], *rows[2:])]
+
+
+def test_the_published_values_in_the_readme_are_the_defaults():
+    from align import AlignConfig
+    from discriminator import DiscriminatorConfig
+    from rlvr import ALGORITHMS, RLVRConfig
+    from sft import SFTConfig
+
+    head, *rows = table("field")
+    assert head == ["field", "SFT", "discriminator", "alignment", "RLVR"] and len(rows) >= 18
+    for name, *values in rows:
+        for config, value in zip((SFTConfig(), DiscriminatorConfig(), AlignConfig(), RLVRConfig()), values):
+            if value == "-":
+                assert getattr(config, name, -1) in (-1, None), (config, name)
+            elif value == "by algorithm":
+                assert getattr(config, name) is None
+            else:
+                default = getattr(config, name)
+                assert default == (value if isinstance(default, str) else float(value)), (type(config).__name__, name)
+    head, *rows = table("algorithm")
+    assert {name: dict(zip(head[1:], map(float, values))) for name, *values in rows} == ALGORITHMS
 
 
 def fails(*args, ranks=1) -> str:
@@ -189,8 +222,8 @@ def test_over_long_rows_are_counted_and_named(world, trained, tmp_path):
     data = tmp_path / "rows.jsonl"
     images = os.path.dirname(world["prompts"])
     data.write_text("".join(json.dumps({**row, "image": os.path.join(images, row["image"])}) + "\n" for row in rows))
-    done = launch("rlvr.py", "--ckpt", trained, "--data", data, "--output_dir", tmp_path / "o", "--max_steps", 2, "--num_generations",
-                  2, "--max_prompt_length", 200, *TINY)
+    done = launch("rlvr.py", "--ckpt", trained, "--data", data, "--output_dir", tmp_path / "o", "--max_steps", 2,
+                  "--num_generations", 2, "--max_prompt_length", 200, *TINY)
     assert f"{data}:2" in done.stderr and "--max_prompt_length" in done.stderr
     assert lines(tmp_path / "o" / "metrics.jsonl")[-1]["rows_left_out"] == 2
     assert [row["row"] for row in lines(tmp_path / "o" / "left_out.jsonl")] == [f"{data}:2"] * 2
