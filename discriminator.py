@@ -42,7 +42,7 @@ from transformers import AutoModelForImageTextToText, Qwen3VLMoeConfig, Qwen3VLM
 
 from model import (PackAttention, all_sum, even_packs, full_state, generate, learning_rate_at, load_policy, optimizer_step,
                    rank, read_config, setup, shard, world_size)
-from run import Run, main, parse, ratio, say
+from run import Run, accumulate, main, parse, ratio, say
 
 EXPERTS = ("learned", "dedicated", "dense", "text")
 PERCEPTION, REASONING = 0, 1
@@ -543,9 +543,7 @@ def warm_up() -> None:
     for _ in range(math.ceil(len(validation) / batch)):
         judgement = judge(discriminator, list(comparisons(max_steps, next(stream))), processor, device,
                           config.max_tokens_per_pack, learn=False)
-        for name, (a, b) in judgement.sums.items():
-            before = totals.get(name, (0.0, 0.0))
-            totals[name] = (before[0] + a, before[1] + b)
+        accumulate(totals, judgement.sums)
     if totals:
         held = {f"validation_{name}": value for name, value in totals.items() if name.startswith(("pair", "score_gap"))}
         line = run.log(max_steps, held, {"validation_pairs": len(validation)})

@@ -35,8 +35,8 @@ import torch.distributed as dist
 
 from model import (all_sum, even_packs, generate, learning_rate_at, load_policy, optimizer_step, rank, save_policy, setup,
                    shard, token_logprobs, world_size)
-from run import Run, main, parse, ratio, say
-from verifier import reward, verify  # noqa: F401, rlvr.reward is part of what others use
+from run import Run, accumulate, main, parse, ratio, say
+from verifier import ACCURACY, FORMAT, reward, verify  # noqa: F401, `rlvr.reward` is a name that others use
 
 # The published constants of each algorithm; a flag overrides its own.
 ALGORITHMS = {
@@ -220,7 +220,7 @@ def fits(run: Run, step: int, batch: list[tuple[Example, Prompt]], max_prompt_le
 
 def spread(values: torch.Tensor) -> torch.Tensor:
     """(P, N) -> (P,): which groups have any spread. Without one there is nothing to learn from a group."""
-    return values.amax(1) > values.amin(1)
+    return (values != values[:, :1]).any(1)
 
 
 def train() -> None:
@@ -253,7 +253,7 @@ def train() -> None:
         # prompts -> rollouts -> rewards; DAPO drops groups whose accuracy has no spread, and samples on
         rows, groups, accuracy, rewards, texts = [], [], torch.zeros(0, n), torch.zeros(0, n), []
         sums: dict[str, tuple[float, float]] = {}
-        gen_batches, sampled_groups, kept = 0, 0, 0
+        gen_batches, kept = 0, 0
         while True:
             with run.phase("data"):
                 new = fits(run, step, next(stream), config.max_prompt_length)
@@ -268,18 +268,16 @@ def train() -> None:
                                       for (example, _), some in zip(new, parsed)]).view(-1, n)
                 valid = torch.tensor([[float(p is not None) for p in some] for some in parsed]).view(-1, n)
                 length = torch.tensor([[float(len(b)) for b in g.branches] for g in new_groups]).view(-1, n)
-                score = (0.8 * right + 0.2) * valid
+                score = (ACCURACY * right + FORMAT) * valid
                 if dapo:
                     score = score + overlong_penalty(length, config.max_completion_length, config.overlong_buffer)
-            for name, value in (("accuracy", right), ("format_valid", valid), ("response_length", length), ("reward", score),
-                                ("groups_with_spread", spread(right).float() if len(right) else right)):
-                before = sums.get(name, (0.0, 0.0))
-                sums[name] = (before[0] + float(value.sum()), before[1] + value.numel())
+            measured = {"accuracy": right, "format_valid": valid, "response_length": length, "reward": score,
+                        "groups_with_spread": spread(right)}
+            accumulate(sums, {name: ratio(value.sum(), value.numel()) for name, value in measured.items()})
             gen_batches += 1
-            sampled_groups += len(new)
-            use = spread(right) if dapo and len(right) else torch.ones(len(right), dtype=torch.bool)
-            chosen = use.nonzero()[:, 0].tolist()
+            chosen = list(range(len(new)))
             if dapo:  # the first that are still wanted, in the order of the global batch
+                chosen = spread(right).nonzero()[:, 0].tolist()
                 flags = torch.zeros(sampled_at_once)
                 flags[[i * world_size() + rank() for i in chosen]] = 1
                 order = all_sum(flags).cumsum(0)
@@ -299,12 +297,10 @@ def train() -> None:
         advantage = group_advantage(rewards) if len(rewards) else rewards
         updates = []
         with run.phase("update"):
-            steps_each = config.num_minibatches
             generator = torch.Generator().manual_seed(config.seed * 1_000_003 + step)
             rate = learning_rate_at(step, config.max_steps, config.learning_rate, config.warmup_ratio, config.lr_scheduler_type)
             for _ in range(config.num_epochs):
-                cuts = torch.randperm(len(groups), generator=generator) if steps_each > 1 else torch.arange(len(groups))
-                for part in cuts.tensor_split(steps_each):
+                for part in torch.randperm(len(groups), generator=generator).tensor_split(config.num_minibatches):
                     updates.append(update_policy(
                         policy, [groups[i] for i in part], advantage[part].flatten(), processor, device, config,
                         config.algorithm, config.epsilon, config.epsilon_high, config.dual_clip,
@@ -312,19 +308,16 @@ def train() -> None:
                     grad_norm = optimizer_step(policy, optimizer, rate, config.max_grad_norm)
 
         for update in updates:
-            for name, (a, b) in update.metrics().items():
-                before = sums.get(name, (0.0, 0.0))
-                sums[name] = (before[0] + a, before[1] + b)
+            accumulate(sums, update.metrics())
         if reference is None:
             sums.pop("kl_ref")
         worst = all_sum([max(u.ratio_max for u in updates), -min(u.ratio_min for u in updates), max(u.gap for u in updates)],
                         dist.ReduceOp.MAX).tolist()
         tokens = sums["response_length"][0] + sum(len(g.prompt.input_ids) for g in groups)
-        line = run.log(step, sums, {
+        run.log(step, sums, {
             "loss": float(all_sum([sum(u.loss for u in updates)])[0]) / len(updates), "grad_norm": grad_norm,
             "learning_rate": rate, "ratio_max": worst[0], "ratio_min": -worst[1], "sampled_scored_gap": worst[2],
             "gen_batches": gen_batches, "tokens": float(all_sum([tokens])[0]), "rows_left_out": run.rows_left_out()})
-        del line
         if step % config.logging_steps == 0 and groups:
             run.log_rollouts(step, rollout_rows(rows[0][0], texts[0], reward=rewards[0], accuracy=accuracy[0],
                                                 advantage=advantage[0], length=[len(b) for b in groups[0].branches]))

@@ -15,6 +15,7 @@ import dataclasses
 import json
 import math
 import os
+import resource
 import shutil
 import sys
 import time
@@ -63,6 +64,13 @@ def say(*words) -> None:
 def ratio(numerator, denominator) -> tuple[float, float]:
     """A metric as (sum, count), to be summed over ranks before it is divided."""
     return float(numerator), float(denominator)
+
+
+def accumulate(totals: dict[str, tuple[float, float]], part: dict[str, tuple[float, float]]) -> None:
+    """Adds metrics (sum, count) to those of earlier parts of the same step, in place."""
+    for name, (total, count) in part.items():
+        before = totals.get(name, (0.0, 0.0))
+        totals[name] = (before[0] + total, before[1] + count)
 
 
 def finite(line: dict) -> dict:
@@ -160,6 +168,9 @@ class Run:
         line["time/step"] = now - self.last
         self.last = now
         line.update({f"time/{name}": seconds for name, seconds in self.seconds.items()})
+        peak = (torch.cuda.max_memory_allocated() if self.device.type == "cuda"
+                else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+        line["peak_memory_gb"] = float(model.all_sum([peak / 2**30], dist.ReduceOp.MAX)[0])
         if "tokens" in line:
             line["tokens_per_second"] = line["tokens"] / line["time/step"]
         self.seconds = {}

@@ -27,6 +27,7 @@ from fractions import Fraction
 
 from data import parse_response
 
+ACCURACY, FORMAT = 0.8, 0.2  # what a right answer and a whole format are worth; paper: 0.8, 0.2
 MAX_CHARS = 1024
 LIMIT = 1.0  # seconds that algebra may take for one answer
 START_LIMIT = 60.0  # seconds that the child may take to import sympy, once per process
@@ -38,7 +39,7 @@ START_LIMIT = 60.0  # seconds that the child may take to import sympy, once per 
 def reward(response_text: str, ground_truth) -> float:
     """0.8 * accuracy + 0.2 * format; a broken format earns nothing, whatever it says."""
     response = parse_response(response_text)
-    return 0.0 if response is None else 0.8 * verify(response.answer, ground_truth) + 0.2
+    return 0.0 if response is None else ACCURACY * verify(response.answer, ground_truth) + FORMAT
 
 
 def verify(answer: str, ground_truth) -> bool:
