@@ -15,8 +15,8 @@ No KL to a reference and no entropy bonus: pulling towards the drifted SFT polic
 the first `--warmup_steps` steps, in which the policy stands still.
 
 Where this differs from the published run, on purpose:
-1. Nothing of the supervision response is cut (the release cuts its two parts to 512 tokens); a prompt whose views are too
-   long is left out, counted and named.
+1. Nothing of the supervision response is cut (the release cuts its two parts to 512 tokens), and a prompt that is too long
+   is left out, counted and named.
 2. The discriminator's update and the rewards come from one forward with the same weights, before either model steps.
 3. A non-finite or missing score is an error or is counted; none becomes 0.
 

@@ -287,15 +287,19 @@ class Group:
     logprobs: list[torch.Tensor] = field(default_factory=list)
 
 
-def encode_prompts(processor, examples: list[Example]) -> list[Prompt]:
-    """Examples -> Prompts, through the processor in one call (a call costs more than a row)."""
+def encode_prompts(processor, examples: list[Example], max_image_size: int | None = None) -> list[Prompt]:
+    """Examples -> Prompts, through the processor in one call (a call costs more than a row). Images whose long side is
+    more than `max_image_size` pixels are scaled down to it."""
     texts = processor.apply_chat_template([e.messages for e in examples], add_generation_prompt=True, tokenize=False)
     images = [[open_image(image, e.where) for image in e.images] for e in examples]
+    if max_image_size is not None:
+        for image in (image for some in images for image in some):
+            image.thumbnail((max_image_size, max_image_size))
     try:
         inputs = processor(text=texts, images=images if any(images) else None)
     except (ValueError, IndexError, StopIteration) as error:
         if len(examples) > 1:  # which row is it?
-            return [prompt for e in examples for prompt in encode_prompts(processor, [e])]
+            return [prompt for e in examples for prompt in encode_prompts(processor, [e], max_image_size)]
         raise UserError(f"{examples[0].where}: the processor refuses the row ({error}); mend or remove it") from None
     grids = torch.as_tensor(inputs["image_grid_thw"]) if any(images) else torch.zeros(0, 3, dtype=torch.long)
     pixels = torch.as_tensor(inputs["pixel_values"]) if any(images) else None
@@ -334,14 +338,14 @@ def mrope_positions(ids: torch.Tensor, grid: torch.Tensor, image_token_id: int, 
 
 
 def batches(examples: list[Example], processor, batch_size: int, seed: int, start: int = 0, total: int | None = None,
-            part: tuple[int, int] = (0, 1)) -> Iterator[list[tuple[Example, Prompt]]]:
+            part: tuple[int, int] = (0, 1), max_image_size: int | None = None) -> Iterator[list[tuple[Example, Prompt]]]:
     """This rank's share (`part` = rank, ranks) of global batches number `start`, `start` + 1, ...; the next one is
     encoded in a thread, with its own copy of the processor, while the current one is used."""
     copied = copy.deepcopy(processor)
 
     def encode(number: int) -> list[tuple[Example, Prompt]]:
         chosen = [examples[i] for i in batch_indices(number, batch_size, len(examples), seed, total)[part[0]::part[1]]]
-        return list(zip(chosen, encode_prompts(copied, chosen))) if chosen else []
+        return list(zip(chosen, encode_prompts(copied, chosen, max_image_size))) if chosen else []
 
     with ThreadPoolExecutor(1) as pool:
         following = pool.submit(encode, start)

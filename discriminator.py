@@ -17,7 +17,8 @@ same text score exactly the same. Nothing is cut: a comparison that is too long 
 Where this differs from the published run, on purpose:
 1. One score vector per view; the release reads both views from one. A single-headed checkpoint is loaded into both.
 2. Views keep the image's rotary positions; the release drops them.
-3. Prompt tokens, being computed once, enter the balance loss once a prompt and not once a view.
+3. Prompt tokens, being computed once, enter the balance loss once a prompt and not once a view. It is taken in each pack and
+   averaged by tokens: a product of two means, it is the one number here that depends on how a batch is cut.
 
     torchrun --nproc_per_node=8 discriminator.py --model Qwen/Qwen3-VL-2B-Instruct --data pairs.jsonl --output_dir d_out
     python discriminator.py --policy sft_out             the digits world; the policy's own responses are the students
@@ -36,6 +37,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from huggingface_hub import snapshot_download
 from safetensors import safe_open
 from tqdm import tqdm
 from transformers import AutoModelForImageTextToText, Qwen3VLMoeConfig, Qwen3VLMoeForConditionalGeneration
@@ -353,9 +355,15 @@ def load_discriminator(flag: str, path: str, kind: str = "learned", dropout: flo
     head = read_score_head(path)
     if head is not None:
         kind = getattr(config, "prism_experts", kind)
+    else:
+        say(f"{flag} {path}: has no score head yet; it starts from random numbers")
+    if ready and kind == "dense":
+        raise UserError(f"{flag} {path}: holds experts already, which --experts dense has not; give a dense model")
     if ready:
         for layer in backbone.language_model.layers:
             block = layer.mlp
+            if not hasattr(block, "experts"):
+                raise UserError(f"{flag} {path}: found a dense MLP among the layers, expected experts in every one")
             layer.mlp = SparseMLP(Router(block.gate.weight.data),
                                   Experts(block.experts.gate_up_proj.data, block.experts.down_proj.data, block.experts.act_fn),
                                   config.text_config.num_experts_per_tok)
@@ -370,15 +378,17 @@ def load_discriminator(flag: str, path: str, kind: str = "learned", dropout: flo
 
 
 def read_score_head(path: str) -> torch.Tensor | None:
-    """The score head in a directory's safetensors: any matrix outside the model with one row, or with a row a view."""
-    for name in sorted(os.listdir(path)) if os.path.isdir(path) else []:
+    """The score head in the safetensors of a directory or hub id, a row for both views or a row each; None without one."""
+    if not os.path.isdir(path):
+        path = snapshot_download(path, allow_patterns=["*.safetensors"])
+    for name in sorted(os.listdir(path)):
         if name.endswith(".safetensors"):
             with safe_open(os.path.join(path, name), "pt") as file:
                 for key in file.keys():
                     if "score" in key or key.startswith(("v_head", "value_head")):
                         if len(file.get_slice(key).get_shape()) == 2:
                             head = file.get_tensor(key).float()
-                            return head.expand(2, -1) if len(head) == 1 else head
+                            return head  # (1, h) or (2, h)
     return None
 
 
@@ -432,6 +442,7 @@ class DiscriminatorConfig:
     gradient_accumulation_steps: int = 4  # paper: 4
     max_grad_norm: float = 1.0  # paper: 1.0
     max_length: int = 8192  # paper: 8192, prompt and view
+    max_image_size: int = 560  # paper: 560 px on the long side; larger ones are scaled down
     max_tokens_per_pack: int = 16384
     max_completion_length: int = 6144  # of the policy's samples
     score_l2: float = 0.001  # paper: 0.001
@@ -521,7 +532,7 @@ def warm_up() -> None:
             else:
                 yield comparison
 
-    stream = batches(training, processor, batch, config.seed, run.step, total, (rank(), world_size()))
+    stream = batches(training, processor, batch, config.seed, run.step, total, (rank(), world_size()), config.max_image_size)
     discriminator.train()
     for step in run.steps(max_steps, "discriminator"):
         with run.phase("data"):
@@ -539,7 +550,7 @@ def warm_up() -> None:
     # Held-out pairs, which the discriminator has not learned from.
     discriminator.eval()
     totals: dict[str, tuple[float, float]] = {}
-    stream = batches(validation, processor, batch, config.seed, 0, len(validation), (rank(), world_size()))
+    stream = batches(validation, processor, batch, config.seed, 0, len(validation), (rank(), world_size()), config.max_image_size)
     for _ in range(math.ceil(len(validation) / batch)):
         judgement = judge(discriminator, list(comparisons(max_steps, next(stream))), processor, device,
                           config.max_tokens_per_pack, learn=False)

@@ -107,10 +107,9 @@ def policy_loss(logp: torch.Tensor, old_logp: torch.Tensor, advantage: torch.Ten
     log_ratio = torch.where(mask, logp - old_logp, 0.0)
     length = mask.sum(1)
     if algorithm == "gspo":
-        # One ratio a sequence, s = exp(1/|y| sum_t log r_t). Straight-through: every token carries the value of s and the
-        # gradient s * d logp_t, so that the token mean below is the sequence formula's gradient, s * mean_t d logp_t.
-        sequence = log_ratio.sum(1, keepdim=True) / length.clamp(min=1)[:, None]
-        log_ratio = torch.where(mask, sequence.detach() + logp - logp.detach(), 0.0)
+        # One ratio a sequence, s = exp(1/|y| sum_t log r_t), the same for each of its tokens. The token mean below then has the
+        # sequence formula's gradient, s * mean_t d logp_t.
+        log_ratio = torch.where(mask, log_ratio.sum(1, keepdim=True) / length.clamp(min=1)[:, None], 0.0)
     r = log_ratio.clamp(-20, 20).exp()
 
     a = advantage[:, None].to(r.dtype)
@@ -120,7 +119,7 @@ def policy_loss(logp: torch.Tensor, old_logp: torch.Tensor, advantage: torch.Ten
     loss = torch.where(mask, loss, 0.0)
 
     if algorithm == "gspo":  # mean over sequences of the mean over tokens
-        return (loss.sum(1) / length.clamp(min=1)).sum() / (len(mask) if num_sequences is None else num_sequences)
+        return (loss.sum(1) / length.clamp(min=1)).sum() / (max(len(mask), 1) if num_sequences is None else num_sequences)
     if algorithm in ("grpo", "dapo"):  # mean over all tokens
         return loss.sum() / (max(int(length.sum()), 1) if num_tokens is None else num_tokens)
     raise ValueError(f"algorithm {algorithm!r}: one of {', '.join(ALGORITHMS)}")
@@ -133,8 +132,9 @@ def kl_k3(logp: torch.Tensor, ref_logp: torch.Tensor) -> torch.Tensor:
 
 
 def overlong_penalty(length: torch.Tensor, limit: int, buffer: int) -> torch.Tensor:
-    """DAPO's soft overlong punishment: 0 up to limit - buffer tokens, then linear to -1 at the limit. (M,) -> (M,)."""
-    return -((length - (limit - buffer)) / buffer).clamp(0, 1)
+    """DAPO's soft overlong punishment: 0 up to limit - buffer tokens, then linear to -1 at the limit; none where buffer is 0.
+    (M,) -> (M,)."""
+    return -((length - (limit - buffer)) / max(buffer, 1)).clamp(0, 1)
 
 
 # --------------------------------------------------------------------------------------------------------------------
