@@ -89,7 +89,7 @@ class World:
 
 # What suits a model of this size, in place of the published values, where a stage is run without --data.
 SETTINGS: dict[str, dict] = {
-    "pretrain": dict(max_steps=800, learning_rate=3e-3, per_device_train_batch_size=32),
+    "pretrain": dict(max_steps=600, learning_rate=4e-3, per_device_train_batch_size=32),
     "sft": dict(max_steps=150, learning_rate=1e-3, per_device_train_batch_size=32),
     "discriminator": dict(max_steps=60, learning_rate=3e-4, per_device_train_batch_size=32, gradient_accumulation_steps=1,
                           max_completion_length=96),

@@ -369,6 +369,9 @@ def load_discriminator(flag: str, path: str, kind: str = "learned", dropout: flo
                                   config.text_config.num_experts_per_tok)
     elif kind != "dense":
         upcycle(backbone, seed=seed)
+        if config.model_type != "qwen3_vl":
+            raise UserError(f"{flag} {path}: upcycled to experts it would be a {config.model_type} mixture, which has no "
+                            f"layout to be saved in; expected qwen3_vl, or --experts dense")
     backbone.set_attn_implementation({"text_config": "layout", "vision_config": "sdpa"})
     torch.manual_seed(seed)
     discriminator = Discriminator(backbone, kind, dropout)
@@ -550,7 +553,8 @@ def warm_up() -> None:
     # Held-out pairs, which the discriminator has not learned from.
     discriminator.eval()
     totals: dict[str, tuple[float, float]] = {}
-    stream = batches(validation, processor, batch, config.seed, 0, len(validation), (rank(), world_size()), config.max_image_size)
+    stream = batches(validation, processor, batch, config.seed, 0, len(validation), (rank(), world_size()),
+                     config.max_image_size)
     for _ in range(math.ceil(len(validation) / batch)):
         judgement = judge(discriminator, list(comparisons(max_steps, next(stream))), processor, device,
                           config.max_tokens_per_pack, learn=False)

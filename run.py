@@ -45,6 +45,7 @@ def parse(config_class, world: dict):
 def main(stage) -> None:
     """Runs `stage()`; what the user can mend ends in one line and exit code 2."""
     logging.disable_progress_bar()  # loading and writing weights; the stage has its own bar
+    logging.set_verbosity_error()  # reports on keys that are added or left out on purpose (score heads, language heads)
     try:
         stage()
     except UserError as error:

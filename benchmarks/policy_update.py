@@ -1,0 +1,86 @@
+"""The policy's forward and backward over a group: one pack (a prompt and its branches) against padded rows.
+
+16 branches of a prompt with an image, fp32. Padded rows are the usual way: prompt and branch in each row, the image encoded
+for each, right padding, transformers' own sdpa attention and full logits. Log-probabilities and gradients of both sides are
+compared before anything is timed. They alternate; the last line is the smallest ratio of medians over goal.
+
+    python benchmarks/policy_update.py [--hidden_size 256 --layers 4]
+"""
+import argparse
+import os
+import statistics
+import sys
+import time
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
+
+from rollout import IMAGE, build, prompt, repeated
+
+import torch
+
+from data import Group, make_packs
+from model import token_logprobs
+
+CASES = [(302, 92, 4.0), (1070, 101, 8.0), (302, 423, 2.0)]  # prompt tokens, mean branch tokens, what is to be reached
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--hidden_size", type=int, default=256)
+    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--repeats", type=int, default=3)
+    args = parser.parse_args()
+    ours, theirs = build(args.hidden_size, args.layers)
+    results = []
+    for prompt_tokens, mean, goal in CASES:
+        one = prompt(0, prompt_tokens, side=14 if prompt_tokens < 1000 else 30)
+        generator = torch.Generator().manual_seed(1)
+        lengths = (mean * torch.linspace(0.6, 1.4, 16)).long()
+        branches = [torch.randint(10, 2048, (int(n),), generator=generator) for n in lengths]
+        longest = int(lengths.max())
+
+        def packed():
+            pack = make_packs([Group(one, branches)])[0]
+            logp, _ = token_logprobs(ours, pack)
+            logp.mean().backward()
+            return pack.rows(logp.detach())
+
+        def padded():
+            inputs = repeated([one], 16)
+            rows = torch.zeros(16, longest, dtype=torch.long)
+            real = torch.arange(longest) < lengths[:, None]
+            rows[real] = torch.cat(branches)
+            ids = torch.cat([inputs["input_ids"], rows], 1)
+            inputs |= dict(input_ids=ids, mm_token_type_ids=(ids == IMAGE).int(),
+                           attention_mask=torch.cat([inputs["attention_mask"], real.long()], 1))
+            logits = theirs(**inputs, use_cache=False, logits_to_keep=longest + 1).logits[:, :-1]
+            logits = logits.index_fill(2, ours.forbidden, -torch.inf)
+            logp = logits.log_softmax(-1).gather(2, rows[..., None])[..., 0]
+            logp = torch.where(real, logp, 0)
+            (logp.sum() / real.sum()).backward()
+            return logp.detach()
+
+        a, b = packed(), padded()
+        torch.testing.assert_close(a, b, atol=1e-4, rtol=0)
+        for (name, p), q in zip(ours.named_parameters(), theirs.parameters()):
+            if q.grad is not None:
+                assert (p.grad - q.grad).norm() <= 1e-3 * q.grad.norm() + 1e-8, name
+        seconds = {"packed": [], "padded": []}
+        for _ in range(args.repeats):
+            for name, run in (("packed", packed), ("padded", padded)):
+                ours.zero_grad()
+                theirs.zero_grad()
+                start = time.perf_counter()
+                run()
+                seconds[name].append(time.perf_counter() - start)
+        median = {name: statistics.median(values) for name, values in seconds.items()}
+        pairs = [q / p for p, q in zip(*seconds.values())]
+        results.append((median["padded"] / median["packed"], goal))
+        print(f"{prompt_tokens} + {mean} tokens: packed {median['packed']:.2f} s, padded {median['padded']:.2f} s, ratio "
+              f"{results[-1][0]:.2f} (min {min(pairs):.2f}, max {max(pairs):.2f}), to be reached {goal}", flush=True)
+    print(f"ratio {min(r / goal for r, goal in results):.2f}   (smallest of ratio / goal)")
+
+
+if __name__ == "__main__":
+    main()

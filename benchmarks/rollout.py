@@ -1,0 +1,108 @@
+"""Sampling: `model.generate` against Hugging Face `generate` with the inputs repeated, the way TRL samples without vLLM.
+
+4 prompts of about 300 tokens with an image, 16 rows each. The model has random weights; a handful of its tokens end a
+response, as many as make lengths ragged with mean about 92 (geometric), cut at 256. Both sides sample from the same
+distribution, so the number of tokens differs a little from run to run: compared is the time per sampled token. The two
+sides alternate, three repeats; the last line is the ratio of the medians.
+
+    python benchmarks/rollout.py [--hidden_size 256 --layers 4]
+"""
+import argparse
+import copy
+import os
+import statistics
+import sys
+import time
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+
+import torch
+from transformers import AutoModelForImageTextToText, Qwen3VLConfig
+
+from data import Prompt, mrope_positions
+from model import Head, generate
+
+IMAGE, VIDEO, START, END = 1, 2, 3, 4  # token ids of the made-up vocabulary
+PATCH, MERGE = 16, 2
+
+
+def build(hidden_size: int, layers: int, vocab_size: int = 2048, experts: int = 0):
+    """A random Qwen3-VL, once for our sampler and once, with the same weights, as transformers has it."""
+    text = dict(vocab_size=vocab_size, hidden_size=hidden_size, intermediate_size=4 * hidden_size, num_hidden_layers=layers,
+                num_attention_heads=hidden_size // 32, num_key_value_heads=hidden_size // 64, head_dim=32,
+                initializer_range=0.02, tie_word_embeddings=True, max_position_embeddings=8192,
+                rope_parameters={"rope_type": "default", "rope_theta": 1e4, "mrope_interleaved": True,
+                                 "mrope_section": [8, 4, 4]})
+    vision = dict(depth=2, hidden_size=128, num_heads=4, intermediate_size=256, patch_size=PATCH, spatial_merge_size=MERGE,
+                  out_hidden_size=hidden_size, num_position_embeddings=256, deepstack_visual_indexes=[0])
+    config = Qwen3VLConfig(text_config=text, vision_config=vision, image_token_id=IMAGE, video_token_id=VIDEO,
+                           vision_start_token_id=START, vision_end_token_id=END, tie_word_embeddings=True)
+    torch.manual_seed(0)
+    theirs = AutoModelForImageTextToText.from_config(config).eval()
+    ours = AutoModelForImageTextToText.from_config(copy.deepcopy(config)).eval()
+    ours.load_state_dict(theirs.state_dict())
+    ours.set_attn_implementation({"text_config": "layout", "vision_config": "sdpa"})
+    ours.lm_head.__class__ = Head
+    ours.forbidden = torch.tensor([IMAGE, VIDEO, START, END])
+    return ours, theirs
+
+
+def prompt(index: int, tokens: int, vocab_size: int = 2048, side: int = 14) -> Prompt:
+    """A prompt of `tokens` tokens, side * side of them an image's."""
+    generator = torch.Generator().manual_seed(index)
+    words = torch.randint(10, vocab_size, (tokens - side * side - 2,), generator=generator)
+    ids = torch.cat([words[:20], torch.tensor([START]), torch.full((side * side,), IMAGE), torch.tensor([END]), words[20:]])
+    grid = torch.tensor([[1, side * MERGE, side * MERGE]])
+    pixels = torch.randn(int(grid.prod()), 3 * 2 * PATCH * PATCH, generator=generator)
+    return Prompt(index, ids, mrope_positions(ids, grid, IMAGE, MERGE), pixels, grid)
+
+
+def repeated(prompts: list[Prompt], times: int) -> dict:
+    """Prompts of one length as transformers takes them, each row repeated, its image too."""
+    ids = torch.stack([p.input_ids for p in prompts for _ in range(times)])
+    return dict(input_ids=ids, attention_mask=torch.ones_like(ids), mm_token_type_ids=(ids == IMAGE).int(),
+                pixel_values=torch.cat([p.pixel_values for p in prompts for _ in range(times)]),
+                image_grid_thw=torch.cat([p.image_grid_thw for p in prompts for _ in range(times)]))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--hidden_size", type=int, default=256)
+    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--repeats", type=int, default=3)
+    args = parser.parse_args()
+    ours, theirs = build(args.hidden_size, args.layers)
+    prompts = [prompt(i, 302) for i in range(4)]
+    ends = list(range(100, 100 + 2048 // 92))  # random weights: about 1/2048 each
+    ours.ends = torch.tensor(ends)
+    print(f"{sum(p.numel() for p in theirs.parameters()) / 1e6:.1f}M parameters, 4 prompts of 302 tokens x 16 rows")
+
+    def mine(seed):
+        groups = generate(ours, prompts, 16, 256, seed=seed)
+        return sum(len(b) for g in groups for b in g.branches)
+
+    @torch.no_grad()
+    def hugging_face(seed):
+        torch.manual_seed(seed)
+        out = theirs.generate(**repeated(prompts, 16), do_sample=True, top_k=0, top_p=1.0, max_new_tokens=256,
+                              eos_token_id=ends, pad_token_id=0)[:, 302:]
+        stop = torch.isin(out, torch.tensor(ends))
+        return int((stop.int().cumsum(1) - stop.int() == 0).sum())
+
+    seconds = {"ours": [], "Hugging Face": []}
+    for repeat in range(args.repeats + 1):  # the first warms up
+        for name, run in (("ours", mine), ("Hugging Face", hugging_face)):
+            start = time.perf_counter()
+            tokens = run(repeat)
+            each = (time.perf_counter() - start) / tokens
+            if repeat:
+                seconds[name].append(each)
+                print(f"{name:13s} {tokens} tokens, {each * 1e6:.0f} us a token", flush=True)
+    median = {name: statistics.median(values) for name, values in seconds.items()}
+    pairs = [b / a for a, b in zip(*seconds.values())]
+    print(f"ratio {median['Hugging Face'] / median['ours']:.2f}   (min {min(pairs):.2f}, max {max(pairs):.2f})")
+
+
+if __name__ == "__main__":
+    main()
