@@ -223,15 +223,26 @@ def _image_source(image, folder: str, where: str) -> str | bytes:
     return path
 
 
+# How a row says what a stage may need.
+FIELDS = {
+    "response": "a last assistant turn, `response`, `teacher_response`, or `teacher_caption` and `teacher_cot`",
+    "student": "`student_response`, or `student_caption` and `student_cot`",
+    "answer": "`answer`, or `reward_model` with `ground_truth`",
+}
+
+
 def load_data(path: str, need: tuple[str, ...] = ()) -> list[Example]:
-    """All rows of a data set; `need` names the fields (of Example) that a stage cannot do without."""
-    examples = [parse_row(row, index, where) for index, (where, row) in enumerate(read_rows(path))]
-    for example in examples:
+    """All rows of a data set; `need` names the fields of Example (keys of FIELDS) that a stage cannot do without."""
+    examples = []
+    for index, (where, row) in enumerate(read_rows(path)):
+        example = parse_row(row, index, where)
         for name in need:
             if not getattr(example, name):
-                raise UserError(f"{example.where}: row without `{name}`, which this stage needs; add it or remove the row")
+                raise UserError(f"{where}: row without `{name}`, which this stage needs: found {sorted(row)}, expected "
+                                f"{FIELDS[name]}")
         for image in example.images:
-            open_image(image, example.where, header_only=True)  # now, not hours into a run
+            open_image(image, where, header_only=True)  # now, not hours into a run
+        examples.append(example)
     return examples
 
 

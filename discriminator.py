@@ -561,7 +561,8 @@ def warm_up() -> None:
         accumulate(totals, judgement.sums)
     if totals:
         held = {f"validation_{name}": value for name, value in totals.items() if name.startswith(("pair", "score_gap"))}
-        line = run.log(max_steps, held, {"validation_pairs": len(validation)})
+        compared = int(all_sum([totals["score_gap_perception"][1]])[0])
+        line = run.log(max_steps, held, {"validation_pairs": compared, "rows_left_out": run.rows_left_out()})
         say("held out:", ", ".join(f"{name[11:]} {line[name]:.3f}" for name in held if line[name] is not None))
     run.finish(save)
     say(f"saved {config.output_dir}")

@@ -1,0 +1,501 @@
+"""The discriminator as a judge: that nothing but the text of a view moves its score, that packing does not, that its kinds are
+what they say, that what cannot be compared is left out in the open, and that, trained, it keeps the two causes apart.
+
+Formulas, and parity with transformers' own mixture of experts, are in test_align.py.
+"""
+import dataclasses
+import json
+import os
+import random
+import time
+
+import pytest
+import torch
+from transformers import CLIPVisionConfig, LlavaConfig, LlavaForConditionalGeneration, PhiConfig
+
+import digits
+from data import Example, Response, decode, encode_prompts, encode_response, encode_views, load_data, load_processor
+from data import parse_response, save_processor
+from discriminator import Comparison, SparseMLP, judge, load_discriminator, upcycle, view_packs
+from model import learning_rate_at, optimizer_step
+from tests.conftest import launch
+from tests.test_pipeline import fails, lines
+
+CPU = torch.device("cpu")
+KINDS = ("learned", "dedicated", "dense", "text")
+TEACHER = Response("From left to right the digits are 1, 2 and 3.", "1 + 2 = 3, 3 + 3 = 6. So the answer is 6.", "6")
+SHORT = Response("x", "y", "z")
+LONG = Response("Digits 7, 2 and 8. " * 9 + "Digits 4.", "7 + 2 = 9, 9 + 8 = 17. " * 7 + "So it is 17.", "17")
+OTHER = Response("Digits 7, 2 and 8.", "7 + 2 = 9, 9 + 8 = 17.", "17")
+
+
+def written(r: Response) -> str:
+    return f"<caption>{r.caption}</caption>\n<think>{r.think}</think>\n<answer>{r.answer}</answer>"
+
+
+def build(world, kind: str = "learned", dropout: float = 0.0):
+    """A discriminator of random weights whose experts, routers and heads really differ from one another."""
+    discriminator, processor = load_discriminator("--model", world["init"], kind, dropout)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for name, parameter in discriminator.named_parameters():
+            std = 0.2 if ".mlp." in name and "language_model" in name else 0.2 if name == "score.weight" else 0.0
+            parameter.add_(std * torch.randn(parameter.shape, generator=generator))
+    return discriminator.eval(), processor
+
+
+@pytest.fixture(scope="module")
+def learned(world):
+    return build(world)
+
+
+@pytest.fixture(scope="module")
+def prompts(world, learned):
+    """Two prompts with an image, and one without."""
+    without = Example(7, "text", [{"role": "user", "content": [{"type": "text", "text": "What is 1 + 2 + 3?"}]}], [])
+    return encode_prompts(learned[1], [*load_data(world["prompts"])[:2], without])
+
+
+def both_scores(discriminator, processor, comparisons, max_tokens=None):
+    """(M, 4) twice, over all packs: teacher's two and student's two scores as the loss sees them (with dropout while
+    training) and as rewards and metrics do."""
+    members = sum(len(c.students) for c in comparisons)
+    out = torch.full((2, members, 4), torch.nan)
+    packs = view_packs(comparisons, processor, max_tokens, discriminator.kind == "text")
+    with torch.no_grad():
+        for v in packs:
+            out[:, v.students] = discriminator(v.pack, v.views)[:, v.pairs]
+    return out, len(packs)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# No shortcuts
+
+
+@pytest.mark.parametrize("mode", ["eval", "train"])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("max_tokens", [None, 220, 1])
+def test_identical_text_has_no_gap(world, prompts, kind, mode, max_tokens):
+    """Exactly none, in both views: however it was spaced, whatever stands beside it, wherever the packs are cut."""
+    discriminator, processor = build(world, kind, dropout=0.5)
+    discriminator.train(mode == "train")
+    spaced = f" \n{written(TEACHER)}\n".replace("\n", "\n\n \t").replace(">", ">  ").replace("</", "\n</")
+    texts = [written(TEACHER), written(LONG), spaced, written(SHORT), written(TEACHER), None, written(OTHER), spaced]
+    same = torch.tensor([text is not None and parse_response(text) == TEACHER for text in texts])
+    assert same.sum() == 4 and spaced != written(TEACHER)
+    students = [parse_response(text) if text else None for text in texts]
+    scores, packs = both_scores(discriminator, processor, [Comparison(p, TEACHER, students) for p in prompts], max_tokens)
+    assert packs > 1 or max_tokens is None
+    gap = (scores[..., :2] - scores[..., 2:]).view(2, len(prompts), len(texts), 2)
+    assert (gap[:, :, same] == 0).all()  # not nearly: identical
+    valid = torch.tensor([s is not None for s in students])
+    assert (gap[:, :, ~same & valid].abs() > 1e-4).all()  # and the others do differ
+    assert gap[:, :, ~valid].isnan().all()
+    if mode == "train":
+        assert (scores[0] != scores[1])[:, :2].any()  # dropout was at work
+
+
+@pytest.mark.parametrize("block, view", [("caption", 0), ("think", 1), ("answer", 1)])
+def test_one_character_makes_a_gap_in_its_view_alone(learned, prompts, block, view):
+    discriminator, processor = learned
+    text = getattr(TEACHER, block)
+    at = next(i for i, c in enumerate(text) if c.isdigit())
+    student = dataclasses.replace(TEACHER, **{block: text[:at] + "9" + text[at + 1:]})
+    comparisons = [Comparison(p, TEACHER, [SHORT, student]) for p in prompts]
+    for max_tokens in (None, 1):
+        (_, scores), _ = both_scores(discriminator, processor, comparisons, max_tokens)
+        gap = (scores[1::2, :2] - scores[1::2, 2:]).abs()
+        assert (gap[:, view] > 1e-3).all() and (gap[:, 1 - view] == 0).all()
+
+
+def test_no_shortcut_by_the_end_of_sequence(learned, prompts):
+    """A rollout that ended, one that was stopped at its last token, one with padding behind it, the supervision as text."""
+    discriminator, processor = learned
+    eos, pad = processor.tokenizer.eos_token_id, processor.tokenizer.pad_token_id
+    ended = encode_response(processor, written(TEACHER))
+    assert ended[-1] == eos
+    rollouts = [ended, ended[:-1], torch.cat([ended, torch.tensor([pad] * 5)])]
+    students = [parse_response(decode(processor, rollout)) for rollout in rollouts]
+    assert students == [TEACHER] * 3
+    scores, _ = both_scores(discriminator, processor, [Comparison(prompts[0], TEACHER, students)])
+    assert torch.equal(scores[..., :2], scores[..., 2:])
+    (v,) = view_packs([Comparison(prompts[0], TEACHER, [OTHER, LONG])], processor)
+    assert (v.pack.input_ids[0, v.pack.ends] == eos).all()  # every view ends alike, and once
+    assert int((v.pack.targets == eos).sum()) == len(v.views) == 6
+
+
+def test_no_shortcut_by_padding(learned, prompts):
+    """Siblings that are much longer or shorter change nothing."""
+    discriminator, processor = learned
+    _, alone = both_scores(discriminator, processor, [Comparison(prompts[0], TEACHER, [OTHER])])[0]
+    beside = both_scores(discriminator, processor, [Comparison(prompts[0], TEACHER, [LONG, OTHER, SHORT])])[0][1]
+    torch.testing.assert_close(beside[1], alone[0], atol=1e-5, rtol=0)
+
+
+def test_no_shortcut_by_truncation(learned, prompts):
+    """Long responses (the release cuts the supervision to 512 tokens): all their tokens are there, and the last word counts."""
+    discriminator, processor = learned
+    long = Response("Digits 7, 2, 8. " * 100 + "End 1.", "7 + 2 = 9, 9 + 8 = 17. " * 60 + "So it is 17.", "17")
+    views = encode_views(processor, long)
+    assert min(map(len, views)) > 600
+    assert processor.tokenizer.decode(torch.cat([views[0][:-1], views[1][:-1]])) == written(long)
+    changed = dataclasses.replace(long, caption=long.caption[:-2] + "2.", answer="18")
+    for max_tokens in (None, 50):  # a budget cuts packs, not texts
+        for teacher, same, other in ((long, 0, 1), (changed, 1, 0)):
+            comparison = Comparison(prompts[0], teacher, [long, changed])
+            (_, scores), _ = both_scores(discriminator, processor, [comparison], max_tokens)
+            gap = scores[:, :2] - scores[:, 2:]
+            assert (gap[same] == 0).all() and (gap[other].abs() > 1e-4).all()
+
+
+def test_no_shortcut_by_position_or_side(learned, prompts):
+    """A text's scores are its own: as teacher or as student, as the first branch or the last, in this pack or in another."""
+    discriminator, processor = learned
+    texts = [TEACHER, LONG, OTHER, SHORT]
+    orders = [[texts[i] for i in order] for order in ((0, 1, 2, 3), (3, 2, 1, 0), (1, 3, 0, 2), (2, 0, 3, 1))]
+    for prompt in prompts:
+        for max_tokens in (None, 250):
+            comparisons = [Comparison(prompt, first, rest) for first, *rest in orders]
+            (_, scores), _ = both_scores(discriminator, processor, comparisons, max_tokens)
+            found = {text: [] for text in texts}
+            for row, (teacher, student) in zip(scores, [(c.teacher, s) for c in comparisons for s in c.students]):
+                found[teacher].append(row[:2])
+                found[student].append(row[2:])
+            for some in found.values():
+                some = torch.stack(some)
+                assert len(some) == 6 and (some - some[0]).abs().max() < 1e-5
+        (v,) = view_packs(comparisons[:1], processor)
+        starts = v.pack.ends - torch.tensor(v.pack.lengths) + 1
+        assert (v.pack.position_ids[:, 0, starts] == prompt.next_position).all()
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Packed views are separate forwards
+
+
+def alone(discriminator, prompt, view: torch.Tensor, which: int, processor) -> float:
+    """The score of [prompt | view] by transformers' own forward of these weights: its attention, its mask, its positions."""
+    ids = prompt.input_ids
+    image = {}
+    if discriminator.kind == "text":
+        special = {processor.image_token_id, processor.vision_start_token_id, processor.vision_end_token_id}
+        ids = torch.tensor([i for i in ids.tolist() if i not in special])
+    elif prompt.pixel_values is not None:
+        image = {"pixel_values": prompt.pixel_values, "image_grid_thw": prompt.image_grid_thw}
+    both = torch.cat([ids, view])[None]
+    for block in discriminator.sparse if discriminator.kind == "dedicated" else []:
+        block.allowed = torch.ones(both.shape[1], 4, dtype=torch.bool)
+        block.allowed[len(ids):] = torch.tensor([which == 0, which == 0, which == 1, which == 1])
+    discriminator.model.set_attn_implementation({"text_config": "sdpa", "vision_config": "sdpa"})
+    try:
+        hidden = discriminator.model(input_ids=both, attention_mask=torch.ones_like(both), use_cache=False, **image,
+                                     mm_token_type_ids=(both == processor.image_token_id).int()).last_hidden_state[0, -1]
+    finally:
+        discriminator.model.set_attn_implementation({"text_config": "layout", "vision_config": "sdpa"})
+        for block in discriminator.sparse:
+            block.allowed = None
+    return float(hidden @ discriminator.score.weight[which])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_packed_views_are_separate_forwards(world, prompts, kind):
+    discriminator, processor = build(world, kind)
+    comparisons = [Comparison(prompts[0], TEACHER, [OTHER, LONG, None, dataclasses.replace(OTHER, caption=TEACHER.caption)]),
+                   Comparison(prompts[2], OTHER, [TEACHER, SHORT]), Comparison(prompts[1], LONG, [SHORT])]
+    with torch.no_grad():
+        expected = torch.tensor([[alone(discriminator, c.prompt, view, k, processor) for side in (c.teacher, student)
+                                  for k, view in enumerate(encode_views(processor, side))]
+                                 for c in comparisons for student in c.students if student is not None])
+    assert expected.std(0).min() > 0.1 and expected.abs().max() < 10  # real scores, unclamped
+    counts = []
+    for max_tokens in (None, 500, 200, 1):
+        (_, scores), count = both_scores(discriminator, processor, comparisons, max_tokens)
+        counts.append(count)
+        assert (scores[[0, 1, 3, 4, 5, 6]] - expected).abs().max() < 1e-5
+    assert counts[0] == 1 and counts[-1] == 6 and counts == sorted(set(counts))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_image_counts_unless_the_kind_is_text(world, prompts, kind):
+    discriminator, processor = build(world, kind)
+    mine, other = prompts[:2]
+    assert torch.equal(mine.image_grid_thw, other.image_grid_thw) and not torch.equal(mine.pixel_values, other.pixel_values)
+    swapped = dataclasses.replace(mine, pixel_values=other.pixel_values)
+    a, b = (both_scores(discriminator, processor, [Comparison(p, TEACHER, [OTHER])])[0][1] for p in (mine, swapped))
+    if kind == "text":
+        assert torch.equal(a, b)
+        (v,) = view_packs([Comparison(mine, TEACHER, [OTHER])], processor, text_only=True)
+        assert v.pack.pixel_values is None and not (v.pack.input_ids == processor.image_token_id).any()
+    else:
+        assert ((a - b).abs() > 1e-3).all()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_gradient_does_not_depend_on_the_cut(world, prompts, kind):
+    discriminator, processor = build(world, kind)
+    comparisons = [Comparison(prompts[0], TEACHER, [OTHER, LONG, None, TEACHER]),
+                   Comparison(prompts[2], OTHER, [TEACHER, SHORT]), Comparison(prompts[1], LONG, [SHORT, OTHER])]
+    gradients, losses = [], []
+    for max_tokens in (100_000, 300, 1):
+        discriminator.zero_grad(set_to_none=True)
+        judged = judge(discriminator, comparisons, processor, CPU, max_tokens, balance=0.0)
+        gradients.append(torch.cat([p.grad.flatten() for p in discriminator.parameters() if p.grad is not None]))
+        losses.append(judged.sums["discriminator_loss"][0])
+    assert gradients[0].norm() > 0.1
+    for gradient, loss in zip(gradients[1:], losses[1:]):
+        assert (gradient - gradients[0]).norm() < 1e-5 * gradients[0].norm()
+        assert loss == pytest.approx(losses[0], rel=1e-5)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Kinds
+
+
+def test_dedicated_experts(world, prompts):
+    """Perception tokens reach the first half of the experts, reasoning tokens the other half, prompt tokens any."""
+    discriminator, processor = build(world, "dedicated")
+    reached = {0: set(), 1: set(), -1: set()}
+    for v in view_packs([Comparison(p, TEACHER, [OTHER, LONG]) for p in prompts], processor, 400):
+        discriminator(v.pack, v.views)
+        at, views = 0, iter(v.views.tolist())
+        for segment in v.pack.segments:
+            for length, view in [(segment.prompt, -1), *((n, next(views)) for n in segment.branches)]:
+                for block in discriminator.sparse:
+                    reached[view] |= set(block.chosen[at:at + length].flatten().tolist())
+                at += length
+        assert at == v.pack.input_ids.shape[1]
+    assert reached == {0: {0, 1}, 1: {2, 3}, -1: {0, 1, 2, 3}}
+
+
+def test_dense_has_no_experts_and_upcycling_without_noise_is_dense(world, prompts):
+    dense, processor = build(world, "dense")
+    assert dense.sparse == [] and not any(isinstance(m, SparseMLP) for m in dense.modules())
+    comparisons = [Comparison(p, TEACHER, [OTHER, LONG]) for p in prompts]
+    (_, expected), _ = both_scores(dense, processor, comparisons)
+    upcycle(dense.model, noise_std=0.0, router_std=1.0)
+    assert len(dense.sparse) == 2
+    (_, scores), _ = both_scores(dense, processor, comparisons)
+    assert all(len(block.chosen.unique()) == 4 for block in dense.sparse)
+    torch.testing.assert_close(scores, expected, atol=1e-5, rtol=0)
+    judged = judge(dense, comparisons, processor, CPU, 1000, learn=False)
+    assert "balance_loss" in judged.sums and (judged.expert_tokens.sum(-1) > 0).all()
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# What cannot be compared is left out in the open
+
+
+def pair_rows(world) -> tuple[list[dict], int]:
+    """Pairs in both released schemas, three of them unusable, and their number."""
+    folder = os.path.dirname(world["prompts"])
+    rows = []
+    for number, row in enumerate([json.loads(line) for line in open(world["prompts"])][:15]):
+        teacher, student = row["response"], row["response"].replace("digits are", "digits may be")
+        pair = {"image": os.path.join(folder, row["image"])}
+        if number == 3:
+            student = student.replace("</think>", "")  # breaks the format
+        if number == 6:
+            teacher = "What I see: " + teacher  # breaks the format
+        if number == 9:
+            student = student.replace("<think>", "<think>" + "1 + 1 = 2. " * 80)  # too long
+        if number % 2:
+            pair |= {"question": row["question"], "teacher_response": teacher, "student_response": student}
+        else:
+            pair |= {"prompt": row["question"]}
+            for side, text in (("teacher", teacher), ("student", student)):
+                caption, cot = text.split("</caption>\n")
+                pair |= {f"{side}_caption": caption + "</caption>", f"{side}_cot": cot}
+        rows.append(pair)
+    return rows, 3
+
+
+@pytest.mark.parametrize("share", [0, 0.5])
+def test_pairs_in_both_schemas_and_those_that_are_left_out(world, tmp_path, share):
+    rows, bad = pair_rows(world)
+    data, out = tmp_path / "pairs.jsonl", tmp_path / "d"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    done = launch("discriminator.py", "--model", world["init"], "--data", data, "--output_dir", out, "--max_length", 400,
+                  "--per_device_train_batch_size", 2, "--gradient_accumulation_steps", 2, "--validation_share", share)
+    left = {row["row"]: row["why"] for row in lines(out / "left_out.jsonl")}
+    assert set(left) == {f"{data}:4", f"{data}:7", f"{data}:10"} and all(where in done.stderr for where in left)
+    assert "student" in left[f"{data}:4"] and "format" in left[f"{data}:4"]
+    assert "teacher" in left[f"{data}:7"] and "format" in left[f"{data}:7"]
+    assert "--max_length 400" in left[f"{data}:10"]
+    steps = lines(out / "metrics.jsonl")
+    assert steps[-1]["rows_left_out"] == bad
+    if share:  # only pairs that were compared count as held out
+        assert steps[-1]["validation_pairs"] == 8 - len(set(left) & held_out(rows, data, 8))
+        assert 0 <= steps[-1]["validation_pair_accuracy_perception"] <= 1
+        assert steps[-1]["validation_pair_accuracy_reasoning"] is None or not set(left)  # reasoning is the same on both sides
+
+
+def held_out(rows, data, count: int, seed: int = 0) -> set[str]:
+    order = [f"{data}:{number + 1}" for number in range(len(rows))]
+    random.Random(seed).shuffle(order)
+    return set(order[:count])
+
+
+def test_a_pair_file_with_missing_fields_is_one_line(world, tmp_path):
+    """It names what was found and what was expected."""
+    rows, _ = pair_rows(world)
+    del rows[1]["student_response"]
+    data = tmp_path / "pairs.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    said = fails("discriminator.py", "--model", world["init"], "--data", data, "--output_dir", tmp_path / "d")
+    assert f"{data}:2" in said
+    for found in ("image", "question", "teacher_response"):
+        assert found in said
+    for expected in ("student_response", "student_caption", "student_cot"):
+        assert expected in said
+    assert not (tmp_path / "d").exists()
+
+
+def test_a_model_without_gated_mlps_is_one_line(world, tmp_path):
+    """A LLaVA on Phi, whose MLPs are fc1 and fc2."""
+    text = PhiConfig(vocab_size=600, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4)
+    vision = CLIPVisionConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, image_size=32,
+                              patch_size=8)
+    model = LlavaForConditionalGeneration(LlavaConfig(text_config=text, vision_config=vision, image_token_index=5))
+    model.save_pretrained(tmp_path / "phi")
+    save_processor(load_processor(world["init"]), tmp_path / "phi")
+    rows, _ = pair_rows(world)
+    data = tmp_path / "pairs.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    said = fails("discriminator.py", "--model", tmp_path / "phi", "--data", data, "--output_dir", tmp_path / "d")
+    assert "--model" in said and "PhiMLP" in said and "fc1" in said  # what was found
+    assert "gate_proj" in said and "up_proj" in said and "down_proj" in said  # what was expected
+
+
+def test_a_prompt_without_a_valid_rollout_adds_nothing(learned, prompts):
+    discriminator, processor = learned
+    some = [Comparison(prompts[0], TEACHER, [OTHER, None])]
+    none = Comparison(prompts[1], OTHER, [None, None])
+    results = []
+    for comparisons in (some, [none, *some, none]):
+        discriminator.zero_grad(set_to_none=True)
+        judged = judge(discriminator, comparisons, processor, CPU, 1000, balance=0.01)
+        results.append((judged, [p.grad.clone() for p in discriminator.parameters()]))
+    (one, g1), (two, g2) = results
+    assert all(torch.equal(a, b) for a, b in zip(g1, g2))
+    assert one.sums == two.sums and torch.equal(one.expert_tokens, two.expert_tokens)
+    assert torch.equal(two.student[2], one.student[0]) and two.student[[0, 1, 3, 4, 5]].isnan().all()
+
+
+def test_align_counts_prompts_without_a_valid_rollout(world, tmp_path):
+    """A policy of random weights never meets the format: no discriminator loss, the rewards by the rule, all counted."""
+    out = tmp_path / "a"
+    launch("align.py", "--ckpt", world["init"], "--data", world["prompts"], "--output_dir", out, "--num_generations", 3,
+           "--max_steps", 1, "--warmup_steps", 1, "--max_completion_length", 8, "--per_device_train_batch_size", 2)
+    for step in lines(out / "metrics.jsonl"):
+        assert step["prompts_without_valid"] == 2 and step["ranks_without_valid"] == 1 and step["format_valid"] == 0
+        assert step["d_grad_norm"] == 0
+        for name in ("discriminator_loss", "score_gap_perception", "pair_accuracy_reasoning", "score_student_perception",
+                     "score_teacher_reasoning"):
+            assert step[name] is None, name  # nothing stands in for what was not measured
+    assert {row["advantage"] for row in lines(out / "rollouts.jsonl")} == {-1.5}
+    assert all(row["score_perception"] is None for row in lines(out / "rollouts.jsonl"))
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Trained, it keeps the causes apart
+
+
+LOOKALIKE = {a: b for pair in ("38", "71", "94", "56", "02") for a, b in (pair, pair[::-1])}
+
+
+def misread(text: str, rng: random.Random) -> str:
+    """One digit becomes its look-alike, and as often the other way round: which of the two it is, only the image tells."""
+    at = rng.choice([i for i, c in enumerate(text) if c.isdigit()])
+    return text[:at] + LOOKALIKE[text[at]] + text[at + 1:]
+
+
+def corrupted(exact: Response, rng: random.Random) -> list[Response]:
+    """Only the caption wrong, only the reasoning (the digit that it looks at, not its answer), both."""
+    caption, (digit, rest) = misread(exact.caption, rng), exact.think.split(" ", 1)
+    think = f"{misread(digit, rng)} {rest}"
+    return [Response(caption, exact.think, exact.answer), Response(exact.caption, think, exact.answer),
+            Response(caption, think, exact.answer)]
+
+
+@pytest.fixture(scope="module")
+def trained_judge(tmp_path_factory):
+    """A discriminator upcycled from a policy that reads a digit, trained on corrupted responses; and held-out comparisons
+    (CAPTION, REASONING, BOTH are the students of each), of scans that neither has seen."""
+    folder = tmp_path_factory.mktemp("one")
+    paths = digits.build(folder / "world", digits.World(
+        digits=1, kinds=["count"], train_share=0.9, validation_share=0.05, pretrain_rows=1350, sft_rows=20, prompt_rows=200,
+        validation_rows=4, test_rows=4))
+    policy = folder / "policy"
+    launch("sft.py", "--model", paths["init"], "--data", paths["pretrain"], "--output_dir", policy, "--max_steps", 200,
+           "--learning_rate", 4e-3, "--per_device_train_batch_size", 32)
+    discriminator, processor = load_discriminator("--model", str(policy))
+    start = time.perf_counter()
+    optimizer = torch.optim.AdamW(discriminator.parameters(), lr=1e-3, weight_decay=0.01)
+    rng = random.Random(0)
+
+    def encoded(name):
+        examples = load_data(paths[name])
+        return list(zip(encode_prompts(processor, examples), (parse_response(e.response) for e in examples)))
+
+    def comparisons(rows):
+        return [Comparison(prompt, exact, corrupted(exact, rng)) for prompt, exact in rows]
+
+    rows, steps, rate = encoded("pretrain"), 140, 1e-3
+    discriminator.train()
+    for step in range(1, steps + 1):
+        judge(discriminator, comparisons(rng.sample(rows, 24)), processor, CPU, 16384)
+        optimizer_step(discriminator, optimizer, learning_rate_at(step, steps, rate, 0.1, "cosine"), 1.0)
+    print(f"trained in {time.perf_counter() - start:.0f} s")
+    return discriminator.eval(), processor, comparisons(encoded("prompts"))
+
+
+CAPTION, REASONING, BOTH = range(3)
+
+
+def effect(higher: torch.Tensor, lower: torch.Tensor) -> float:
+    """Cohen's d: the difference of the means in pooled standard deviations."""
+    return float((higher.mean() - lower.mean()) / ((higher.var() + lower.var()) / 2).sqrt())
+
+
+def test_a_trained_discriminator_keeps_causes_apart(trained_judge):
+    discriminator, processor, held = trained_judge
+    judged = judge(discriminator, held, processor, CPU, 4000, learn=False)
+    exact, wrong = (scores.view(len(held), 3, 2) for scores in (judged.teacher, judged.student))
+    for view, spoiled, spared in ((0, CAPTION, REASONING), (1, REASONING, CAPTION)):
+        for student in (spoiled, BOTH):
+            accuracy = (exact[:, student, view] > wrong[:, student, view]).float().mean()
+            d = effect(exact[:, student, view], wrong[:, student, view])
+            print(f"view {view}, student {student}: pair accuracy {accuracy:.3f}, d = {d:.2f}")
+            assert accuracy > 0.9 and d > 1
+        # The other view does not contain what was spoiled: not a small effect but none.
+        assert torch.equal(exact[:, spared, view], wrong[:, spared, view])
+    for name in ("perception", "reasoning"):
+        right, count = judged.sums[f"pair_accuracy_{name}"]
+        assert count == 2 * len(held) and right / count > 0.9
+
+    # Nor by being computed once: beside other texts, in another pack, on the other side, the spared view scores the same.
+    spoiled = [Comparison(c.prompt, c.students[CAPTION], [SHORT, c.students[REASONING]]) for c in held]
+    again = judge(discriminator, spoiled, processor, CPU, 700, learn=False)
+    torch.testing.assert_close(again.teacher.view(-1, 2, 2)[:, 0, 1], exact[:, 0, 1], atol=1e-4, rtol=0)
+    torch.testing.assert_close(again.student.view(-1, 2, 2)[:, 1, 0], exact[:, 0, 0], atol=1e-4, rtol=0)
+
+
+def test_a_trained_discriminator_judges_texts_and_not_sides(trained_judge):
+    """Sides swapped, the exact response still wins: what was learned is not "teacher"."""
+    discriminator, processor, held = trained_judge
+    swapped = [Comparison(c.prompt, c.students[BOTH], [c.teacher, c.students[BOTH]]) for c in held]
+    judged = judge(discriminator, swapped, processor, CPU, 4000, learn=False)
+    teacher, student = judged.teacher.view(-1, 2, 2), judged.student.view(-1, 2, 2)
+    assert ((student > teacher)[:, 0].float().mean(0) > 0.9).all()
+    assert torch.equal(student[:, 1], teacher[:, 1])
+
+
+def test_a_trained_discriminator_looks_at_the_image(trained_judge):
+    """With the images of other prompts the caption's score says nothing any more."""
+    discriminator, processor, held = trained_judge
+    moved = [dataclasses.replace(c, prompt=dataclasses.replace(c.prompt, pixel_values=d.prompt.pixel_values))
+             for c, d in zip(held, held[1:] + held[:1])]
+    judged = judge(discriminator, moved, processor, CPU, 4000, learn=False)
+    right, count = judged.sums["pair_accuracy_perception"]
+    print(f"with other images: pair accuracy {right / count:.3f}")
+    assert right / count < 0.7
