@@ -448,6 +448,7 @@ class DiscriminatorConfig:
     max_image_size: int = 560  # paper: 560 px on the long side; larger ones are scaled down
     max_tokens_per_pack: int = 16384
     max_completion_length: int = 6144  # of the policy's samples
+    per_device_eval_batch_size: int = 64  # prompts that the policy answers at a time
     score_l2: float = 0.001  # paper: 0.001
     router_aux_loss_coef: float = 0.01  # paper: 0.01
     validation_share: float = 0.05  # of the pairs, held out
@@ -464,7 +465,7 @@ def sample_students(examples: list[Example], config: DiscriminatorConfig, device
     """One response of the policy to each prompt, as the student of its pair; all pairs are also written to `path`."""
     policy, processor = load_policy("--policy", config.policy)
     policy = shard(policy, device)
-    batch = 64 * world_size()
+    batch = config.per_device_eval_batch_size * world_size()
     stream = batches(examples, processor, batch, config.seed, 0, len(examples), (rank(), world_size()))
     for _ in tqdm(range(math.ceil(len(examples) / batch)), desc="sampling the policy", disable=rank() != 0):
         rows = next(stream)

@@ -426,7 +426,7 @@ def trained_judge(tmp_path_factory):
         digits=1, kinds=["count"], train_share=0.9, validation_share=0.05, pretrain_rows=1350, sft_rows=20, prompt_rows=200,
         validation_rows=4, test_rows=4))
     policy = folder / "policy"
-    launch("sft.py", "--model", paths["init"], "--data", paths["pretrain"], "--output_dir", policy, "--max_steps", 200,
+    launch("sft.py", "--model", paths["init"], "--data", paths["pretrain"], "--output_dir", policy, "--max_steps", 150,
            "--learning_rate", 4e-3, "--per_device_train_batch_size", 32)
     discriminator, processor = load_discriminator("--model", str(policy))
     start = time.perf_counter()
@@ -440,7 +440,7 @@ def trained_judge(tmp_path_factory):
     def comparisons(rows):
         return [Comparison(prompt, exact, corrupted(exact, rng)) for prompt, exact in rows]
 
-    rows, steps, rate = encoded("pretrain"), 140, 1e-3
+    rows, steps, rate = encoded("pretrain"), 100, 1e-3
     discriminator.train()
     for step in range(1, steps + 1):
         judge(discriminator, comparisons(rng.sample(rows, 24)), processor, CPU, 16384)
