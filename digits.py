@@ -93,7 +93,7 @@ SETTINGS: dict[str, dict] = {
     "sft": dict(max_steps=150, learning_rate=1e-3, per_device_train_batch_size=32),
     "discriminator": dict(max_steps=60, learning_rate=3e-4, per_device_train_batch_size=32, gradient_accumulation_steps=1,
                           max_completion_length=96, per_device_eval_batch_size=256),
-    "align": dict(max_steps=80, learning_rate=1e-4, discriminator_learning_rate=1e-4, warmup_steps=60,
+    "align": dict(max_steps=80, learning_rate=1e-4, discriminator_learning_rate=3e-4, warmup_steps=60,
                   warmup_learning_rate=3e-4, per_device_train_batch_size=16, num_generations=8, max_completion_length=96),
     "rlvr": dict(max_steps=100, learning_rate=3e-4, per_device_train_batch_size=16, num_generations=8,
                  max_completion_length=96, overlong_buffer=32),
