@@ -31,6 +31,7 @@ from data import UserError, load_processor, write_processor
 import contextlib
 import fcntl
 import json
+import math
 import os
 import random
 import re
@@ -225,6 +226,10 @@ def split_scans(world: World) -> dict[str, dict[int, list[int]]]:
 def draw(name: str, rows: int, scans: dict[int, list[int]], world: World, root: Path,
          used: set[tuple[int, ...]]) -> Iterator[tuple[str, str, list, tuple[int, ...], str]]:
     """`rows` examples (kind, question, details, digits, image path), their images written. No picture occurs twice."""
+    free = math.prod([sum(map(len, scans.values()))] * world.digits) - sum(len(p) == world.digits for p in used)
+    if rows > free or not all(scans.get(digit) for digit in range(10)):
+        raise UserError(f"digits: {rows} rows of {name} are more than its {sum(map(len, scans.values()))} scans give without "
+                        f"repeating pictures; ask for fewer rows, more digits, or another split")
     rng = random.Random(f"{world.seed} {name}")
     pictures = scans_of_digits().images
     kinds = [world.kinds[i % len(world.kinds)] for i in range(rows)]

@@ -44,5 +44,5 @@ def trained(world, tmp_path_factory) -> str:
     """A policy that has learned the format, by stage 1's own code."""
     out = tmp_path_factory.mktemp("trained") / "sft"
     launch("sft.py", "--model", world["init"], "--data", world["pretrain"], "--output_dir", out, "--max_steps", 150,
-           "--learning_rate", 4e-3, "--per_device_train_batch_size", 16)
+           "--learning_rate", 4e-3, "--per_device_train_batch_size", 32)
     return str(out)

@@ -79,7 +79,7 @@ def test_align_makes_its_own_discriminator(world, trained, tmp_path):
 def test_rlvr_run(world, trained, tmp_path, algorithm):
     out = tmp_path / algorithm
     launch("rlvr.py", "--ckpt", trained, "--data", world["prompts"], "--output_dir", out, "--algorithm", algorithm,
-           "--max_steps", 2, "--num_generations", 4, "--per_device_train_batch_size", 2, "--num_minibatches", 2,
+           "--max_steps", 2, "--num_generations", 4, "--per_device_train_batch_size", 8, "--num_minibatches", 2,
            "--learning_rate", 1e-3, "--beta", 0.01 if algorithm == "grpo" else 0, "--overlong_buffer", 8,
            "--report_to", "tensorboard", *TINY)
     steps = lines(out / "metrics.jsonl")
