@@ -6,7 +6,6 @@ compared before anything is timed. They alternate; the last line is the smallest
 
     python benchmarks/policy_update.py [--hidden_size 256 --layers 4]
 """
-import argparse
 import os
 import statistics
 import sys
@@ -15,7 +14,7 @@ import time
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
 
-from rollout import IMAGE, build, prompt, repeated
+from rollout import IMAGE, arguments, build, prompt, repeated
 
 import torch
 
@@ -26,11 +25,7 @@ CASES = [(302, 92, 4.0), (1070, 101, 8.0), (302, 423, 2.0)]  # prompt tokens, me
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--hidden_size", type=int, default=256)
-    parser.add_argument("--layers", type=int, default=4)
-    parser.add_argument("--repeats", type=int, default=3)
-    args = parser.parse_args()
+    args = arguments()
     ours, theirs = build(args.hidden_size, args.layers)
     results = []
     for prompt_tokens, mean, goal in CASES:

@@ -66,12 +66,17 @@ def repeated(prompts: list[Prompt], times: int) -> dict:
                 image_grid_thw=torch.cat([p.image_grid_thw for p in prompts for _ in range(times)]))
 
 
-def main() -> None:
+def arguments() -> argparse.Namespace:
+    """The size of the made-up model, and how often each side is timed."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--hidden_size", type=int, default=256)
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--repeats", type=int, default=3)
-    args = parser.parse_args()
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = arguments()
     ours, theirs = build(args.hidden_size, args.layers)
     prompts = [prompt(i, 302) for i in range(4)]
     ends = list(range(100, 100 + 2048 // 92))  # random weights: about 1/2048 each
