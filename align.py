@@ -123,7 +123,7 @@ def train() -> None:
 
     flag = "--discriminator" if config.discriminator else "--discriminator_base"
     discriminator, d_processor = load_discriminator(flag, config.discriminator or config.discriminator_base or config.ckpt,
-                                                    config.experts, seed=config.seed)
+                                                    None if config.discriminator else config.experts, seed=config.seed)
     same_tokens = processor.tokenizer.get_vocab() == d_processor.tokenizer.get_vocab()
     if not same_tokens or str(processor.image_processor) != str(d_processor.image_processor):
         raise UserError(f"{flag}: its tokenizer or image processor is not the policy's; prompts are encoded once for both")

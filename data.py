@@ -37,8 +37,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import torch
 from huggingface_hub import snapshot_download
 from PIL import Image
-from transformers import AutoProcessor, PreTrainedTokenizerBase, Qwen2Tokenizer, Qwen3VLProcessor
-from transformers.utils import is_torchvision_available
+from transformers import AutoProcessor, PreTrainedTokenizerBase, ProcessorMixin, Qwen2Tokenizer, Qwen3VLProcessor
 
 
 class UserError(Exception):
@@ -175,23 +174,29 @@ def parse_row(row: dict, index: int, where: str) -> Example:
         where=where,
         messages=messages,
         images=images,
-        response=response or row.get("response") or _side(row, "teacher"),
-        student=_side(row, "student"),
+        response=_text(response or row.get("response") or _side(row, "teacher", where), "the response", where),
+        student=_text(_side(row, "student", where), "the student's response", where),
         answer=answers or None,
         captions=[captions] if isinstance(captions, str) else list(captions),
         source=str(row.get("source") or row.get("data_source") or "data"),
     )
 
 
-def _side(row: dict, side: str) -> str | None:
+def _side(row: dict, side: str, where: str) -> str | None:
     """A pair's response: `<side>_response`, or `<side>_caption` and `<side>_cot` put together."""
     if row.get(f"{side}_response"):
         return row[f"{side}_response"]
-    caption, cot = row.get(f"{side}_caption"), row.get(f"{side}_cot")
-    if not caption or not cot:
+    caption, cot = (_text(row.get(f"{side}_{part}") or None, f"{side}_{part}", where) for part in ("caption", "cot"))
+    if caption is None or cot is None:
         return None
     caption = caption.strip() if "<caption>" in caption else f"<caption>{caption.strip()}</caption>"
     return f"{caption}\n{cot.strip()}"
+
+
+def _text(value, name: str, where: str) -> str | None:
+    if value is not None and not isinstance(value, str):
+        raise UserError(f"{where}: {name} must be text, found {type(value).__name__}")
+    return value
 
 
 def _content(content, where: str) -> list[dict]:
@@ -276,12 +281,16 @@ def batch_indices(step: int, batch_size: int, rows: int, seed: int, total: int |
 
 @dataclass
 class Prompt:
-    """System + image + question, up to where the response begins. L tokens, V vision patches of d values, I images."""
+    """System + image + question, up to where the response begins. L tokens, I images.
+
+    Images are what the model's processor makes of them: in the Qwen-VL family V patches of d values and each image's grid, in
+    models with images of one size (LLaVA, InternVL) pixels alone, one entry an image or tile.
+    """
 
     index: int  # the row's identity
     input_ids: torch.Tensor  # (L,)
-    position_ids: torch.Tensor  # (3, L), mrope
-    pixel_values: torch.Tensor | None = None  # (V, d)
+    position_ids: torch.Tensor  # (3, L), mrope; three times the same where a model counts tokens only
+    pixel_values: torch.Tensor | None = None  # (V, d), or (I, channels, height, width)
     image_grid_thw: torch.Tensor | None = None  # (I, 3)
 
     @property
@@ -306,26 +315,36 @@ def encode_prompts(processor, examples: list[Example], max_image_size: int | Non
     if max_image_size is not None:
         for image in (image for some in images for image in some):
             image.thumbnail((max_image_size, max_image_size))
+    for example, text in zip(examples, texts):
+        if text.count(processor.image_token) != len(example.images):  # the model would look for an image that is not there
+            raise UserError(f"{example.where}: the text contains {processor.image_token}, which stands for images; remove it")
     try:
         inputs = processor(text=texts, images=images if any(images) else None)
     except (ValueError, IndexError, StopIteration) as error:
         if len(examples) > 1:  # which row is it?
             return [prompt for e in examples for prompt in encode_prompts(processor, [e], max_image_size)]
         raise UserError(f"{examples[0].where}: the processor refuses the row ({error}); mend or remove it") from None
-    grids = torch.as_tensor(inputs["image_grid_thw"]) if any(images) else torch.zeros(0, 3, dtype=torch.long)
+    known = {"input_ids", "attention_mask", "mm_token_type_ids", "token_type_ids", "pixel_values", "image_grid_thw"}
+    unknown = set(inputs) - known
+    if unknown:
+        raise UserError(f"{type(processor).__name__} gives {', '.join(sorted(unknown))} with an image; only models that take "
+                        f"pixel_values, with or without image_grid_thw, can be trained here")
+    if any(images) and "image_grid_thw" not in inputs and len(examples) > 1:  # nothing says which pixels are whose
+        return [prompt for e in examples for prompt in encode_prompts(processor, [e], max_image_size)]
+    grids = torch.as_tensor(inputs.get("image_grid_thw", torch.zeros(0, 3, dtype=torch.long)))
     pixels = torch.as_tensor(inputs["pixel_values"]) if any(images) else None
-    merge = processor.image_processor.merge_size
     prompts, image, patch = [], 0, 0
     for example, ids in zip(examples, inputs["input_ids"]):
         ids, grid = torch.tensor(ids), grids[image:image + len(example.images)]
-        patches = int(grid.prod(1).sum())
-        # A question may itself contain "<|image_pad|>": the model would look for an image that is not there.
-        if int((ids == processor.image_token_id).sum()) != patches // merge**2:
-            raise UserError(f"{example.where}: the text contains {processor.image_token}, which stands for images; remove it")
-        positions = mrope_positions(ids, grid, processor.image_token_id, merge)
-        own = (pixels[patch:patch + patches], grid) if len(grid) else (None, None)
+        if len(grid):
+            positions = mrope_positions(ids, grid, processor.image_token_id, processor.image_processor.merge_size)
+            patches = int(grid.prod(1).sum())
+            own = pixels[patch:patch + patches], grid
+            image, patch = image + len(grid), patch + patches
+        else:
+            positions = torch.arange(len(ids)).expand(3, -1)
+            own = (pixels, None) if example.images else (None, None)
         prompts.append(Prompt(example.index, ids, positions, *own))
-        image, patch = image + len(grid), patch + patches
     return prompts
 
 
@@ -404,11 +423,10 @@ def encode_views(processor, response: Response) -> tuple[torch.Tensor, torch.Ten
 def blank_group(processor) -> Group:
     """A blank image that nobody reads. Sharded ranks put it into packs without images, so that every rank calls the
     vision tower's collectives; no branch attends to it, so values and gradients stay exactly what they were."""
-    image = processor.image_processor
-    ids = [processor.vision_start_token_id, processor.image_token_id, processor.vision_end_token_id]
-    pixels = torch.zeros(image.merge_size**2, 3 * image.temporal_patch_size * image.patch_size**2)
-    grid = torch.tensor([[1, image.merge_size, image.merge_size]])
-    return Group(Prompt(-1, torch.tensor(ids), torch.arange(3).expand(3, 3), pixels, grid), [])
+    picture = io.BytesIO()
+    Image.new("RGB", (1, 1)).save(picture, "PNG")  # the processor makes it as large as it must be
+    blank = Example(-1, "the blank image", [{"role": "user", "content": [{"type": "image"}]}], [picture.getvalue()])
+    return Group(encode_prompts(processor, [blank])[0], [])
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -496,6 +514,7 @@ def _pack(groups: list[Group], parts: list[tuple[int, list[int]]]) -> Pack:
         positions.append(prompt.position_ids)
         if prompt.pixel_values is not None:
             pixels.append(prompt.pixel_values)
+        if prompt.image_grid_thw is not None:
             grids.append(prompt.image_grid_thw)
         at += len(prompt.input_ids)
         last, following = at - 1, prompt.next_position
@@ -554,7 +573,12 @@ def load_processor(path: str | Path) -> Qwen3VLProcessor:
     directory = Path(path)
     if not directory.is_dir():
         directory = Path(snapshot_download(str(path), allow_patterns=[*PROCESSOR_FILES, "config.json"]))
-    processor = (AutoProcessor if is_torchvision_available() else ImageTextProcessor).from_pretrained(directory)
+    try:
+        processor = AutoProcessor.from_pretrained(directory)
+    except ImportError:  # the video processor wants torchvision
+        processor = None
+    if not isinstance(processor, ProcessorMixin):  # or the same is passed over, and a bare tokenizer comes back
+        processor = ImageTextProcessor.from_pretrained(directory)
     if processor.chat_template is None:  # it may stand in tokenizer_config.json only
         processor.chat_template = processor.tokenizer.chat_template
     processor.original_files = _read_files(directory)
@@ -563,6 +587,10 @@ def load_processor(path: str | Path) -> Qwen3VLProcessor:
 
 def save_processor(processor: Qwen3VLProcessor, path: str | Path) -> None:
     """Write the processor beside a checkpoint. Files it was loaded from come back byte for byte, so nothing is lost."""
+    if not isinstance(processor, Qwen3VLProcessor):  # another model's layout, of which only its own files are known here
+        for name, content in processor.original_files.items():
+            (Path(path) / name).write_bytes(content)
+        return
     image = json.loads(processor.image_processor.to_json_string())
     write_processor(path, processor.tokenizer, image, processor.chat_template, getattr(processor, "original_files", {}))
 
@@ -606,9 +634,12 @@ def write_processor(path: str | Path, tokenizer: PreTrainedTokenizerBase, image:
 
 
 def _read_files(directory: Path) -> dict[str, bytes]:
-    """The processor's files as they are, the nested file of transformers 5 taken apart into the two published ones."""
+    """The processor's files as they are; Qwen's nested file of transformers 5 taken apart into the two published ones."""
     files = {name: (directory / name).read_bytes() for name in PROCESSOR_FILES if (directory / name).is_file()}
-    nested = json.loads(files.pop("processor_config.json", b"{}"))
+    nested = json.loads(files.get("processor_config.json", b"{}"))
+    if "Qwen" not in nested.get("processor_class", "Qwen"):
+        return files
+    files.pop("processor_config.json", None)
     for part, name in (("image_processor", "preprocessor_config.json"),
                        ("video_processor", "video_preprocessor_config.json")):
         if part in nested:

@@ -32,6 +32,7 @@ import json
 import math
 import os
 import random
+import re
 from dataclasses import dataclass
 
 import torch
@@ -40,10 +41,10 @@ import torch.nn.functional as F
 from huggingface_hub import snapshot_download
 from safetensors import safe_open
 from tqdm import tqdm
-from transformers import AutoModelForImageTextToText, Qwen3VLMoeConfig, Qwen3VLMoeForConditionalGeneration
+from transformers import AutoModelForImageTextToText, Qwen3VLMoeConfig
 
-from model import (PackAttention, all_sum, even_packs, full_state, generate, learning_rate_at, load_policy, optimizer_step,
-                   rank, read_config, setup, shard, world_size)
+from model import (all_sum, attend_by_layout, even_packs, full_state, generate, inputs, learning_rate_at, load_policy,
+                   optimizer_step, rank, read_config, setup, shard, world_size)
 from run import Run, accumulate, main, parse, ratio, say
 
 EXPERTS = ("learned", "dedicated", "dense", "text")
@@ -110,8 +111,8 @@ def upcycle(backbone, num_experts: int = 4, top_k: int = 2, noise_std: float = 0
     for layer in backbone.language_model.layers:
         mlp = layer.mlp
         if not all(hasattr(mlp, name) for name in ("gate_proj", "up_proj", "down_proj")):
-            raise UserError(f"--model: upcycling needs MLPs with gate_proj, up_proj and down_proj, found {type(mlp).__name__}"
-                            f" with {sorted(n for n, _ in mlp.named_children())}; choose another, or --experts dense")
+            raise UserError(f"upcycling needs MLPs with gate_proj, up_proj and down_proj, found {type(mlp).__name__} with "
+                            f"{sorted(n for n, _ in mlp.named_children())}; choose another model, or --experts dense")
         gate_up = torch.cat([mlp.gate_proj.weight.data, mlp.up_proj.weight.data])
         copies = [(gate_up + noise(gate_up, noise_std), mlp.down_proj.weight.data + noise(mlp.down_proj.weight, noise_std))
                   for _ in range(num_experts)]
@@ -146,9 +147,7 @@ class Discriminator(torch.nn.Module):
             for mlp in self.sparse:
                 half = torch.arange(len(mlp.gate.weight), device=owner.device) * 2 // len(mlp.gate.weight)
                 mlp.allowed = (owner[:, None] < 0) | (owner[:, None] == half)
-        hidden = self.model(input_ids=pack.input_ids, position_ids=pack.position_ids, pixel_values=pack.pixel_values,
-                            image_grid_thw=pack.image_grid_thw, use_cache=False,
-                            layout=PackAttention(pack)).last_hidden_state[0, pack.ends]
+        hidden = self.model(**inputs(self.model, pack)).last_hidden_state[0, pack.ends]
         both = torch.stack([self.score(self.dropout(hidden)), self.score(hidden)])
         return both.gather(2, views.expand(2, -1)[..., None])[..., 0].float().clamp(-10, 10)
 
@@ -254,7 +253,8 @@ def view_packs(comparisons: list[Comparison], processor, max_tokens: int | None 
 
 def without_images(processor, prompt: Prompt) -> Prompt:
     """The text-only ablation: the image's tokens and their brackets leave, the rest closes up."""
-    gone = torch.tensor([processor.image_token_id, processor.vision_start_token_id, processor.vision_end_token_id])
+    names = ("image_token_id", "vision_start_token_id", "vision_end_token_id")
+    gone = torch.tensor([getattr(processor, name) for name in names if hasattr(processor, name)])
     ids = prompt.input_ids[~torch.isin(prompt.input_ids, gone)]
     return Prompt(prompt.index, ids, torch.arange(len(ids)).expand(3, -1))
 
@@ -290,7 +290,8 @@ def judge(discriminator, comparisons: list[Comparison], processor, device, max_t
         for v in packs:
             v = v.to(device)
             scores = discriminator(v.pack, v.views)
-            pairs = scores[:, v.pairs]  # (2, U, 4)
+            # (2, U, 4). Not scores[:, v.pairs]: a teacher is in many pairs, and its gradient would be summed in no fixed order.
+            pairs = scores.index_select(1, v.pairs.flatten()).view(2, -1, 4)
             pack_loss = discriminator_loss(pairs[0], max(num_pairs, 1), score_l2)
             if sparse:
                 balanced = balance_loss([m.probabilities for m in sparse], [m.chosen for m in sparse])
@@ -336,31 +337,31 @@ def expert_shares(judgement: Judgement) -> dict[str, list]:
 # Hugging Face directories in and out
 
 
-def load_discriminator(flag: str, path: str, kind: str = "learned", dropout: float = 0.1, seed: int = 0):
-    """-> (discriminator, processor). A dense vision-language model is upcycled; a directory in the layout of
-    `Qwen3VLMoeForConditionalGeneration` (ours, or the released one) is loaded as it is, with its score head or heads."""
-    if kind not in EXPERTS:
+def load_discriminator(flag: str, path: str, kind: str | None = None, dropout: float = 0.1, seed: int = 0):
+    """-> (discriminator, processor). A dense vision-language model is upcycled; a discriminator, ours or the released one, is
+    loaded as it is, with its score head or heads. `kind` None: what a discriminator says it is, else learned."""
+    if kind not in (None, *EXPERTS):
         raise UserError(f"--experts {kind}: choose one of {', '.join(EXPERTS)}")
     config = read_config(flag, path)
+    saved = getattr(config, "prism_experts", None)
+    if saved and kind and saved != kind:
+        raise UserError(f"{flag} {path}: a discriminator of --experts {saved}, not {kind}; pass that, or another directory")
+    kind = saved or kind or "learned"
     try:
         whole = AutoModelForImageTextToText.from_pretrained(path, dtype=torch.float32)
         processor = load_processor(path)
     except Exception as error:
         raise UserError(f"{flag} {path}: neither a dense vision-language model nor {Qwen3VLMoeConfig.model_type}, but "
                         f"{config.model_type} ({str(error).strip().splitlines()[0][:120]})") from None
-    backbone = whole.model
-    if not hasattr(backbone, "language_model"):
+    backbone = whole.base_model
+    layers = getattr(getattr(backbone, "language_model", None), "layers", None)
+    if layers is None:
         raise UserError(f"{flag} {path}: {type(whole).__name__} has no language_model with layers to upcycle")
     ready = isinstance(config, Qwen3VLMoeConfig)
-    head = read_score_head(path)
-    if head is not None:
-        kind = getattr(config, "prism_experts", kind)
-    else:
-        say(f"{flag} {path}: has no score head yet; it starts from random numbers")
     if ready and kind == "dense":
         raise UserError(f"{flag} {path}: holds experts already, which --experts dense has not; give a dense model")
     if ready:
-        for layer in backbone.language_model.layers:
+        for layer in layers:
             block = layer.mlp
             if not hasattr(block, "experts"):
                 raise UserError(f"{flag} {path}: found a dense MLP among the layers, expected experts in every one")
@@ -368,41 +369,46 @@ def load_discriminator(flag: str, path: str, kind: str = "learned", dropout: flo
                                   Experts(block.experts.gate_up_proj.data, block.experts.down_proj.data, block.experts.act_fn),
                                   config.text_config.num_experts_per_tok)
     elif kind != "dense":
-        upcycle(backbone, seed=seed)
-        if config.model_type != "qwen3_vl":
-            raise UserError(f"{flag} {path}: upcycled to experts it would be a {config.model_type} mixture, which has no "
-                            f"layout to be saved in; expected qwen3_vl, or --experts dense")
-    backbone.set_attn_implementation({"text_config": "layout", "vision_config": "sdpa"})
+        try:
+            upcycle(backbone, seed=seed)
+        except UserError as error:
+            raise UserError(f"{flag} {path}: {error}") from None
+        if saved:  # their own: the dense class had no place for them
+            for name, tensor in read_tensors(path, r"layers\.\d+\.mlp\.(gate|experts)\.").items():
+                layer, _, parameter = name.rpartition("layers.")[2].partition(".")
+                layers[int(layer)].get_parameter(parameter).data.copy_(tensor)
+    attend_by_layout(backbone, f"{flag} {path}")
     torch.manual_seed(seed)
     discriminator = Discriminator(backbone, kind, dropout)
-    if head is not None:
-        discriminator.score.weight.data.copy_(head)
+    heads = [head for head in read_tensors(path, r"score|^v_head|^value_head").values() if head.ndim == 2]
+    if heads:
+        discriminator.score.weight.data.copy_(heads[0].float())  # (1, h), one row for both views, or (2, h)
+    else:
+        say(f"{flag} {path}: has no score head yet; it starts from random numbers")
     return discriminator, processor
 
 
-def read_score_head(path: str) -> torch.Tensor | None:
-    """The score head in the safetensors of a directory or hub id, a row for both views or a row each; None without one."""
+def read_tensors(path: str, pattern: str) -> dict[str, torch.Tensor]:
+    """The tensors in the safetensors of a directory or hub id whose names match."""
     if not os.path.isdir(path):
         path = snapshot_download(path, allow_patterns=["*.safetensors"])
+    found = {}
     for name in sorted(os.listdir(path)):
         if name.endswith(".safetensors"):
             with safe_open(os.path.join(path, name), "pt") as file:
-                for key in file.keys():
-                    if "score" in key or key.startswith(("v_head", "value_head")):
-                        if len(file.get_slice(key).get_shape()) == 2:
-                            head = file.get_tensor(key).float()
-                            return head  # (1, h) or (2, h)
-    return None
+                found |= {key: file.get_tensor(key) for key in file.keys() if re.search(pattern, key)}
+    return found
 
 
 def save_discriminator(discriminator, processor, path: str) -> None:
-    """A Hugging Face directory that `Qwen3VLMoeForConditionalGeneration` opens (the dense ablation: the dense class),
-    with `score.weight` (2, h) beside the model's weights. Called by every rank."""
+    """A Hugging Face directory, with `score.weight` (2, h) beside the backbone's weights. Experts of a Qwen3-VL are written as
+    `Qwen3VLMoeForConditionalGeneration` opens them. transformers has no class for other models with experts: theirs stand
+    under the same names beside the rest of the dense model, and only `load_discriminator` finds them. Called by every rank."""
     state = full_state(discriminator)
     if rank() == 0:
         config = discriminator.model.config.to_dict()
         sparse = discriminator.sparse
-        if sparse and config["model_type"] != Qwen3VLMoeConfig.model_type:
+        if sparse and config["model_type"] == "qwen3_vl":
             text = {k: v for k, v in config["text_config"].items() if k != "model_type"}
             text |= {"num_experts": len(sparse[0].gate.weight), "num_experts_per_tok": sparse[0].top_k,
                      "moe_intermediate_size": sparse[0].experts.down_proj.shape[2], "decoder_sparse_step": 1,
@@ -412,11 +418,10 @@ def save_discriminator(discriminator, processor, path: str) -> None:
             config = Qwen3VLMoeConfig(text_config=text, vision_config=vision, **keep)
         else:
             config = type(discriminator.model.config).from_dict(config)
-        config.tie_word_embeddings = config.text_config.tie_word_embeddings = True  # it has no language head of its own
+        config.tie_word_embeddings = config.get_text_config().tie_word_embeddings = True  # it has no language head of its own
         config.prism_experts = discriminator.kind
         with torch.device("meta"):
-            shell = (Qwen3VLMoeForConditionalGeneration._from_config(config) if sparse
-                     else AutoModelForImageTextToText.from_config(config))
+            shell = AutoModelForImageTextToText.from_config(config)
         shell.save_pretrained(path, state_dict=state)
         save_processor(processor, path)
     if world_size() > 1:
@@ -462,7 +467,8 @@ class DiscriminatorConfig:
 
 
 def sample_students(examples: list[Example], config: DiscriminatorConfig, device, path: str) -> None:
-    """One response of the policy to each prompt, as the student of its pair; all pairs are also written to `path`."""
+    """One response of the policy to each prompt without one, as the student of its pair; all pairs also go to `path`."""
+    every, examples = examples, [example for example in examples if not example.student]
     policy, processor = load_policy("--policy", config.policy)
     policy = shard(policy, device)
     batch = config.per_device_eval_batch_size * world_size()
@@ -476,10 +482,10 @@ def sample_students(examples: list[Example], config: DiscriminatorConfig, device
         parts = [None] * world_size()
         dist.all_gather_object(parts, [(e.index, e.student) for e in examples if e.student is not None])
         for index, student in (pair for part in parts for pair in part):
-            examples[index].student = student
+            every[index].student = student
     if rank() == 0:
         with open(path, "w", encoding="utf-8") as file:
-            for e in examples:
+            for e in every:
                 pair = {"row": e.where, "teacher_response": e.response, "student_response": e.student}
                 file.write(json.dumps(pair, ensure_ascii=False) + "\n")
 

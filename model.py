@@ -141,38 +141,43 @@ AttentionMaskInterface.register("layout", lambda *args, **kwargs: None)
 class _LogProbs(torch.autograd.Function):
     """log softmax(hidden @ weight.T / tau)[target] and its entropy, the logits never held for all positions at once.
 
-    hidden (K, h), weight (V, h), targets (K,) -> (2, K) float32: log-probabilities, entropies (no gradient through
-    these). The backward pass computes each chunk's logits again and adds to the head's one gradient in place.
+    hidden (T, h), weight (V, h), targets (K,), and predictors (K,), the rows of hidden that the targets are predicted from
+    -> (2, K) float32: log-probabilities, entropies (no gradient through these). The backward pass computes each chunk's
+    logits again and adds to the head's one gradient in place.
+
+    All branches of a prompt are predicted from its last token, so rows repeat. They are picked here, and not by indexing
+    outside, whose gradient torch sums up in whatever order its threads come: runs would not repeat to the last bit.
     """
 
     @staticmethod
-    def forward(ctx, hidden, weight, targets, temperature, forbidden, chunk):
-        out = hidden.new_empty(2, len(hidden), dtype=torch.promote_types(hidden.dtype, torch.float32))
-        normaliser = out.new_empty(len(hidden))
-        for start in range(0, len(hidden), chunk):
+    def forward(ctx, hidden, weight, predictors, targets, temperature, forbidden, chunk):
+        out = hidden.new_empty(2, len(targets), dtype=torch.promote_types(hidden.dtype, torch.float32))
+        normaliser = out.new_empty(len(targets))
+        for start in range(0, len(targets), chunk):
             part = slice(start, start + chunk)
-            logits = _logits(hidden[part], weight, temperature, forbidden)
+            logits = _logits(hidden[predictors[part]], weight, temperature, forbidden)
             normaliser[part] = logits.logsumexp(-1)
             out[0, part] = logits.gather(1, targets[part, None])[:, 0] - normaliser[part]
             p = (logits - normaliser[part, None]).exp_()
             out[1, part] = normaliser[part] - (p * logits.masked_fill_(p == 0, 0)).sum(-1)
-        ctx.save_for_backward(hidden, weight, targets, normaliser)
+        ctx.save_for_backward(hidden, weight, predictors, targets, normaliser)
         ctx.rest = temperature, forbidden, chunk
         return out
 
     @staticmethod
     def backward(ctx, grad):
-        hidden, weight, targets, normaliser = ctx.saved_tensors
+        hidden, weight, predictors, targets, normaliser = ctx.saved_tensors
         temperature, forbidden, chunk = ctx.rest
-        grad_hidden, grad_weight = torch.zeros_like(hidden), torch.zeros_like(weight)
-        for start in range(0, len(hidden), chunk):
+        grad_hidden, grad_weight = torch.zeros_like(hidden, dtype=grad.dtype), torch.zeros_like(weight)
+        for start in range(0, len(targets), chunk):
             part = slice(start, start + chunk)
-            d = _logits(hidden[part], weight, temperature, forbidden).sub_(normaliser[part, None]).exp_().neg_()
+            rows = hidden[predictors[part]]
+            d = _logits(rows, weight, temperature, forbidden).sub_(normaliser[part, None]).exp_().neg_()
             d.scatter_add_(1, targets[part, None], torch.ones_like(d[:, :1]))  # d logp / d logits = one-hot - p
             d = d.mul_(grad[0, part, None] / temperature).to(hidden.dtype)
-            grad_hidden[part] = d @ weight
-            grad_weight.addmm_(d.T, hidden[part])
-        return grad_hidden, grad_weight, None, None, None, None
+            grad_hidden.index_add_(0, predictors[part], (d @ weight).to(grad.dtype))
+            grad_weight.addmm_(d.T, rows)
+        return grad_hidden.to(hidden.dtype), grad_weight, None, None, None, None, None
 
 
 def _logits(hidden, weight, temperature, forbidden):
@@ -184,7 +189,7 @@ class Head(torch.nn.Linear):
     """The language model's head. Told which tokens are asked for, it answers with their log-probabilities (and the
     entropies) instead of logits, so that the weight is used inside the model's own forward, where FSDP has gathered it."""
 
-    asked = None  # (targets (K,), temperature, forbidden ids, chunk)
+    asked = None  # (predictors (K,), targets (K,), temperature, forbidden ids, chunk)
 
     def forward(self, hidden):
         if self.asked is None:
@@ -192,14 +197,24 @@ class Head(torch.nn.Linear):
         return _LogProbs.apply(hidden[0], self.weight, *self.asked)
 
 
+def inputs(model, pack: Pack, keep: list | None = None) -> dict:
+    """What the forward of a model, or of its backbone, takes for a pack. `keep` collects keys and values."""
+    images = {"pixel_values": pack.pixel_values, "image_grid_thw": pack.image_grid_thw}
+    return dict(input_ids=pack.input_ids, position_ids=positions(model, pack.position_ids), use_cache=False,
+                layout=PackAttention(pack, keep), **{name: value for name, value in images.items() if value is not None})
+
+
+def positions(model, mrope: torch.Tensor) -> torch.Tensor:
+    """(3, rows, T) mrope positions as the model takes them: models without mrope have one position a token."""
+    return mrope if hasattr(model.base_model, "get_rope_index") else mrope[0]
+
+
 def token_logprobs(policy, pack: Pack, temperature: float = 1.0, chunk: int = 256) -> tuple[torch.Tensor, torch.Tensor]:
     """Log-probability of each branch token of the pack, and the entropy of the distribution it came from: two (K,)
     float32 tensors in the order of `pack.targets` (`pack.rows` makes padded rows of them). Entropy has no gradient."""
-    policy.lm_head.asked = (pack.targets, temperature, policy.forbidden.to(pack.targets.device), chunk)
+    policy.lm_head.asked = (pack.predictors, pack.targets, temperature, policy.forbidden.to(pack.targets.device), chunk)
     try:
-        out = policy(input_ids=pack.input_ids, position_ids=pack.position_ids, pixel_values=pack.pixel_values,
-                     image_grid_thw=pack.image_grid_thw, logits_to_keep=pack.predictors, use_cache=False,
-                     layout=PackAttention(pack)).logits
+        out = policy(**inputs(policy, pack)).logits
     finally:
         policy.lm_head.asked = None
     return out[0], out[1].detach()
@@ -329,9 +344,8 @@ def generate(policy, prompts: list[Prompt], num_generations: int, max_completion
         pack = make_packs([Group(prompt, []) for prompt in prompts])[0].to(device)
         lengths = [segment.prompt for segment in pack.segments]
         kept = []
-        first = policy(input_ids=pack.input_ids, position_ids=pack.position_ids, pixel_values=pack.pixel_values,
-                       image_grid_thw=pack.image_grid_thw, use_cache=False, layout=PackAttention(pack, kept),
-                       logits_to_keep=torch.tensor(lengths, device=device).cumsum(0) - 1).logits[0]
+        lasts = torch.tensor(lengths, device=device).cumsum(0) - 1
+        first = policy(**inputs(policy, pack, kept), logits_to_keep=lasts).logits[0]
         cache = RowCache(kept, lengths)
         del kept
         following = torch.tensor([prompt.next_position for prompt in prompts], device=device)
@@ -368,7 +382,7 @@ def generate(policy, prompts: list[Prompt], num_generations: int, max_completion
                 logits = first[:0]
                 continue
             cache.begin_step()
-            position = (following[cache.prompt_of] + cache.length)[None, :, None].expand(3, -1, 1)
+            position = positions(policy, (following[cache.prompt_of] + cache.length)[None, :, None].expand(3, -1, 1))
             logits = policy(input_ids=token, position_ids=position, use_cache=False, layout=cache).logits[:, 0]
             cache.length += 1
     policy.train(was_training)
@@ -423,8 +437,8 @@ def shard(module: torch.nn.Module, device: torch.device) -> torch.nn.Module:
     mesh = init_device_mesh(device.type, (world_size(),))
     precision = (MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
                  if device.type == "cuda" else MixedPrecisionPolicy())
-    names = ("TextDecoderLayer", "VisionBlock")
-    for block in [m for m in module.modules() if type(m).__name__.endswith(names)]:
+    blocks = {name for part in module.modules() for name in getattr(part, "_no_split_modules", None) or ()}
+    for block in [m for m in module.modules() if type(m).__name__ in blocks]:
         fully_shard(block, mesh=mesh, mp_policy=precision)
     fully_shard(module, mesh=mesh, mp_policy=precision)
     for part in module.modules():
@@ -455,8 +469,11 @@ def even_packs(packs: list[Pack], processor) -> list[Pack]:
     if world_size() == 1:
         return packs
     count, images = all_sum([len(packs), any(p.pixel_values is not None for p in packs)], dist.ReduceOp.MAX).tolist()
+    missing = int(count) - len(packs)
+    if not missing and (not images or all(p.pixel_values is not None for p in packs)):
+        return packs
     blank = blank_group(processor)
-    packs = packs + [make_packs([blank])[0] for _ in range(int(count) - len(packs))]
+    packs = packs + [make_packs([blank])[0] for _ in range(missing)]
     return [_with_blank(pack, blank) if images and pack.pixel_values is None else pack for pack in packs]
 
 
@@ -508,20 +525,32 @@ def read_config(flag: str, path: str):
                         f"({str(error).strip().splitlines()[0][:150]})") from None
 
 
+def attend_by_layout(model, where: str) -> None:
+    """The language model attends by PackAttention or RowCache from now on; every layer must see all that came before."""
+    kinds = set(getattr(model.config.get_text_config(), "layer_types", None) or ["full_attention"])
+    if kinds != {"full_attention"}:
+        raise UserError(f"{where}: found {', '.join(sorted(kinds))} among the layers of {model.config.model_type}, expected "
+                        f"full_attention in all; packs have no other")
+    model.set_attn_implementation({"text_config": "layout", "vision_config": "sdpa"})
+
+
 def load_policy(flag: str, path: str, activation_checkpointing: bool = False):
     """-> (policy, processor) in float32. The policy carries `forbidden` and `ends`: the ids that are never sampled (an
     image's tokens, without an image, would break the next forward), and those that end a response."""
     config = read_config(flag, path)
+    if hasattr(config, "prism_experts"):
+        raise UserError(f"{flag} {path}: a discriminator, which has no language head; name a policy")
     try:
         policy = AutoModelForImageTextToText.from_pretrained(path, dtype=torch.float32)
         processor = load_processor(path)
     except Exception as error:
         raise UserError(f"{flag} {path}: a {config.model_type} directory that cannot be loaded as a vision-language "
                         f"model with its processor ({str(error).strip().splitlines()[0][:150]})") from None
-    policy.set_attn_implementation({"text_config": "layout", "vision_config": "sdpa"})
+    attend_by_layout(policy, f"{flag} {path}")
     policy.lm_head.__class__ = Head
     names = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
-    policy.forbidden = torch.tensor([i for i in (getattr(config, name, None) for name in names) if i is not None])
+    there = range(config.get_text_config().vocab_size)
+    policy.forbidden = torch.tensor([i for i in (getattr(config, name, None) for name in names) if i in there])
     ends = policy.generation_config.eos_token_id
     ends = ends if isinstance(ends, list) else [ends]
     policy.ends = torch.tensor(sorted({processor.tokenizer.eos_token_id, *(e for e in ends if e is not None)}))
@@ -545,7 +574,7 @@ def save_policy(policy, processor, path: str) -> None:
             state.pop("lm_head.weight", None)
         policy.set_attn_implementation("sdpa")
         policy.save_pretrained(path, state_dict=state)
-        policy.set_attn_implementation({"text_config": "layout", "vision_config": "sdpa"})
+        attend_by_layout(policy, path)
         save_processor(processor, path)
     if world_size() > 1:
         dist.barrier()

@@ -1,8 +1,9 @@
 """The policy's forward and backward over a group: one pack (a prompt and its branches) against padded rows.
 
-16 branches of a prompt with an image, fp32. Padded rows are the usual way: prompt and branch in each row, the image encoded
+16 branches of a prompt with an image. Padded rows are the usual way: prompt and branch in each row, the image encoded
 for each, right padding, transformers' own sdpa attention and full logits. Log-probabilities and gradients of both sides are
-compared before anything is timed. They alternate; the last line is the smallest ratio of medians over goal.
+compared in float64 before anything is timed, in float32. They alternate; the last line is the
+smallest ratio of medians over goal.
 
     python benchmarks/policy_update.py [--hidden_size 256 --layers 4]
 """
@@ -56,11 +57,20 @@ def main() -> None:
             (logp.sum() / real.sum()).backward()
             return logp.detach()
 
-        a, b = packed(), padded()
-        torch.testing.assert_close(a, b, atol=1e-4, rtol=0)
+        # The same values and gradients, in float64: in float32 the sums over 16 images differ in the fourth digit. This is also
+        # each side's first, unmeasured turn.
+        for model in (ours, theirs):
+            model.zero_grad()
+            model.double()
+        one.pixel_values = one.pixel_values.double()
+        torch.testing.assert_close(packed(), padded(), atol=1e-9, rtol=0)
         for (name, p), q in zip(ours.named_parameters(), theirs.parameters()):
             if q.grad is not None:
-                assert (p.grad - q.grad).norm() <= 1e-3 * q.grad.norm() + 1e-8, name
+                assert (p.grad - q.grad).norm() <= 1e-5 * q.grad.norm(), name  # norms and rotations stay in float32 inside
+        for model in (ours, theirs):
+            model.zero_grad()
+            model.float()
+        one.pixel_values = one.pixel_values.float()
         seconds = {"packed": [], "padded": []}
         for _ in range(args.repeats):
             for name, run in (("packed", packed), ("padded", padded)):

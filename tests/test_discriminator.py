@@ -11,13 +11,16 @@ import time
 
 import pytest
 import torch
-from transformers import CLIPVisionConfig, LlavaConfig, LlavaForConditionalGeneration, PhiConfig
+from transformers import (AutoModelForImageTextToText, CLIPVisionConfig, GenerationConfig, LlamaConfig, LlavaConfig,
+                          LlavaForConditionalGeneration, LlavaProcessor, PhiConfig, Qwen2_5_VLConfig,
+                          Qwen2_5_VLForConditionalGeneration)
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 import digits
 from data import Example, Response, decode, encode_prompts, encode_response, encode_views, load_data, load_processor
-from data import parse_response, save_processor
-from discriminator import Comparison, SparseMLP, judge, load_discriminator, upcycle, view_packs
-from model import learning_rate_at, optimizer_step
+from data import Group, UserError, make_packs, parse_response, save_processor
+from discriminator import Comparison, SparseMLP, judge, load_discriminator, save_discriminator, upcycle, view_packs
+from model import generate, learning_rate_at, load_policy, optimizer_step, save_policy, token_logprobs
 from tests.conftest import launch
 from tests.test_pipeline import fails, lines
 
@@ -394,6 +397,127 @@ def test_align_counts_prompts_without_a_valid_rollout(world, tmp_path):
             assert step[name] is None, name  # nothing stands in for what was not measured
     assert {row["advantage"] for row in lines(out / "rollouts.jsonl")} == {-1.5}
     assert all(row["score_perception"] is None for row in lines(out / "rollouts.jsonl"))
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Other vision-language models with gated MLPs
+
+
+def qwen2_5_vl(world, path) -> None:
+    """Another member of the family: mrope and patches with grids, its vision attending in windows."""
+    processor = load_processor(world["init"])
+    text = dict(vocab_size=len(processor.tokenizer), hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+                num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=True, initializer_range=0.1,
+                rope_parameters={"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]})
+    vision = dict(depth=2, hidden_size=32, num_heads=4, intermediate_size=48, patch_size=8, out_hidden_size=32, window_size=32,
+                  fullatt_block_indexes=[1], initializer_range=0.1)
+    ids = {name: getattr(processor, name) for name in ("image_token_id", "vision_start_token_id", "vision_end_token_id")}
+    config = Qwen2_5_VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=True, **ids)
+    model = Qwen2_5_VLForConditionalGeneration(config)
+    model.generation_config = GenerationConfig(eos_token_id=processor.tokenizer.eos_token_id)
+    model.save_pretrained(path)
+    save_processor(processor, path)
+
+
+def llava(world, path) -> None:
+    """Another family: one position a token, images of one size, no grid."""
+    qwen = load_processor(world["init"])
+    image = CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
+    processor = LlavaProcessor(image, qwen.tokenizer, patch_size=8, vision_feature_select_strategy="default",
+                               num_additional_image_tokens=1, image_token="<|image_pad|>", chat_template=qwen.chat_template)
+    text = LlamaConfig(vocab_size=len(qwen.tokenizer), hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+                       num_attention_heads=4, num_key_value_heads=2, initializer_range=0.1)
+    vision = CLIPVisionConfig(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, image_size=32,
+                              patch_size=8)
+    model = LlavaForConditionalGeneration(LlavaConfig(text_config=text, vision_config=vision, vision_feature_layer=-1,
+                                                      image_token_index=processor.image_token_id))
+    model.generation_config = GenerationConfig(eos_token_id=qwen.tokenizer.eos_token_id)
+    model.save_pretrained(path)
+    processor.save_pretrained(path)
+
+
+@pytest.fixture(scope="module", params=[qwen2_5_vl, llava])
+def other_model(request, world, tmp_path_factory):
+    path = tmp_path_factory.mktemp(request.param.__name__) / "model"
+    torch.manual_seed(0)
+    request.param(world, path)
+    return str(path)
+
+
+def by_itself(model, prompt, ids):
+    """transformers' own call for one sequence."""
+    images = {name: getattr(prompt, name) for name in ("pixel_values", "image_grid_thw") if getattr(prompt, name) is not None}
+    if "image_grid_thw" in images:
+        images["mm_token_type_ids"] = (ids == model.config.image_token_id).int()
+    return dict(input_ids=ids, attention_mask=torch.ones_like(ids), **images)
+
+
+def test_another_model_as_policy(world, other_model, tmp_path):
+    """Packed scores and greedy samples are transformers' own, and a saved policy is the same."""
+    policy, processor = load_policy("--ckpt", other_model)
+    theirs = AutoModelForImageTextToText.from_pretrained(other_model).eval()
+    rows = load_data(world["prompts"])[:3]
+    text = Example(7, "text", [{"role": "user", "content": [{"type": "text", "text": "What is 1 + 2 + 3?"}]}], [])
+    prompts = encode_prompts(processor, [*rows[:2], text])
+    groups = [Group(p, [encode_response(processor, t) for t in (written(TEACHER), written(SHORT), "x")]) for p in prompts]
+    policy.eval()
+    for max_tokens in (None, 60):
+        for pack in make_packs(groups, max_tokens):
+            ours = token_logprobs(policy, pack)[0].detach().split(pack.lengths)
+            for (g, i), logp in zip(pack.members, ours):
+                ids = torch.cat([prompts[g].input_ids, groups[g].branches[i]])[None]
+                logits = theirs(**by_itself(theirs, prompts[g], ids)).logits[0, len(prompts[g].input_ids) - 1:-1].detach()
+                logits[:, policy.forbidden] = -torch.inf
+                expected = logits.log_softmax(-1).gather(1, groups[g].branches[i][:, None])[:, 0]
+                torch.testing.assert_close(logp, expected, atol=1e-5, rtol=0)
+    sampled = generate(policy, prompts, 1, 12, temperature=0.0)
+    for prompt, group in zip(prompts, sampled):
+        out = theirs.generate(**by_itself(theirs, prompt, prompt.input_ids[None]), do_sample=False, max_new_tokens=12,
+                              suppress_tokens=policy.forbidden.tolist())
+        assert out[0, len(prompt.input_ids):].tolist() == group.branches[0].tolist()
+    save_policy(policy, processor, str(tmp_path / "saved"))
+    again, its_processor = load_policy("--ckpt", str(tmp_path / "saved"))
+    assert all(torch.equal(a, b) for a, b in zip(policy.state_dict().values(), again.state_dict().values()))
+    assert all(torch.equal(a.input_ids, b.input_ids) for a, b in zip(prompts, encode_prompts(its_processor, [*rows[:2], text])))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_another_model_as_discriminator(world, other_model, tmp_path, kind):
+    """Upcycled, packed and one by one the same, its image seen, saved and loaded the same, and refused as a policy."""
+    discriminator, processor = load_discriminator("--model", other_model, kind)
+    discriminator.eval()
+    assert len(discriminator.sparse) == (0 if kind == "dense" else 2)
+    prompts = encode_prompts(processor, load_data(world["prompts"])[:2])
+    whole = [Comparison(p, TEACHER, [OTHER, SHORT, None, TEACHER]) for p in prompts]
+    judged = judge(discriminator, whole, processor, CPU, 4096)
+    assert max(p.grad.abs().max() for p in discriminator.parameters() if p.grad is not None) > 0
+    split = judge(discriminator, whole, processor, CPU, 1, learn=False)
+    torch.testing.assert_close(split.student, judged.student, atol=1e-5, rtol=0, equal_nan=True)
+    assert torch.equal(judged.student[[3, 7]], judged.teacher[[3, 7]])
+    assert torch.equal(judged.teacher[0], judged.teacher[4]) == (kind == "text" and rows_ask_the_same(prompts))
+    save_discriminator(discriminator, processor, str(tmp_path / "d"))
+    again, its_processor = load_discriminator("--model", str(tmp_path / "d"))
+    assert again.kind == kind
+    repeated = judge(again.eval(), whole, its_processor, CPU, 4096, learn=False)
+    assert torch.equal(repeated.student[judged.student.isfinite()], judged.student[judged.student.isfinite()])
+    with pytest.raises(UserError, match="discriminator"):
+        load_policy("--ckpt", str(tmp_path / "d"))
+    with pytest.raises(UserError, match=f"--experts {kind}"):
+        load_discriminator("--model", str(tmp_path / "d"), "learned" if kind != "learned" else "dedicated")
+
+
+def rows_ask_the_same(prompts) -> bool:
+    return torch.equal(prompts[0].input_ids, prompts[1].input_ids)
+
+
+def test_windows_are_refused(world, tmp_path):
+    qwen2_5_vl(world, tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["text_config"] |= {"use_sliding_window": True, "sliding_window": 8,
+                              "layer_types": ["full_attention", "sliding_attention"]}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match="sliding_attention"):
+        load_policy("--ckpt", str(tmp_path))
 
 
 # --------------------------------------------------------------------------------------------------------------------

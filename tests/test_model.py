@@ -4,9 +4,12 @@ import copy
 import pytest
 import torch
 from PIL import Image
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForImageTextToText
 
-from data import Example, Group, Prompt, encode_prompts, encode_response, load_data, load_processor, make_packs
+from data import (Example, Group, Prompt, encode_prompts, encode_response, load_data, load_processor, make_packs,
+                  parse_response)
+from discriminator import Comparison, judge, load_discriminator
 from model import _LogProbs, generate, learning_rate_at, load_policy, token_logprobs
 
 
@@ -112,17 +115,56 @@ def test_positions_are_those_of_transformers(policy_processor):
 
 def test_logprobs_function_by_gradcheck():
     torch.manual_seed(0)
-    hidden = torch.randn(9, 5, dtype=torch.float64, requires_grad=True)
+    hidden = torch.randn(6, 5, dtype=torch.float64, requires_grad=True)
+    predictors = torch.tensor([0, 1, 2, 2, 0, 4, 5, 2, 2])  # rows that repeat, within a chunk and across, and one unused
     weight = torch.randn(11, 5, dtype=torch.float64, requires_grad=True)
     targets = torch.tensor([0, 1, 2, 4, 5, 7, 8, 9, 10])
     forbidden = torch.tensor([3, 6])
 
     def logp(h, w):
-        return _LogProbs.apply(h, w, targets, 0.6, forbidden, 4)[0]
+        return _LogProbs.apply(h, w, predictors, targets, 0.6, forbidden, 4)[0]
 
     assert torch.autograd.gradcheck(logp, (hidden, weight))
-    logits = (hidden @ weight.T / 0.6).index_fill(1, forbidden, -torch.inf)
+    logits = (hidden[predictors] @ weight.T / 0.6).index_fill(1, forbidden, -torch.inf)
     torch.testing.assert_close(logp(hidden, weight), logits.log_softmax(-1).gather(1, targets[:, None])[:, 0])
+
+
+class RepeatedSums(TorchDispatchMode):
+    """Counts the places that `index_put(accumulate=True)` adds to more than once with something else than 0: torch's threads do
+    that in no fixed order on a CPU, so that two equal runs would differ in the last bit, and then in what they sample."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = self.repeated = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if "index_put" in str(function) and len(args) > 3 and args[3]:
+            self.calls += 1
+            count = torch.zeros(args[0].shape, dtype=args[2].dtype, device=args[0].device)
+            count = function(count, args[1], (args[2] != 0).to(args[2].dtype), True)
+            self.repeated += int((count > 1).sum())
+        return function(*args, **(kwargs or {}))
+
+
+def test_gradients_are_summed_in_a_fixed_order(world, policy_processor):
+    policy, processor = policy_processor
+    with RepeatedSums() as control:
+        x = torch.ones(3, 2, requires_grad=True)
+        x[torch.tensor([0, 0, 1])].sum().backward()
+    assert control.repeated == 2
+    rows = load_data(world["prompts"])[:6]
+    prompts = encode_prompts(processor, rows)
+    with RepeatedSums() as seen:
+        (pack,) = make_packs(mixed_groups(processor))
+        token_logprobs(policy, pack, 0.9)[0].sum().backward()
+        policy.zero_grad()
+        for kind in ("learned", "dedicated"):
+            discriminator, _ = load_discriminator("--model", world["init"], kind)
+            responses = [parse_response(row.response) for row in rows]
+            judge(discriminator, [Comparison(prompts[0], responses[0], responses[1:4]),
+                                  Comparison(prompts[1], responses[1], responses[4:])], processor, torch.device("cpu"), 4096)
+            assert max(p.grad.abs().max() for p in discriminator.parameters() if p.grad is not None) > 0
+    assert seen.calls > 10 and seen.repeated == 0
 
 
 @pytest.mark.parametrize("max_rows", [None, 3])
