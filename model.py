@@ -227,8 +227,8 @@ def token_logprobs(policy, pack: Pack, temperature: float = 1.0, chunk: int = 25
 class RowCache:
     """Keys and values while rows are sampled, given to the model as `layout`.
 
-    The prompts' stand once each, the rows attend to them together, grouped by prompt; a row's own are written into
-    preallocated places at its own index. S rows are alive; attention over the two parts is merged by their log-sum-exp.
+    The prompts' stand once each, and all rows of a prompt multiply with them together; a row's own are written into
+    preallocated places at its own index. S rows are alive; one softmax goes over both parts.
     """
 
     def __init__(self, kept: list[tuple[torch.Tensor, torch.Tensor]], packs_lengths: list[int]):
@@ -240,8 +240,7 @@ class RowCache:
         gather = torch.where(step < lengths[:, None], first[:, None] + step, 0).to(device)
         # (P, K, longest, D) for each layer
         self.prompts = [tuple(x[:, gather].transpose(0, 1).contiguous() for x in kv) for kv in kept]
-        unseen = (step >= lengths[:, None])[:, None, None].to(device)  # (P, 1, 1, longest)
-        self.bias = torch.zeros(unseen.shape, device=device).masked_fill_(unseen, -torch.inf)
+        self.lengths, self.longest = lengths.to(device), longest
         k = kept[0][0]
         self.own = [tuple(k.new_empty(0, k.shape[0], 0, k.shape[2]) for _ in range(2)) for _ in kept]
         self.prompt_of = torch.zeros(0, dtype=torch.long, device=device)  # (S,)
@@ -256,6 +255,8 @@ class RowCache:
     def keep(self, alive: torch.Tensor) -> torch.Tensor:
         """Drops the rows that are not alive; those behind fill the holes. Returns (S',): the old place of each row."""
         count = int(alive.sum())
+        if count == len(alive):  # as in most steps
+            return torch.arange(count, device=alive.device)
         order = torch.arange(count, device=alive.device)
         holes = (~alive[:count]).nonzero()[:, 0]
         movers = count + alive[count:].nonzero()[:, 0]
@@ -278,44 +279,38 @@ class RowCache:
                 for new, old in zip(grown, kv):
                     new[: have[0], :, : have[2]] = old
                 self.own[layer] = grown
-        counts = torch.bincount(self.prompt_of, minlength=len(self.bias))
+        counts = torch.bincount(self.prompt_of, minlength=len(self.lengths))
         self.width = int(counts.max())
+        self.rows = torch.arange(rows, device=counts.device)
         order = self.prompt_of.argsort(stable=True)
-        place = torch.empty_like(order)
-        place[order] = torch.arange(rows, device=order.device) - (counts.cumsum(0) - counts)[self.prompt_of[order]]
-        self.cell = self.prompt_of * self.width + place  # (S,) cells of the (P, width) table
-        self.index = torch.arange(rows, device=order.device)
-        unseen = torch.arange(need, device=order.device) > self.length[:, None]
-        self.own_bias = torch.zeros(unseen.shape, device=order.device).masked_fill_(unseen, -torch.inf)[:, None, None]
+        self.place = torch.empty_like(order)  # (S,) a row's place among those of its prompt
+        self.place[order] = self.rows - (counts.cumsum(0) - counts)[self.prompt_of[order]]
         self.seen = need
+        unseen = torch.cat([torch.arange(self.longest, device=counts.device) >= self.lengths[self.prompt_of, None],
+                            torch.arange(need, device=counts.device) > self.length[:, None]], 1)
+        self.bias = torch.zeros(unseen.shape, device=counts.device).masked_fill_(unseen, -torch.inf)[:, None, None]
 
     def attend(self, layer: int, q, k, v, scale: float) -> torch.Tensor:
         """(S, H, 1, D), (S, K, 1, D) twice -> (S, 1, H, D)."""
         rows, heads, _, dim = q.shape
-        own_k, own_v = self.own[layer]
-        own_k[self.index, :, self.length] = k[:, :, 0]
-        own_v[self.index, :, self.length] = v[:, :, 0]
-        q = q.view(rows, k.shape[1], -1, dim) * scale  # (S, K, G, D), G query heads a key-value head
-        own = _partial(q, own_k[:rows, :, : self.seen], own_v[:rows, :, : self.seen], self.own_bias)
+        own_k, own_v = (x[:rows] for x in self.own[layer])
+        own_k[self.rows, :, self.length] = k[:, :, 0]
+        own_v[self.rows, :, self.length] = v[:, :, 0]
+        own_k, own_v = own_k[:, :, : self.seen], own_v[:, :, : self.seen]
         prompts_k, prompts_v = self.prompts[layer]
-        table = q.new_zeros(len(prompts_k) * self.width, *q.shape[1:])
-        table[self.cell] = q
-        table = table.view(len(prompts_k), self.width, *q.shape[1:]).transpose(1, 2).flatten(2, 3)  # (P, K, width * G, D)
-        shared = _partial(table, prompts_k, prompts_v, self.bias)
-        shared = (x.unflatten(2, (self.width, -1)).transpose(1, 2).flatten(0, 1)[self.cell] for x in shared)
-        (out, total, top), (out_p, total_p, top_p) = own, shared
-        highest = torch.maximum(top, top_p)
-        a, b = (top - highest).exp(), (top_p - highest).exp()
-        out = (out * a + out_p * b) / (total * a + total_p * b)
-        return out.to(v.dtype).reshape(rows, 1, heads, dim)
+        q = q.view(rows, k.shape[1], -1, dim) * scale  # (S, K, G, D), G query heads a key-value head
+        scores = torch.cat([self._together(q, prompts_k.transpose(-1, -2)), q @ own_k.transpose(-1, -2)], -1)
+        weights = (scores.float() + self.bias).softmax(-1).to(v.dtype)
+        shared, own = weights.split([self.longest, self.seen], -1)
+        return (self._together(shared, prompts_v) + own @ own_v).reshape(rows, 1, heads, dim)
 
-
-def _partial(q, k, v, bias):
-    """Unnormalised attention: sum_j exp(s_j - max) v_j, sum_j exp(s_j - max), max, with s = q k^T + bias, in float32."""
-    scores = (q @ k.transpose(-1, -2)).float() + bias
-    top = scores.amax(-1, keepdim=True)
-    weights = (scores - top).exp_()
-    return (weights.to(v.dtype) @ v).float(), weights.sum(-1, keepdim=True), top
+    def _together(self, x, of_prompt):
+        """Each row's x (G, a) times its prompt's (a, b), one product a prompt: (S, K, G, a), (P, K, a, b) -> (S, K, G, b)."""
+        prompts, kv_heads = of_prompt.shape[:2]
+        table = x.new_zeros(prompts, kv_heads, self.width, *x.shape[2:])
+        table[self.prompt_of, :, self.place] = x
+        table = (table.flatten(2, 3) @ of_prompt).unflatten(2, (self.width, -1))
+        return table[self.prompt_of, :, self.place]
 
 
 def uniforms(seed: int, step: int, prompt: int, row: int, count: int) -> torch.Tensor:
