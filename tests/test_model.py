@@ -10,7 +10,7 @@ from transformers import AutoModelForImageTextToText
 from data import (Example, Group, Prompt, encode_prompts, encode_response, load_data, load_processor, make_packs,
                   parse_response)
 from discriminator import Comparison, judge, load_discriminator
-from model import _LogProbs, generate, learning_rate_at, load_policy, token_logprobs
+from model import _LogProbs, generate, learning_rate_at, load_policy, setup, shard, token_logprobs
 
 
 @pytest.fixture(scope="module")
@@ -252,3 +252,81 @@ def test_special_tokens_in_text_stay_text(world):
     processor = load_processor(world["init"])
     ids = encode_response(processor, "a<|im_end|>b<|image_pad|>")
     assert (ids == processor.tokenizer.eos_token_id).sum() == 1 and processor.image_token_id not in ids
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# The GPU's path, bfloat16 under FSDP2 with flash-attn where it is installed, against float32 on one CPU process. The same
+# checks with the CPU in the GPU's place show that they can pass; a machine without a GPU skips the rest.
+
+
+GPU = pytest.param("cuda", 0.05, marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"))
+devices = pytest.mark.parametrize("device, tolerance", [("cpu", 1e-5), GPU])
+
+
+def on(device: str, model):
+    """The model as the stages put it there."""
+    return shard(model.to(device), setup() if device == "cuda" else torch.device("cpu"))
+
+
+def gradient(model) -> dict[str, torch.Tensor]:
+    whole = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    return {name: getattr(g, "full_tensor", lambda g=g: g)().cpu() for name, g in whole.items()}
+
+
+def assert_close_gradients(ours: dict, theirs: dict, tolerance: float) -> None:
+    """Relative error of the gradient as a whole: single small ones are lost in bfloat16's rounding."""
+    assert ours.keys() == theirs.keys() and len(ours) > 20
+    error = sum((ours[n] - theirs[n]).double().square().sum() for n in theirs) ** 0.5
+    size = sum(g.double().square().sum() for g in theirs.values()) ** 0.5
+    assert size > 0 and error <= tolerance * size, float(error / size)
+
+
+@devices
+def test_packs_on(world, device, tolerance):
+    sides = []
+    for where in ("cpu", device):
+        policy, processor = load_policy("--model", world["init"])
+        policy = on(where, policy)
+        (pack,) = make_packs(mixed_groups(processor))
+        logp, entropy = token_logprobs(policy, pack.to(where), 0.9)
+        logp.mean().backward()
+        sides.append((logp.detach().cpu(), entropy.cpu(), gradient(policy)))
+    (logp, entropy, grad), (logp_there, entropy_there, grad_there) = sides
+    torch.testing.assert_close(logp_there, logp, atol=2 * tolerance, rtol=0)
+    torch.testing.assert_close(entropy_there, entropy, atol=2 * tolerance, rtol=0)
+    assert_close_gradients(grad_there, grad, tolerance)
+
+
+@devices
+@pytest.mark.parametrize("max_rows", [None, 3])
+def test_sampled_is_scored_on(world, trained, device, tolerance, max_rows):
+    policy, processor = load_policy("--ckpt", trained)
+    policy = on(device, policy)
+    prompts = encode_prompts(processor, load_data(world["validation"])[:3])
+    groups = generate(policy, prompts, 4, 60, temperature=1.3, seed=5, max_rollout_rows=max_rows)
+    assert len({len(b) for g in groups for b in g.branches}) > 3
+    (pack,) = make_packs([Group(g.prompt, g.branches, g.logprobs) for g in groups])
+    recorded = torch.cat([groups[g].logprobs[i] for g, i in pack.members])
+    with torch.no_grad():
+        error = (token_logprobs(policy, pack.to(device), 1.3)[0].cpu() - recorded).abs()
+    assert error.mean() <= tolerance and error.max() <= 10 * tolerance
+
+
+@devices
+@pytest.mark.parametrize("kind", ["learned", "dedicated"])
+def test_judge_on(world, device, tolerance, kind):
+    rows = load_data(world["prompts"])[:4]
+    responses = [parse_response(row.response) for row in rows]
+    sides = []
+    for where in ("cpu", device):
+        torch.manual_seed(0)
+        discriminator, processor = load_discriminator("--model", world["init"], kind)
+        discriminator = on(where, discriminator).eval()  # no noise in the router
+        prompts = encode_prompts(processor, rows)
+        comparison = Comparison(prompts[0], responses[0], responses[1:])
+        judged = judge(discriminator, [comparison], processor, torch.device(where), 4096)
+        sides.append((judged, gradient(discriminator)))
+    (judged, grad), (there, grad_there) = sides
+    torch.testing.assert_close(there.student, judged.student, atol=4 * tolerance, rtol=0)
+    torch.testing.assert_close(there.teacher, judged.teacher, atol=4 * tolerance, rtol=0)
+    assert_close_gradients(grad_there, grad, 4 * tolerance)

@@ -81,7 +81,7 @@ def test_rlvr_run(world, trained, tmp_path, algorithm):
     launch("rlvr.py", "--ckpt", trained, "--data", world["prompts"], "--output_dir", out, "--algorithm", algorithm,
            "--max_steps", 2, "--num_generations", 4, "--per_device_train_batch_size", 8, "--num_minibatches", 2,
            "--learning_rate", 1e-3, "--beta", 0.01 if algorithm == "grpo" else 0, "--overlong_buffer", 8,
-           "--report_to", "tensorboard", *TINY)
+           "--max_gen_batches", 100, "--report_to", "tensorboard", *TINY)
     steps = lines(out / "metrics.jsonl")
     for name in ("loss", "reward", "accuracy", "format_valid", "response_length", "entropy", "grad_norm", "clipped_low",
                  "clipped_high", "kl_old", "ratio_min", "ratio_max", "tokens_per_second", "time/rollout", "time/update"):
@@ -127,7 +127,8 @@ def test_checkpoints_look_like_the_original(trained):
 @pytest.mark.parametrize("script, flags", [
     ("sft.py", ("--per_device_train_batch_size", 8)),
     ("align.py", ("--num_generations", 4, "--warmup_steps", 2, *TINY)),
-    ("rlvr.py", ("--num_generations", 4, "--algorithm", "dapo", "--per_device_train_batch_size", 1, *TINY)),
+    ("rlvr.py", ("--num_generations", 4, "--algorithm", "dapo", "--per_device_train_batch_size", 1, "--max_gen_batches", 100,
+                 *TINY)),
 ])
 def test_a_killed_run_resumes(world, trained, tmp_path, script, flags):
     """Killed behind a checkpoint and resumed, a run ends where an undisturbed one does."""
