@@ -5,7 +5,9 @@ and reports its seconds and by how much its memory rose above weights and inputs
 either side must hold) included. Full logits: one matrix product, float32, log_softmax, gather, and torch's own backward.
 Before, both are compared on fewer positions in float32. The sides alternate; the last line is the ratio of the peaks.
 
-    python benchmarks/logprob_memory.py [--hidden_size 1024 --positions 8192 --vocabulary 151936 --repeats 3]
+A CPU without bfloat16 arithmetic takes more than ten minutes a pass; --dtype float32 is there for it.
+
+    python benchmarks/logprob_memory.py [--hidden_size 1024 --positions 8192 --vocabulary 151936 --dtype bfloat16 --repeats 3]
 """
 import argparse
 import json
@@ -52,7 +54,7 @@ def memory(name: str) -> float:
 
 def one_side(name: str, args) -> None:
     """In a process of its own: the seconds and the memory of one pass."""
-    hidden, weight, targets = inputs(args, args.positions, torch.bfloat16)
+    hidden, weight, targets = inputs(args, args.positions, getattr(torch, args.dtype))
     before = memory("VmRSS")
     with open("/proc/self/clear_refs", "w") as file:
         file.write("5")  # the highest value starts again from here
@@ -66,6 +68,7 @@ def main() -> None:
     parser.add_argument("--hidden_size", type=int, default=1024)
     parser.add_argument("--positions", type=int, default=8192)
     parser.add_argument("--vocabulary", type=int, default=151936)
+    parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"])
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--side", help=argparse.SUPPRESS)
     args = parser.parse_args()
