@@ -31,9 +31,9 @@ from transformers import GenerationConfig
 
 import digits
 from rollout import arguments, ratio
+from views import SIDE, WORDS
 
-PROMPTS, ROLLOUTS, LIMIT, STEPS, SIDE = 4, 16, 256, 4, 224  # SIDE: pixels, 14 x 14 image tokens
-WORDS = "one two three four five six seven eight nine ten red green blue left right above below plus minus is so the".split()
+PROMPTS, ROLLOUTS, LIMIT, STEPS = 4, 16, 256, 4
 
 
 def build(folder: str, hidden_size: int, layers: int, mean_length: int) -> tuple[str, str]:

@@ -305,7 +305,7 @@ def test_sampled_is_scored_on(world, trained, device, tolerance, max_rows):
     prompts = encode_prompts(processor, load_data(world["validation"])[:3])
     groups = generate(policy, prompts, 4, 60, temperature=1.3, seed=5, max_rollout_rows=max_rows)
     assert len({len(b) for g in groups for b in g.branches}) > 3
-    (pack,) = make_packs([Group(g.prompt, g.branches, g.logprobs) for g in groups])
+    (pack,) = make_packs(groups)
     recorded = torch.cat([groups[g].logprobs[i] for g, i in pack.members])
     with torch.no_grad():
         error = (token_logprobs(policy, pack.to(device), 1.3)[0].cpu() - recorded).abs()
