@@ -30,9 +30,10 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
-# Before torch is imported: threads that wait for each other sleep instead of spinning. Spinning gains nothing here, and
-# where another process wants the same cores it makes a step many times slower.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# Before torch is imported: threads that wait for each other spin for some microseconds, then sleep. Sampling is many short
+# operations, which waking up would slow down by a quarter; to spin for long, the default, makes a step many times slower
+# where another process wants the same cores.
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 import torch
 from huggingface_hub import snapshot_download

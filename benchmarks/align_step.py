@@ -19,7 +19,7 @@ import tempfile
 import time
 from types import SimpleNamespace
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
 
 from rollout import arguments, ratio

@@ -1,9 +1,9 @@
 """Sampling: `model.generate` against Hugging Face `generate` with the inputs repeated, the way TRL samples without vLLM.
 
 4 prompts of about 300 tokens with an image, 16 rows each. The model has random weights; a handful of its tokens end a
-response, as many as make lengths ragged with mean about 92 (geometric), cut at 256. Both sides sample from the same
-distribution, so the number of tokens differs a little from run to run: compared is the time per sampled token. The two
-sides alternate, three repeats; the last line is the median of the ratios.
+response, as many as make lengths ragged with mean about 92 (geometric), cut at 256. Transformers' rows are stopped where
+ours ended, so that both sides sample the same lengths. The two sides alternate, three repeats; the last line is the median
+of the ratios.
 
     python benchmarks/rollout.py [--hidden_size 256 --layers 4]
 """
@@ -14,7 +14,7 @@ import statistics
 import sys
 import time
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 import torch
@@ -89,27 +89,25 @@ def main() -> None:
     ours.ends = torch.tensor(ends)
     print(f"{sum(p.numel() for p in theirs.parameters()) / 1e6:.1f}M parameters, 4 prompts of 302 tokens x 16 rows")
 
-    def mine(seed):
-        groups = generate(ours, prompts, 16, 256, seed=seed)
-        return sum(len(b) for g in groups for b in g.branches)
-
     @torch.no_grad()
-    def hugging_face(seed):
+    def hugging_face(seed, lengths):
         torch.manual_seed(seed)
-        out = theirs.generate(**repeated(prompts, 16), do_sample=True, top_k=0, top_p=1.0, max_new_tokens=256,
-                              eos_token_id=ends, pad_token_id=0)[:, 302:]
-        stop = torch.isin(out, torch.tensor(ends))
-        return int((stop.int().cumsum(1) - stop.int() == 0).sum())
+        theirs.generate(**repeated(prompts, 16), do_sample=True, top_k=0, top_p=1.0, max_new_tokens=256, pad_token_id=0,
+                        stopping_criteria=[lambda ids, scores: ids.shape[1] - 302 >= lengths])
 
     seconds = {"ours": [], "Hugging Face": []}
     for repeat in range(args.repeats + 1):  # the first warms up
-        for name, run in (("ours", mine), ("Hugging Face", hugging_face)):
-            start = time.perf_counter()
-            tokens = run(repeat)
-            each = (time.perf_counter() - start) / tokens
-            if repeat:
-                seconds[name].append(each)
-                print(f"{name:13s} {tokens} tokens, {each * 1e6:.0f} us a token", flush=True)
+        times = [time.perf_counter()]
+        groups = generate(ours, prompts, 16, 256, seed=repeat)
+        times.append(time.perf_counter())
+        lengths = torch.tensor([len(branch) for group in groups for branch in group.branches])
+        hugging_face(repeat, lengths)
+        times.append(time.perf_counter())
+        if repeat:
+            for name, start, end in zip(seconds, times, times[1:]):
+                seconds[name].append(end - start)
+            print(f"{int(lengths.sum())} tokens:", ", ".join(f"{name} {some[-1]:.2f} s" for name, some in seconds.items()),
+                  flush=True)
     print("ratio", ratio(*seconds.values()))
 
 
