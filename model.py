@@ -17,8 +17,10 @@ global denominators. On one CPU process nothing is sharded and all is float32.
 
 import contextlib
 import hashlib
+import itertools
 import math
 import os
+from collections.abc import Iterator
 
 import torch
 import torch.distributed as dist
@@ -43,35 +45,42 @@ except ImportError:
 class PackAttention:
     """Attention of one pack, given to the model as `layout`. H heads, K of them key-value heads, T tokens, D per head.
 
-    Every token is the query of exactly one segment: the prompt (keys: the prompt) or a branch (keys: prompt and branch),
-    each with its last keys aligned to its queries. A prompt with one branch, or none, is a plain causal sequence; such
-    neighbours are attended to together. Keys and values are kept when `keep` is a list (the sampler's prefill).
+    Every token is the query of exactly one sequence: a prompt (keys: itself), a branch (keys: its prompt and itself), or a
+    prompt with its only branch (keys: itself), each with its last keys aligned to its queries. Sequences of like lengths
+    are attended to together, as padded rows. Keys and values are kept when `keep` is a list (the sampler's prefill).
     """
 
     def __init__(self, pack: Pack, keep: list | None = None):
         self.keep = keep
         device = pack.input_ids.device
         self.ragged = _ragged(pack) if flash_attn_varlen_func and device.type == "cuda" else None
-        self.blocks = []  # (start, prompt, end, gather (N, L), real (N, L), visible (L, prompt + L) or None)
-        plain: list[int] = []  # lengths of the plain sequences since `start`
-        start = 0
+        self.cuts: list[int] = []  # lengths of the prompts and of all their branches: 2 a segment, T in all
+        self.blocks = []  # (prompt: its place among the cuts or None, rows N, length L, visible (L, prompt + L) or None)
+        gather = []  # what stands in the blocks' rows, padded with token 0
+        plain = []  # (start, length) of the sequences without a prompt before them
         for segment in pack.segments if self.ragged is None else []:
-            total = segment.prompt + sum(segment.branches)
-            # Rows are padded to the longest: new ones join as long as at most half as much again is padding.
-            if plain and (len(segment.branches) > 1
-                          or (len(plain) + 1) * max(*plain, total) > 1.5 * (sum(plain) + total)):
-                self.blocks.append((start, 0, segment.start, *_rows(plain, 0, device), None))
-                plain = []
-            if len(segment.branches) > 1:
-                gather, real = _rows(segment.branches, segment.prompt, device)
-                visible = torch.ones(gather.shape[1], segment.prompt + gather.shape[1], dtype=torch.bool, device=device)
-                self.blocks.append((segment.start, segment.prompt, segment.start + total, gather, real,
-                                    visible.tril(segment.prompt)))
-            else:
-                start = start if plain else segment.start
-                plain.append(total)
-        if plain:
-            self.blocks.append((start, 0, start + sum(plain), *_rows(plain, 0, device), None))
+            first, own = segment.start + segment.prompt, sum(segment.branches)
+            self.cuts += [segment.prompt, own]
+            if len(segment.branches) < 2:
+                plain.append((segment.start, segment.prompt + own))
+                continue
+            plain.append((segment.start, segment.prompt))
+            starts = [first + at for at in itertools.accumulate([0, *segment.branches[:-1]])]
+            for rows in _alike(zip(starts, segment.branches)):
+                longest = rows[0][1]
+                visible = torch.ones(longest, segment.prompt + longest, dtype=torch.bool, device=device)
+                self.blocks.append((len(self.cuts) - 2, len(rows), longest, visible.tril(segment.prompt)))
+                gather.append(_padded(rows))
+        for rows in _alike(plain):
+            self.blocks.append((None, len(rows), rows[0][1], None))
+            gather.append(_padded(rows))
+        if self.blocks:
+            places = torch.cat(gather)
+            self.gather = places.clamp(min=0).to(device)
+            self.sizes = [len(part) for part in gather]
+            self.take = torch.empty(sum(self.cuts), dtype=torch.long)  # (T,) where in the blocks each token stands
+            self.take[places[places >= 0]] = (places >= 0).nonzero()[:, 0]
+            self.take = self.take.to(device)
 
     def attend(self, layer: int, q, k, v, scale: float) -> torch.Tensor:
         """(1, H, T, D), (1, K, T, D) twice -> (1, T, H, D)."""
@@ -82,25 +91,36 @@ class PackAttention:
             q, k, v = (x[0].transpose(0, 1) for x in (q, k, v))
             return flash_attn_varlen_func(q, k[index], v[index], queries, keys, longest_query, longest_key,
                                           softmax_scale=scale, causal=True)[None]
+        prompts_k, prompts_v = (x.split(self.cuts, 2) for x in (k, v))
+        parts = zip(*(x[0].transpose(0, 1)[self.gather].split(self.sizes) for x in (q, k, v)))
         out = []
-        for start, prompt, end, gather, real, visible in self.blocks:
-            part = [x[:, :, start:end] for x in (q, k, v)]
-            qb, kb, vb = (x[0][:, gather].transpose(0, 1) for x in part)  # (N, heads, L, D)
-            if prompt:
-                qp, kp, vp = (x[:, :, :prompt] for x in part)
-                out.append(_sdpa(qp, kp, vp, scale, is_causal=True)[0].transpose(0, 1))
-                kb = torch.cat([kp.expand(len(gather), -1, -1, -1), kb], 2)
-                vb = torch.cat([vp.expand(len(gather), -1, -1, -1), vb], 2)
-            out.append(_sdpa(qb, kb, vb, scale, attn_mask=visible, is_causal=visible is None).transpose(1, 2)[real])
-        return torch.cat(out)[None]
+        for (prompt, rows, length, visible), part in zip(self.blocks, parts):
+            qb, kb, vb = (x.unflatten(0, (rows, length)).transpose(1, 2) for x in part)  # (N, heads, L, D)
+            if prompt is not None:
+                kb = torch.cat([prompts_k[prompt].expand(rows, -1, -1, -1), kb], 2)
+                vb = torch.cat([prompts_v[prompt].expand(rows, -1, -1, -1), vb], 2)
+            attended = _sdpa(qb, kb, vb, scale, attn_mask=visible, is_causal=visible is None)
+            out.append(attended.transpose(1, 2).flatten(0, 1))
+        return torch.cat(out)[self.take][None]
 
 
-def _rows(lengths: list[int], first: int, device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Neighbouring sequences, the first at `first`, as padded rows: where each element is, and whether it is real."""
-    lengths = torch.tensor(lengths)
-    step = torch.arange(int(lengths.max()))
-    real = step < lengths[:, None]
-    return torch.where(real, (first + lengths.cumsum(0) - lengths)[:, None] + step, 0).to(device), real.to(device)
+def _alike(sequences) -> Iterator[list[tuple[int, int]]]:
+    """(start, length) of sequences, the longest first, cut where padding to the longest would be a quarter of what is real."""
+    rows: list[tuple[int, int]] = []
+    for start, length in sorted(sequences, key=lambda sequence: -sequence[1]):
+        if rows and (len(rows) + 1) * rows[0][1] > 1.25 * (sum(n for _, n in rows) + length):
+            yield rows
+            rows = []
+        rows.append((start, length))
+    if rows:
+        yield rows
+
+
+def _padded(rows: list[tuple[int, int]]) -> torch.Tensor:
+    """Where each element of some sequences stands in the pack, row after row, padded with -1 to the first one's length."""
+    starts, lengths = torch.tensor(rows).T[..., None]
+    step = torch.arange(rows[0][1])
+    return torch.where(step < lengths, starts + step, -1).flatten()
 
 
 def _sdpa(q, k, v, scale, **kwargs):
