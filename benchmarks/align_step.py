@@ -1,16 +1,17 @@
 """A whole alignment step: ours against the straightforward way.
 
-One prompt of 302 tokens, 196 of them an image's, and 16 rollouts. A step is: sample the rollouts, score both views of each
-and of the supervision response, discriminator's step, advantages, policy's step. The straightforward way, the release's,
-samples with Hugging Face `generate` and inputs repeated 16 times, scores one view of one sample per forward with the image
-encoded in each, and updates the policy on padded rows with full logits, the image encoded for each row.
+4 prompts, the paper's batch, of 302 tokens, 196 of them an image's, and 16 rollouts each. A step is: sample the rollouts, score
+both views of each and of the supervision response, discriminator's step, advantages, policy's step. The straightforward way,
+the release's, samples with Hugging Face `generate` and inputs repeated 16 times, scores one view of one sample per forward with
+the image encoded in each, and updates the policy on padded rows with full logits, the image encoded for each row.
 
 Policy and discriminator are a random Qwen3-VL (float32, CPU) and its upcycling to 4 experts. Some of the policy's tokens end a
-response, so that lengths are ragged, about 100 on average, at most 256. What a random policy says has no format, so both sides
-score the same made-up responses in its place, of about 42 (caption) and 60 tokens. The sides take turns; each part's share is
-shown. That the parts compute the same is checked in views.py, policy_update.py and the tests.
+response, so that lengths are ragged, about 90 on average, at most 256; transformers' rows are stopped where ours ended. What a
+random policy says has no format, so both sides score the same made-up responses in its place, of about 42 (caption) and 60
+tokens. The sides take turns; each part's share is shown. That the parts compute the same is checked in views.py,
+policy_update.py and the tests.
 
-    python benchmarks/align_step.py [--hidden_size 256 --layers 4 --repeats 5]
+    python benchmarks/align_step.py [--hidden_size 256 --layers 4 --repeats 3]
 """
 import copy
 import os
@@ -33,7 +34,8 @@ from discriminator import discriminator_loss, judge
 from model import generate, load_policy, optimizer_step
 from rlvr import policy_loss, update_policy
 
-LIMIT, MEAN = 256, 100
+PROMPTS, LIMIT = 4, 256
+ENDS = 1 / 75  # of the vocabulary ends a response; with these weights that makes responses of about 92 tokens
 
 
 class Clock:
@@ -52,56 +54,59 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         path = os.path.join(folder, "model")
         discriminator, processor = build(path, args)
-        comparison = make_comparison(processor)
+        comparisons = [make_comparison(processor, seed) for seed in range(PROMPTS)]
         policy, _ = load_policy("--ckpt", path)
         plain_policy = AutoModelForImageTextToText.from_pretrained(path, dtype=torch.float32)
-    ends = list(range(300, 300 + round(policy.config.text_config.vocab_size / MEAN)))
+    ends = list(range(300, 300 + round(policy.config.text_config.vocab_size * ENDS)))
     policy.ends = torch.tensor(ends)
     judges = {"ours": discriminator.train(), "straightforward": copy.deepcopy(discriminator).train()}
     judges["straightforward"].model.set_attn_implementation({"text_config": "sdpa", "vision_config": "sdpa"})
     policies = {"ours": policy.train(), "straightforward": plain_policy.train()}
     steppers = {name: [torch.optim.AdamW(m.parameters(), lr=1e-6) for m in (policies[name], judges[name])] for name in policies}
     config = SimpleNamespace(max_tokens_per_pack=16384, temperature=1.0)
-    prompt, valid = comparison.prompt, torch.ones(1, ROLLOUTS, dtype=torch.bool)
+    prompts, valid = [c.prompt for c in comparisons], torch.ones(PROMPTS, ROLLOUTS, dtype=torch.bool)
 
-    def ours(step: int, clock: Clock) -> int:
-        groups = generate(policy, [prompt], ROLLOUTS, LIMIT, step=step)
+    def ours(step: int, clock: Clock) -> torch.Tensor:
+        """The lengths of what was sampled."""
+        groups = generate(policy, prompts, ROLLOUTS, LIMIT, step=step)
         clock("rollout")
-        judged = judge(judges["ours"], [comparison], processor, torch.device("cpu"), config.max_tokens_per_pack)
+        judged = judge(judges["ours"], comparisons, processor, torch.device("cpu"), config.max_tokens_per_pack)
         optimizer_step(judges["ours"], steppers["ours"][1], 1e-6, 1.0)
         clock("judge")
-        advantage = alignment_advantage(judged.student[None, :, 0], judged.student[None, :, 1], valid)
+        advantage = alignment_advantage(*judged.student.T.view(2, PROMPTS, ROLLOUTS), valid)
         update_policy(policy, groups, advantage.flatten(), processor, torch.device("cpu"), config, "grpo", 0.2, 0.2, None,
                       on_policy=True)
         optimizer_step(policy, steppers["ours"][0], 1e-6, 1.0)
         clock("update")
-        return sum(map(len, groups[0].branches))
+        return torch.tensor([len(branch) for group in groups for branch in group.branches])
 
-    def straightforward(step: int, clock: Clock) -> int:
+    def straightforward(step: int, clock: Clock, lengths: torch.Tensor) -> None:
         torch.manual_seed(step)
-        ids = prompt.input_ids.expand(ROLLOUTS, -1)
-        images = dict(pixel_values=prompt.pixel_values.repeat(ROLLOUTS, 1),
-                      image_grid_thw=prompt.image_grid_thw.repeat(ROLLOUTS, 1))
+        ids = torch.stack([p.input_ids for p in prompts for _ in range(ROLLOUTS)])
+        images = dict(pixel_values=torch.cat([p.pixel_values for p in prompts for _ in range(ROLLOUTS)]),
+                      image_grid_thw=torch.cat([p.image_grid_thw for p in prompts for _ in range(ROLLOUTS)]))
         kinds = (ids == processor.image_token_id).int()
         plain_policy.eval()
         with torch.no_grad():
             out = plain_policy.generate(input_ids=ids, attention_mask=torch.ones_like(ids), mm_token_type_ids=kinds, **images,
-                                        do_sample=True, top_k=0, top_p=1.0, max_new_tokens=LIMIT, eos_token_id=ends,
-                                        pad_token_id=processor.tokenizer.pad_token_id,
-                                        suppress_tokens=policy.forbidden.tolist())
+                                        do_sample=True, top_k=0, top_p=1.0, max_new_tokens=LIMIT,
+                                        eos_token_id=None, pad_token_id=processor.tokenizer.pad_token_id,
+                                        suppress_tokens=policy.forbidden.tolist(),
+                                        stopping_criteria=[lambda out, scores: out.shape[1] - ids.shape[1] >= lengths])
         plain_policy.train()
         rows = out[:, ids.shape[1]:]
-        stop = torch.isin(rows, torch.tensor(ends)).int()
-        real = stop.cumsum(1) - stop == 0
+        real = torch.arange(rows.shape[1]) < lengths[:, None]
         clock("rollout")
 
-        scores = one_by_one(judges["straightforward"], comparison, processor)
-        discriminator_loss(pairs_of(scores), ROLLOUTS).backward()
+        students = []
+        for comparison in comparisons:
+            scores = one_by_one(judges["straightforward"], comparison, processor)
+            discriminator_loss(pairs_of(scores), PROMPTS * ROLLOUTS).backward()
+            students.append(scores.detach()[1:])
         optimizer_step(judges["straightforward"], steppers["straightforward"][1], 1e-6, 1.0)
         clock("judge")
 
-        student = scores.detach()[None, 1:]
-        advantage = alignment_advantage(student[..., 0], student[..., 1], valid).flatten()
+        advantage = alignment_advantage(*torch.stack(students).permute(2, 0, 1), valid).flatten()
         mask = torch.cat([torch.ones_like(ids), real.long()], 1)
         kinds = torch.cat([kinds, torch.zeros_like(rows, dtype=torch.int)], 1)
         logits = plain_policy(input_ids=out, attention_mask=mask, mm_token_type_ids=kinds, **images, use_cache=False,
@@ -111,17 +116,17 @@ def main() -> None:
         policy_loss(logp, logp.detach(), advantage, real, "grpo", 0.2, 0.2, None).backward()
         optimizer_step(plain_policy, steppers["straightforward"][0], 1e-6, 1.0)
         clock("update")
-        return int(real.sum())
 
     seconds = {"ours": [], "straightforward": []}
     for repeat in range(args.repeats + 1):  # the first warms up
-        for name, run in (("ours", ours), ("straightforward", straightforward)):
-            clock = Clock()
-            tokens = run(repeat, clock)
-            if repeat:
-                seconds[name].append(sum(clock.parts.values()))
-                parts = ", ".join(f"{part} {value:.2f}" for part, value in clock.parts.items())
-                print(f"{name:15s} {seconds[name][-1]:6.2f} s ({parts}), {tokens} tokens sampled", flush=True)
+        clocks = {"ours": Clock()}
+        lengths = ours(repeat, clocks["ours"])
+        clocks["straightforward"] = Clock()
+        straightforward(repeat, clocks["straightforward"], lengths)
+        for name, clock in clocks.items() if repeat else ():
+            seconds[name].append(sum(clock.parts.values()))
+            parts = ", ".join(f"{part} {value:.2f}" for part, value in clock.parts.items())
+            print(f"{name:15s} {seconds[name][-1]:6.2f} s ({parts}), {int(lengths.sum())} tokens sampled", flush=True)
     print("ratio", ratio(*seconds.values()))
 
 

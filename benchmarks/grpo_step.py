@@ -34,9 +34,10 @@ from rollout import arguments, ratio
 from views import SIDE, WORDS
 
 PROMPTS, ROLLOUTS, LIMIT, STEPS = 4, 16, 256, 4
+ENDS = 1 / 115  # of the vocabulary ends a response; with these weights that makes responses of about 90 tokens
 
 
-def build(folder: str, hidden_size: int, layers: int, mean_length: int) -> tuple[str, str]:
+def build(folder: str, hidden_size: int, layers: int) -> tuple[str, str]:
     """(model, data): a Hugging Face directory with random weights, and rows of an image and some 100 tokens of question."""
     rng = random.Random(0)
     folder = Path(folder)
@@ -46,7 +47,7 @@ def build(folder: str, hidden_size: int, layers: int, mean_length: int) -> tuple
     texts = [" ".join(rng.choices(WORDS, k=40)) for _ in range(50)]
     tokenizer = digits.train_tokenizer(texts, 200)
     digits.build_model(folder / "model", tokenizer, world)
-    ends = list(range(300, 300 + round(len(tokenizer) / mean_length)))  # with random weights each token is about as likely
+    ends = list(range(300, 300 + round(len(tokenizer) * ENDS)))
     GenerationConfig(eos_token_id=ends, pad_token_id=tokenizer.pad_token_id).save_pretrained(folder / "model")
     rows = []
     for i in range(64):
@@ -110,7 +111,7 @@ def main() -> None:
         return trl(*sys.argv[-3:])
     args = arguments()
     with tempfile.TemporaryDirectory() as folder:
-        model, data = build(folder, args.hidden_size, args.layers, 92)
+        model, data = build(folder, args.hidden_size, args.layers)
         seconds = {"rlvr.py": [], "TRL": []}
         for repeat in range(args.repeats):
             for name, side in (("rlvr.py", ours), ("TRL", theirs)):

@@ -58,11 +58,11 @@ def response(rng: random.Random, caption: int, think: int) -> Response:
     return Response(" ".join(rng.choices(WORDS, k=caption)), " ".join(rng.choices(WORDS, k=think)), rng.choice(WORDS))
 
 
-def make_comparison(processor) -> Comparison:
+def make_comparison(processor, seed: int = 1) -> Comparison:
     """A prompt of exactly PROMPT_TOKENS tokens and 1 + ROLLOUTS responses whose lengths lie around those asked for."""
-    rng = random.Random(1)
+    rng = random.Random(seed)
     image = Image.frombytes("RGB", (SIDE, SIDE), rng.randbytes(3 * SIDE * SIDE))
-    path = os.path.join(os.path.dirname(processor.tokenizer.name_or_path) or ".", "image.png")
+    path = os.path.join(os.path.dirname(processor.tokenizer.name_or_path) or ".", f"{seed}.png")
     image.save(path)
 
     def prompt(question):

@@ -22,7 +22,7 @@ def main() -> None:
     cores = sorted(os.sched_getaffinity(0))
     os.environ["OMP_NUM_THREADS"] = "1"
     with tempfile.TemporaryDirectory() as folder:
-        model, data = build(folder, args.hidden_size, args.layers, 92)
+        model, data = build(folder, args.hidden_size, args.layers)
 
         def run(name: str, ranks: int, cores: list[int]) -> list[dict]:
             os.sched_setaffinity(0, cores)  # of this thread; the processes that it starts inherit it
