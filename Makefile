@@ -26,6 +26,8 @@ lint: .venv/installed
 
 # base -> SFT -> alignment -> RLVR, and RLVR straight from SFT beside it, two commands at a time. Nothing here is special to
 # the digits but that --data is left out: with it, the same commands run on anything.
+# Each has one thread: of a model this small a second one computes nothing sooner.
+demo: export OMP_NUM_THREADS := 1
 demo: .venv/installed
 	rm -rf $(DEMO)
 	$(MAKE) --no-print-directory -j2 $(DEMO)/results.json
