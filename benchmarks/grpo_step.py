@@ -1,7 +1,7 @@
 """A whole GRPO step: rlvr.py against TRL's GRPOTrainer (without vLLM), same model, data, group and lengths.
 
 4 prompts of about 300 tokens, 196 of them one image's, 16 rollouts each, at most 256 tokens. The model is a Qwen3-VL with
-random weights; some of its tokens end a response, as many as make the lengths ragged with mean about 92. A step is everything
+random weights; some of its tokens end a response, as many as make the lengths ragged with mean about 80. A step is everything
 from the prompts to the changed weights: processor, sampling, rewards, forward, backward, AdamW; float32, both cores. Each side
 runs in a process of its own, and the two take turns; a turn's seconds are the median of its steps after the first.
 
@@ -34,7 +34,7 @@ from rollout import arguments, ratio
 from views import SIDE, WORDS
 
 PROMPTS, ROLLOUTS, LIMIT, STEPS = 4, 16, 256, 4
-ENDS = 1 / 115  # of the vocabulary ends a response; with these weights that makes responses of about 90 tokens
+ENDS = 1 / 115  # of the vocabulary ends a response; with these weights that makes responses of about 80 tokens
 
 
 def build(folder: str, hidden_size: int, layers: int) -> tuple[str, str]:
