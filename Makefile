@@ -7,7 +7,6 @@ SHELL := bash
 PYTHON ?= python3
 PY := .venv/bin/python
 DEMO := out/demo
-export GOMP_SPINCOUNT := 1000
 export TOKENIZERS_PARALLELISM := false
 
 .PHONY: demo test lint

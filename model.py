@@ -56,7 +56,7 @@ class PackAttention:
         self.ragged = _ragged(pack) if flash_attn_varlen_func and device.type == "cuda" else None
         self.cuts: list[int] = []  # lengths of the prompts and of all their branches: 2 a segment, T in all
         self.blocks = []  # (prompt: its place among the cuts or None, rows N, length L, visible (L, prompt + L) or None)
-        gather = []  # what stands in the blocks' rows, padded with token 0
+        gather = []  # what stands in the blocks' rows, padded with -1
         plain = []  # (start, length) of the sequences without a prompt before them
         for segment in pack.segments if self.ragged is None else []:
             first, own = segment.start + segment.prompt, sum(segment.branches)
@@ -79,7 +79,8 @@ class PackAttention:
             self.gather = places.clamp(min=0).to(device)
             self.sizes = [len(part) for part in gather]
             self.take = torch.empty(sum(self.cuts), dtype=torch.long)  # (T,) where in the blocks each token stands
-            self.take[places[places >= 0]] = (places >= 0).nonzero()[:, 0]
+            real = places >= 0
+            self.take[places[real]] = real.nonzero()[:, 0]
             self.take = self.take.to(device)
 
     def attend(self, layer: int, q, k, v, scale: float) -> torch.Tensor:

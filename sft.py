@@ -15,12 +15,13 @@ Where this differs from the published run, on purpose:
     torchrun --nproc_per_node=8 sft.py --model Qwen/Qwen3-VL-4B-Instruct --data demonstrations.jsonl --output_dir sft_out
 """
 
+from data import Group, batches, encode_response, load_data, make_packs
+
 import math
 from dataclasses import dataclass
 
 import torch
 
-from data import Group, batches, encode_response, load_data, make_packs
 from model import (all_sum, even_packs, learning_rate_at, load_policy, optimizer_step, rank, save_policy, setup, shard,
                    token_logprobs, world_size)
 from run import Run, main, parse, ratio, say

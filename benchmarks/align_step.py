@@ -20,13 +20,13 @@ import tempfile
 import time
 from types import SimpleNamespace
 
-os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
 
-from rollout import arguments, ratio
+from rollout import arguments, ratio, repeated
 from views import ROLLOUTS, build, make_comparison, one_by_one, pairs_of
 
 import torch
+import torch.nn.functional as F
 from transformers import AutoModelForImageTextToText
 
 from align import alignment_advantage
@@ -82,19 +82,16 @@ def main() -> None:
 
     def straightforward(step: int, clock: Clock, lengths: torch.Tensor) -> None:
         torch.manual_seed(step)
-        ids = torch.stack([p.input_ids for p in prompts for _ in range(ROLLOUTS)])
-        images = dict(pixel_values=torch.cat([p.pixel_values for p in prompts for _ in range(ROLLOUTS)]),
-                      image_grid_thw=torch.cat([p.image_grid_thw for p in prompts for _ in range(ROLLOUTS)]))
-        kinds = (ids == processor.image_token_id).int()
+        inputs = repeated(prompts, ROLLOUTS, processor.image_token_id)
+        start = inputs["input_ids"].shape[1]
         plain_policy.eval()
         with torch.no_grad():
-            out = plain_policy.generate(input_ids=ids, attention_mask=torch.ones_like(ids), mm_token_type_ids=kinds, **images,
-                                        do_sample=True, top_k=0, top_p=1.0, max_new_tokens=LIMIT,
+            out = plain_policy.generate(**inputs, do_sample=True, top_k=0, top_p=1.0, max_new_tokens=LIMIT,
                                         eos_token_id=None, pad_token_id=processor.tokenizer.pad_token_id,
                                         suppress_tokens=policy.forbidden.tolist(),
-                                        stopping_criteria=[lambda out, scores: out.shape[1] - ids.shape[1] >= lengths])
+                                        stopping_criteria=[lambda out, scores: out.shape[1] - start >= lengths])
         plain_policy.train()
-        rows = out[:, ids.shape[1]:]
+        rows = out[:, start:]
         real = torch.arange(rows.shape[1]) < lengths[:, None]
         clock("rollout")
 
@@ -107,10 +104,9 @@ def main() -> None:
         clock("judge")
 
         advantage = alignment_advantage(*torch.stack(students).permute(2, 0, 1), valid).flatten()
-        mask = torch.cat([torch.ones_like(ids), real.long()], 1)
-        kinds = torch.cat([kinds, torch.zeros_like(rows, dtype=torch.int)], 1)
-        logits = plain_policy(input_ids=out, attention_mask=mask, mm_token_type_ids=kinds, **images, use_cache=False,
-                              logits_to_keep=rows.shape[1] + 1).logits[:, :-1]
+        inputs = inputs | dict(input_ids=out, attention_mask=torch.cat([inputs["attention_mask"], real.long()], 1),
+                               mm_token_type_ids=F.pad(inputs["mm_token_type_ids"], (0, rows.shape[1])))
+        logits = plain_policy(**inputs, use_cache=False, logits_to_keep=rows.shape[1] + 1).logits[:, :-1]
         logp = logits.index_fill(2, policy.forbidden, -torch.inf).log_softmax(-1).gather(2, rows[..., None])[..., 0]
         logp = torch.where(real, logp, 0.0)
         policy_loss(logp, logp.detach(), advantage, real, "grpo", 0.2, 0.2, None).backward()
@@ -119,11 +115,9 @@ def main() -> None:
 
     seconds = {"ours": [], "straightforward": []}
     for repeat in range(args.repeats + 1):  # the first warms up
-        clocks = {"ours": Clock()}
-        lengths = ours(repeat, clocks["ours"])
-        clocks["straightforward"] = Clock()
-        straightforward(repeat, clocks["straightforward"], lengths)
-        for name, clock in clocks.items() if repeat else ():
+        lengths = ours(repeat, mine := Clock())
+        straightforward(repeat, theirs := Clock(), lengths)
+        for name, clock in zip(seconds, (mine, theirs)) if repeat else ():
             seconds[name].append(sum(clock.parts.values()))
             parts = ", ".join(f"{part} {value:.2f}" for part, value in clock.parts.items())
             print(f"{name:15s} {seconds[name][-1]:6.2f} s ({parts}), {int(lengths.sum())} tokens sampled", flush=True)

@@ -21,17 +21,16 @@ import tempfile
 import time
 from pathlib import Path
 
-os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 os.environ["HF_HUB_OFFLINE"] = "1"
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
-from PIL import Image
-from transformers import GenerationConfig
-
 import digits
 from rollout import arguments, ratio
 from views import SIDE, WORDS
+
+from PIL import Image
+from transformers import GenerationConfig
 
 PROMPTS, ROLLOUTS, LIMIT, STEPS = 4, 16, 256, 4
 ENDS = 1 / 115  # of the vocabulary ends a response; with these weights that makes responses of about 80 tokens

@@ -11,16 +11,15 @@ A CPU without bfloat16 arithmetic takes more than ten minutes a pass; --dtype fl
 """
 import argparse
 import json
-import os
 import statistics
 import subprocess
 import sys
 import time
 from pathlib import Path
 
-os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import data  # noqa: F401, before torch: how threads wait
 import torch
 
 from model import _LogProbs

@@ -11,7 +11,6 @@ import statistics
 import sys
 import time
 
-os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
 
 from rollout import IMAGE, arguments, build, prompt, ratio, repeated

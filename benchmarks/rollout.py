@@ -14,13 +14,13 @@ import statistics
 import sys
 import time
 
-os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+
+from data import Prompt, mrope_positions
 
 import torch
 from transformers import AutoModelForImageTextToText, Qwen3VLConfig
 
-from data import Prompt, mrope_positions
 from model import Head, generate
 
 IMAGE, VIDEO, START, END = 1, 2, 3, 4  # token ids of the made-up vocabulary
@@ -58,10 +58,10 @@ def prompt(index: int, tokens: int, vocab_size: int = 2048, side: int = 14) -> P
     return Prompt(index, ids, mrope_positions(ids, grid, IMAGE, MERGE), pixels, grid)
 
 
-def repeated(prompts: list[Prompt], times: int) -> dict:
+def repeated(prompts: list[Prompt], times: int, image: int = IMAGE) -> dict:
     """Prompts of one length as transformers takes them, each row repeated, its image too."""
     ids = torch.stack([p.input_ids for p in prompts for _ in range(times)])
-    return dict(input_ids=ids, attention_mask=torch.ones_like(ids), mm_token_type_ids=(ids == IMAGE).int(),
+    return dict(input_ids=ids, attention_mask=torch.ones_like(ids), mm_token_type_ids=(ids == image).int(),
                 pixel_values=torch.cat([p.pixel_values for p in prompts for _ in range(times)]),
                 image_grid_thw=torch.cat([p.image_grid_thw for p in prompts for _ in range(times)]))
 

@@ -7,14 +7,12 @@ run. Median of `--repeats` steps after a first one.
     python benchmarks/step_profile.py [--demo out/demo --repeats 5]
 """
 import argparse
-import os
 import statistics
 import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
 
-os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from data import decode, encode_prompts, load_data, parse_response

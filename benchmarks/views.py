@@ -25,16 +25,16 @@ import tempfile
 import time
 from pathlib import Path
 
-os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 os.environ["HF_HUB_OFFLINE"] = "1"
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-import torch
-from PIL import Image
 
 import digits
 from rollout import ratio
 from data import Example, Response, encode_prompts, encode_views
+
+import torch
+from PIL import Image
+
 from discriminator import Comparison, discriminator_loss, load_discriminator, view_packs
 
 ROLLOUTS, PROMPT_TOKENS, CAPTION_TOKENS, REASONING_TOKENS, SIDE = 16, 302, 42, 60, 224  # SIDE: pixels, 14 x 14 image tokens
