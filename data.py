@@ -30,10 +30,10 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
-# Before torch is imported: threads that wait for each other spin for some microseconds, then sleep. Sampling is many short
-# operations, which waking up would slow down by a quarter; to spin for long, the default, makes a step many times slower
-# where another process wants the same cores.
-os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+# Before torch is imported: threads that wait for each other spin for some tenths of a millisecond, then sleep. Sampling is
+# many short operations between which a thread should not fall asleep: waking it costs up to half of the time. To spin for
+# long, the default, makes a step thirty times slower where another process wants the same cores (give each one thread then).
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 import torch
 from huggingface_hub import snapshot_download

@@ -20,6 +20,7 @@ import hashlib
 import itertools
 import math
 import os
+from collections import OrderedDict
 from collections.abc import Iterator
 
 import torch
@@ -246,92 +247,159 @@ def token_logprobs(policy, pack: Pack, temperature: float = 1.0, chunk: int = 25
 
 
 class RowCache:
-    """Keys and values while rows are sampled, given to the model as `layout`.
+    """Keys and values while rows are sampled, given to the model as `layout`. K key-value heads, G query heads to each.
 
-    The prompts' stand once each, and all rows of a prompt multiply with them together; a row's own are written into
-    preallocated places at its own index. S rows are alive; one softmax goes over both parts.
+    The prompts' stand once each, and all rows of a prompt attend to them together, in a table of P prompts by as many
+    places as any of them has rows. A row's own are written into preallocated places at its own index. To a row's softmax
+    its prompt is one more key: the key's score is the logsumexp of the prompt's scores, its value the prompt's own answer.
+
+    S rows are alive, or, with `fixed`, were alive when the shapes last changed: then S, the table's width and the number of
+    own places that are read (`seen`) change in large steps only, so that most steps repeat the shapes of the one before.
     """
 
-    def __init__(self, kept: list[tuple[torch.Tensor, torch.Tensor]], packs_lengths: list[int]):
+    def __init__(self, kept: list[tuple[torch.Tensor, torch.Tensor]], packs_lengths: list[int], fixed: bool = False):
         lengths = torch.tensor(packs_lengths)
         longest = int(lengths.max())
+        self.fixed = fixed
+        self.kv_heads, _, dim = kept[0][0].shape
         device = kept[0][0].device
         step = torch.arange(longest)
         first = lengths.cumsum(0) - lengths
         gather = torch.where(step < lengths[:, None], first[:, None] + step, 0).to(device)
-        # (P, K, longest, D) for each layer
-        self.prompts = [tuple(x[:, gather].transpose(0, 1).contiguous() for x in kv) for kv in kept]
-        self.lengths, self.longest = lengths.to(device), longest
-        k = kept[0][0]
-        self.own = [tuple(k.new_empty(0, k.shape[0], 0, k.shape[2]) for _ in range(2)) for _ in kept]
+        # keys as columns (P * K, D, longest), values as rows (P * K, longest, D), for each layer
+        kept = [tuple(x[:, gather].transpose(0, 1).flatten(0, 1) for x in kv) for kv in kept]
+        self.prompts = [(k.mT.contiguous(), v) for k, v in kept]
+        self.beyond = self._bias((step >= lengths[:, None]).to(device))
+        # (places, K, D, room) and (places, K, room, D)
+        self.own = [(k.new_zeros(0, self.kv_heads, dim, 0), v.new_zeros(0, self.kv_heads, 0, dim)) for k, v in kept]
         self.prompt_of = torch.zeros(0, dtype=torch.long, device=device)  # (S,)
         self.length = torch.zeros(0, dtype=torch.long, device=device)  # (S,) own tokens that are cached
-        self.seen = 0  # the longest of them
+        self.seen = 0
 
     def add(self, prompt_of: torch.Tensor) -> None:
         """New rows, with nothing of their own yet, take places behind the ones that are there."""
-        self.prompt_of = torch.cat([self.prompt_of, prompt_of])
         self.length = torch.cat([self.length, torch.zeros_like(prompt_of)])
+        self._group(torch.cat([self.prompt_of, prompt_of]))
 
-    def keep(self, alive: torch.Tensor) -> torch.Tensor:
-        """Drops the rows that are not alive; those behind fill the holes. Returns (S',): the old place of each row."""
+    def keep(self, alive: torch.Tensor, idle: int = 0) -> torch.Tensor:
+        """Drops the rows that are not alive, unless they are no more than `idle`; those behind fill the holes. Returns
+        (S',): the old place of each row."""
         count = int(alive.sum())
-        if count == len(alive):  # as in most steps
-            return torch.arange(count, device=alive.device)
+        if len(alive) - count <= idle:  # as in most steps
+            return torch.arange(len(alive), device=alive.device)
         order = torch.arange(count, device=alive.device)
         holes = (~alive[:count]).nonzero()[:, 0]
         movers = count + alive[count:].nonzero()[:, 0]
         order[holes] = movers
-        for kv in self.own:
-            for x in kv:
-                there = movers < len(x)  # a row that ended at its first token never had a place
-                x[holes[there], :, :self.seen] = x[movers[there], :, :self.seen]
-        self.prompt_of, self.length = self.prompt_of[order], self.length[order]
+        there = movers < len(self.own[0][0])  # a row that ended at its first token never had a place
+        for own_k, own_v in self.own:
+            own_k[holes[there], ..., :self.seen] = own_k[movers[there], ..., :self.seen]
+            own_v[holes[there], :, :self.seen] = own_v[movers[there], :, :self.seen]
+        self.length = self.length[order]
+        self._group(self.prompt_of[order])
         return order
 
-    def begin_step(self) -> None:
-        """Before each forward of the S rows, one token a row: makes room, and the table that groups rows by prompt."""
-        rows, need = len(self.length), int(self.length.max()) + 1
-        have = self.own[0][0].shape
-        if rows > have[0] or need > have[2]:  # grows by doubling
-            shape = (max(rows, have[0]), have[1], have[2] if need <= have[2] else max(64, 2 * need), have[3])
-            for layer, kv in enumerate(self.own):
-                grown = tuple(x.new_zeros(shape) for x in kv)
-                for new, old in zip(grown, kv):
-                    new[: have[0], :, : have[2]] = old
-                self.own[layer] = grown
-        counts = torch.bincount(self.prompt_of, minlength=len(self.lengths))
-        self.width = int(counts.max())
-        self.rows = torch.arange(rows, device=counts.device)
-        order = self.prompt_of.argsort(stable=True)
-        self.place = torch.empty_like(order)  # (S,) a row's place among those of its prompt
-        self.place[order] = self.rows - (counts.cumsum(0) - counts)[self.prompt_of[order]]
-        self.seen = need
-        unseen = torch.cat([torch.arange(self.longest, device=counts.device) >= self.lengths[self.prompt_of, None],
-                            torch.arange(need, device=counts.device) > self.length[:, None]], 1)
-        self.bias = torch.zeros(unseen.shape, device=counts.device).masked_fill_(unseen, -torch.inf)[:, None, None]
+    def _group(self, prompt_of: torch.Tensor) -> None:
+        """The table: where in it, (P, K, width), each row and head stands, and the other way (the first row's where empty)."""
+        self.prompt_of, device = prompt_of, prompt_of.device
+        self.rows = torch.arange(len(prompt_of), device=device)
+        counts = torch.bincount(prompt_of, minlength=len(self.beyond) // self.kv_heads)
+        width = int(counts.max())
+        width = 1 << (width - 1).bit_length() if self.fixed else width
+        order = prompt_of.argsort(stable=True)
+        place = torch.empty_like(order)  # (S,) a row's place among those of its prompt
+        place[order] = self.rows - (counts.cumsum(0) - counts)[prompt_of[order]]
+        heads = torch.arange(self.kv_heads, device=device)
+        self.place = (prompt_of[:, None] * self.kv_heads * width + heads * width + place[:, None]).flatten()  # (S * K,)
+        self.table = torch.zeros(len(self.beyond) * width, dtype=torch.long, device=device)  # (P * K * width,)
+        self.table[self.place] = torch.arange(len(self.place), device=device)
+
+    def begin_step(self) -> list[torch.Tensor]:
+        """Before each forward of the S rows, one token a row: makes room. Returns what `attend` takes as `self.step`."""
+        need = int(self.length.max()) + 1
+        self.seen = -(-need // 128) * 128 if self.fixed else need
+        places, room = self.own[0][1].shape[0], self.own[0][1].shape[2]
+        if len(self.rows) > places or self.seen > room:  # grows by doubling
+            more = max(0, len(self.rows) - places)
+            longer = max(64, 2 * self.seen) - room if self.seen > room else 0
+            self.own = [(F.pad(k, (0, longer, 0, 0, 0, 0, 0, more)), F.pad(v, (0, 0, 0, longer, 0, 0, 0, more)))
+                        for k, v in self.own]
+        unseen = torch.arange(self.seen, device=self.length.device) > self.length[:, None]
+        self.step = [self.rows, self.length, self.table, self.place, self._bias(unseen)]
+        return self.step
 
     def attend(self, layer: int, q, k, v, scale: float) -> torch.Tensor:
         """(S, H, 1, D), (S, K, 1, D) twice -> (S, 1, H, D)."""
-        rows, heads, _, dim = q.shape
-        own_k, own_v = (x[:rows] for x in self.own[layer])
-        own_k[self.rows, :, self.length] = k[:, :, 0]
-        own_v[self.rows, :, self.length] = v[:, :, 0]
-        own_k, own_v = own_k[:, :, : self.seen], own_v[:, :, : self.seen]
+        rows, length, table, place, unseen = self.step
+        own_k, own_v = (x[: len(rows)] for x in self.own[layer])
+        own_k[rows, :, :, length] = k[:, :, 0]
+        own_v[rows, :, length] = v[:, :, 0]
+        own_k, own_v = own_k[..., : self.seen].flatten(0, 1), own_v[:, :, : self.seen].flatten(0, 1)
         prompts_k, prompts_v = self.prompts[layer]
-        q = q.view(rows, k.shape[1], -1, dim) * scale  # (S, K, G, D), G query heads a key-value head
-        scores = torch.cat([self._together(q, prompts_k.transpose(-1, -2)), q @ own_k.transpose(-1, -2)], -1)
-        weights = (scores.float() + self.bias).softmax(-1).to(v.dtype)
-        shared, own = weights.split([self.longest, self.seen], -1)
-        return (self._together(shared, prompts_v) + own @ own_v).reshape(rows, 1, heads, dim)
+        heads, dim = q.shape[1], q.shape[3]
+        q = q.view(len(place), -1, dim)  # (S * K, G, D)
+        scores = torch.baddbmm(self.beyond, q[table].view(len(prompts_k), -1, dim), prompts_k, alpha=scale)
+        logp = scores.log_softmax(-1, dtype=torch.float32)  # (P * K, width * G, longest)
+        score = (scores[..., :1] - logp[..., :1]).view(len(table), -1, 1)[place]  # s - log softmax(s) = logsumexp
+        answer = torch.bmm(logp.exp().to(v.dtype), prompts_v).view(len(table), -1, dim)[place]  # (S * K, G, D)
+        scores = torch.cat([score, torch.baddbmm(unseen, q, own_k, alpha=scale)], -1)
+        weights = scores.softmax(-1, dtype=torch.float32).to(v.dtype)
+        return torch.baddbmm(weights[..., :1] * answer, weights[..., 1:], own_v).view(len(rows), 1, heads, dim)
 
-    def _together(self, x, of_prompt):
-        """Each row's x (G, a) times its prompt's (a, b), one product a prompt: (S, K, G, a), (P, K, a, b) -> (S, K, G, b)."""
-        prompts, kv_heads = of_prompt.shape[:2]
-        table = x.new_zeros(prompts, kv_heads, self.width, *x.shape[2:])
-        table[self.prompt_of, :, self.place] = x
-        table = (table.flatten(2, 3) @ of_prompt).unflatten(2, (self.width, -1))
-        return table[self.prompt_of, :, self.place]
+    def _bias(self, hidden: torch.Tensor) -> torch.Tensor:
+        """(n, keys) -> (n * K, 1, keys): -inf where keys are hidden, 0 elsewhere."""
+        k = self.prompts[0][0]
+        bias = torch.zeros(hidden.shape, dtype=k.dtype, device=k.device).masked_fill_(hidden, -torch.inf)
+        return bias.repeat_interleave(self.kv_heads, 0)[:, None]
+
+
+class Decoder:
+    """A step of the rows in `cache`: their tokens (S, 1) at positions (3, S, 1) or (S, 1) -> logits (S, V).
+
+    On a GPU it takes longer to launch the thousand small kernels of a step than to run them. With `fixed` places, a step
+    whose shapes come for the second time is recorded as a CUDA graph; later ones of these shapes copy what they read into the
+    recorded step's tensors and replay it. Weights and cache must stay where they are, or be seen in the shapes.
+    """
+
+    def __init__(self, policy, cache: RowCache):
+        self.policy, self.cache = policy, cache
+        self.graphs: dict = {}
+
+    def __call__(self, token: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
+        read = [token, position, *self.cache.begin_step()]
+        if not self.cache.fixed:
+            return self._forward(read)
+        shapes = (*(x.shape for x in read), self.cache.own[0][0].shape)
+        if shapes not in self.graphs:
+            self.graphs[shapes] = None
+            return self._forward(read)
+        if self.graphs[shapes] is None:
+            static, graph = [x.clone() for x in read], torch.cuda.CUDAGraph()
+            with _without_hooks(self.policy), torch.cuda.graph(graph, capture_error_mode="thread_local"):
+                logits = self._forward(static)
+            self.graphs[shapes] = graph, static, logits
+        graph, static, logits = self.graphs[shapes]
+        for old, new in zip(static, read):
+            old.copy_(new)
+        graph.replay()
+        return logits
+
+    def _forward(self, read):
+        token, position, *self.cache.step = read
+        return self.policy(input_ids=token, position_ids=position, use_cache=False, layout=self.cache).logits[:, 0]
+
+
+@contextlib.contextmanager
+def _without_hooks(module: torch.nn.Module):
+    """Without FSDP's hooks, which on gathered weights have nothing to do, but make other streams wait for a recorded one."""
+    hooks = [(m, m._forward_pre_hooks, m._forward_hooks) for m in module.modules() if isinstance(m, FSDPModule)]
+    for part, *_ in hooks:
+        part._forward_pre_hooks, part._forward_hooks = OrderedDict(), OrderedDict()
+    try:
+        yield
+    finally:
+        for part, before, after in hooks:
+            part._forward_pre_hooks, part._forward_hooks = before, after
 
 
 def uniforms(seed: int, step: int, prompt: int, row: int, count: int) -> torch.Tensor:
@@ -340,14 +408,14 @@ def uniforms(seed: int, step: int, prompt: int, row: int, count: int) -> torch.T
     return torch.rand(count, generator=torch.Generator().manual_seed(int.from_bytes(key, "big")))
 
 
-@torch.no_grad()
 def generate(policy, prompts: list[Prompt], num_generations: int, max_completion_length: int, temperature: float = 1.0,
-             seed: int = 0, step: int = 0, max_rollout_rows: int | None = None) -> list[Group]:
+             seed: int = 0, step: int = 0, max_rollout_rows: int | None = None, fixed: bool | None = None) -> list[Group]:
     """Samples `num_generations` branches for each prompt (temperature 0: greedy), with their log-probabilities at that
     temperature. A branch ends with its end of sequence, or without one where it reached `max_completion_length`.
 
     Temperature only: no top-k, no top-p, so that what is sampled is what `token_logprobs` scores. The special tokens of
     images and videos are forbidden to both. `max_rollout_rows` bounds the rows alive at once; the others wait.
+    `fixed` places, and a CUDA graph over them (see RowCache and Decoder), are for a GPU, where they are the default.
     """
     if not prompts:
         return []
@@ -355,14 +423,15 @@ def generate(policy, prompts: list[Prompt], num_generations: int, max_completion
     rows_in_all = len(prompts) * num_generations
     was_training = policy.training
     policy.eval()
-    with gathered(policy):
+    with gathered(policy), torch.inference_mode():  # a tenth faster than no_grad: steps are many small operations
         # The prompts, once each: their keys and values, and the logits of the first token.
         pack = make_packs([Group(prompt, []) for prompt in prompts])[0].to(device)
         lengths = [segment.prompt for segment in pack.segments]
         kept = []
         lasts = torch.tensor(lengths, device=device).cumsum(0) - 1
         first = policy(**inputs(policy, pack, kept), logits_to_keep=lasts).logits[0]
-        cache = RowCache(kept, lengths)
+        cache = RowCache(kept, lengths, device.type == "cuda" if fixed is None else fixed)
+        decoder = Decoder(policy, cache)
         del kept
         following = torch.tensor([prompt.next_position for prompt in prompts], device=device)
         forbidden, ends = policy.forbidden.to(device), policy.ends.to(device)
@@ -370,7 +439,7 @@ def generate(policy, prompts: list[Prompt], num_generations: int, max_completion
             u = torch.stack([uniforms(seed, step, prompt.index, n, max_completion_length)
                              for prompt in prompts for n in range(num_generations)]).to(device)
         waiting = torch.arange(rows_in_all, device=device)
-        rows = waiting[:0]
+        rows = waiting[:0]  # which row stands at each place, -1 where it has ended
         logits = first[:0]
         record = []  # (rows, tokens, log-probabilities) of every step
         while True:
@@ -391,22 +460,22 @@ def generate(policy, prompts: list[Prompt], num_generations: int, max_completion
             else:
                 token = logp.argmax(-1, keepdim=True)
             record.append((rows, token[:, 0], logp.gather(1, token)[:, 0]))
-            alive = ~torch.isin(token[:, 0], ends) & (cache.length + 1 < max_completion_length)
-            order = cache.keep(alive)
+            ended = torch.isin(token[:, 0], ends) | (cache.length + 1 >= max_completion_length)
+            rows = rows.masked_fill(ended, -1)
+            order = cache.keep(rows >= 0, len(rows) // 2 if cache.fixed and not len(waiting) else 0)
             rows, token = rows[order], token[order]
             if not len(rows):
                 logits = first[:0]
                 continue
-            cache.begin_step()
             position = positions(policy, (following[cache.prompt_of] + cache.length)[None, :, None].expand(3, -1, 1))
-            logits = policy(input_ids=token, position_ids=position, use_cache=False, layout=cache).logits[:, 0]
-            cache.length += 1
+            logits = decoder(token, position)
+            cache.length = cache.length + (rows >= 0)
     policy.train(was_training)
 
     # The record, step after step, as one branch a row.
     row, token, logp = (torch.cat(column).cpu() for column in zip(*record))
-    order = row.argsort(stable=True)
-    counts = torch.bincount(row, minlength=rows_in_all).tolist()
+    order = row.argsort(stable=True)[int((row < 0).sum()):]
+    counts = torch.bincount(row[order], minlength=rows_in_all).tolist()
     tokens, logps = token[order].split(counts), logp[order].split(counts)
     n = num_generations
     return [Group(prompt, list(tokens[i * n:(i + 1) * n]), list(logps[i * n:(i + 1) * n]))

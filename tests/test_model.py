@@ -5,6 +5,7 @@ import pytest
 import torch
 from PIL import Image
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForImageTextToText
 
 from data import (Example, Group, Prompt, encode_prompts, encode_response, load_data, load_processor, make_packs,
@@ -193,6 +194,55 @@ def test_a_row_depends_on_itself_alone(world, trained):
     assert all(torch.equal(a, b) for a, b in zip(whole[2].branches, alone[0].branches))
     assert all(torch.equal(a, b) for x, y in zip(whole, queued) for a, b in zip(x.branches, y.branches))
     assert any(not torch.equal(a, b) for x, y in zip(whole, other) for a, b in zip(x.branches, y.branches))
+
+
+class Recorded(TorchDispatchMode):
+    """A CUDA graph as far as a CPU can have one: the operations of a step with the very tensors they read and wrote, run again
+    by `replay`. Whatever a step reads that was not copied into those tensors is stale; what would wait for a value, or has a
+    shape that depends on one, cannot be recorded."""
+
+    made = 0
+
+    def __init__(self):
+        super().__init__()
+        self.calls = []
+        Recorded.made += 1
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        masks = any(isinstance(a, torch.Tensor) and a.dtype == torch.bool for a in tree_leaves((args, kwargs)))
+        waits = torch.Tag.data_dependent_output in op.tags or torch.Tag.dynamic_output_shape in op.tags
+        if masks if "index" in str(op) else waits:
+            raise RuntimeError(f"{op} is not permitted while a stream is recorded")
+        out = op(*args, **(kwargs or {}))
+        self.calls.append((op, args, kwargs or {}, out))
+        return out
+
+    def replay(self):
+        for op, args, kwargs, out in self.calls:
+            for old, new in zip(tree_leaves(out), tree_leaves(op(*args, **kwargs))):
+                if old.data_ptr() != new.data_ptr():
+                    old.copy_(new)
+
+
+@pytest.mark.parametrize("max_rows, temperature", [(None, 1.3), (5, 1.3), (None, 0.0)])
+def test_fixed_places_and_recorded_steps(world, trained, monkeypatch, max_rows, temperature):
+    """The GPU's way of sampling, idle places and steps that are replayed, gives the same branches as the CPU's."""
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Recorded)
+    monkeypatch.setattr(torch.cuda, "graph", lambda graph, **kwargs: graph)
+    monkeypatch.setattr(Recorded, "made", 0)
+    replays = []
+    monkeypatch.setattr(Recorded, "replay", lambda self, replay=Recorded.replay: (replays.append(self), replay(self)))
+    policy, processor = load_policy("--ckpt", trained)
+    prompts = encode_prompts(processor, load_data(world["validation"])[:3] + [example(99, 0, "And without an image?")])
+    args = policy, prompts, 4, 150, temperature, 5, 2, max_rows
+    plain, fixed = generate(*args), generate(*args, fixed=True)
+    lengths = [len(b) for g in plain for b in g.branches]
+    assert len(set(lengths)) > 3 and max(lengths) > 20
+    assert 1 < Recorded.made < len(replays) / 4
+    for a, b in zip(plain, fixed):
+        assert [x.tolist() for x in a.branches] == [x.tolist() for x in b.branches]
+        for x, y in zip(a.logprobs, b.logprobs):
+            torch.testing.assert_close(x, y, atol=1e-5, rtol=0)
 
 
 def test_sampling_follows_the_distribution(world, policy_processor):
