@@ -441,7 +441,7 @@ def generate(policy, prompts: list[Prompt], num_generations: int, max_completion
         waiting = torch.arange(rows_in_all, device=device)
         rows = waiting[:0]  # which row stands at each place, -1 where it has ended
         logits = first[:0]
-        record = []  # (rows, tokens, log-probabilities) of every step
+        record = []  # (rows, tokens, probabilities) of every step
         while True:
             free = (max_rollout_rows or rows_in_all) - len(rows)
             new, waiting = waiting[:free], waiting[free:]
@@ -452,14 +452,14 @@ def generate(policy, prompts: list[Prompt], num_generations: int, max_completion
             if not len(rows):
                 break
             logits = logits.float().div_(temperature or 1.0).index_fill_(1, forbidden, -torch.inf)
-            logp = logits.log_softmax(-1)
+            p = logits.softmax(-1)
             if temperature > 0:  # inverse of the cumulated distribution at the row's own uniform number
-                cdf = logp.exp().cumsum(-1)
+                cdf = p.cumsum(-1)
                 at = u[rows, cache.length, None] * cdf[:, -1:]
                 token = torch.searchsorted(cdf, at, right=True).clamp_(max=cdf.shape[1] - 1)
             else:
-                token = logp.argmax(-1, keepdim=True)
-            record.append((rows, token[:, 0], logp.gather(1, token)[:, 0]))
+                token = logits.argmax(-1, keepdim=True)
+            record.append((rows, token[:, 0], p.gather(1, token)[:, 0]))
             ended = torch.isin(token[:, 0], ends) | (cache.length + 1 >= max_completion_length)
             rows = rows.masked_fill(ended, -1)
             order = cache.keep(rows >= 0, len(rows) // 2 if cache.fixed and not len(waiting) else 0)
@@ -473,10 +473,10 @@ def generate(policy, prompts: list[Prompt], num_generations: int, max_completion
     policy.train(was_training)
 
     # The record, step after step, as one branch a row.
-    row, token, logp = (torch.cat(column).cpu() for column in zip(*record))
+    row, token, p = (torch.cat(column).cpu() for column in zip(*record))
     order = row.argsort(stable=True)[int((row < 0).sum()):]
     counts = torch.bincount(row[order], minlength=rows_in_all).tolist()
-    tokens, logps = token[order].split(counts), logp[order].split(counts)
+    tokens, logps = token[order].split(counts), p.log()[order].split(counts)
     n = num_generations
     return [Group(prompt, list(tokens[i * n:(i + 1) * n]), list(logps[i * n:(i + 1) * n]))
             for i, prompt in enumerate(prompts)]
