@@ -43,7 +43,7 @@ from safetensors import safe_open
 from tqdm import tqdm
 from transformers import AutoModelForImageTextToText, Qwen3VLMoeConfig
 
-from model import (all_sum, attend_by_layout, even_packs, full_state, generate, inputs, learning_rate_at, load_policy,
+from model import (adapt, all_sum, even_packs, full_state, generate, inputs, learning_rate_at, load_policy,
                    optimizer_step, rank, read_config, setup, shard, world_size)
 from run import Run, accumulate, main, parse, ratio, say
 
@@ -377,7 +377,7 @@ def load_discriminator(flag: str, path: str, kind: str | None = None, dropout: f
             for name, tensor in read_tensors(path, r"layers\.\d+\.mlp\.(gate|experts)\.").items():
                 layer, _, parameter = name.rpartition("layers.")[2].partition(".")
                 layers[int(layer)].get_parameter(parameter).data.copy_(tensor)
-    attend_by_layout(backbone, f"{flag} {path}")
+    adapt(backbone, f"{flag} {path}")
     torch.manual_seed(seed)
     discriminator = Discriminator(backbone, kind, dropout)
     heads = [head for head in read_tensors(path, r"score|^v_head|^value_head").values() if head.ndim == 2]

@@ -23,7 +23,7 @@ from types import SimpleNamespace
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
 
 from rollout import arguments, ratio, repeated
-from views import ROLLOUTS, build, make_comparison, one_by_one, pairs_of
+from views import ROLLOUTS, build, make_comparison, one_by_one, pairs_of, set_up
 
 import torch
 import torch.nn.functional as F
@@ -60,7 +60,7 @@ def main() -> None:
     ends = list(range(300, 300 + round(policy.config.text_config.vocab_size * ENDS)))
     policy.ends = torch.tensor(ends)
     judges = {"ours": discriminator.train(), "straightforward": copy.deepcopy(discriminator).train()}
-    judges["straightforward"].model.set_attn_implementation({"text_config": "sdpa", "vision_config": "sdpa"})
+    set_up(judges["straightforward"].model, ours=False)
     policies = {"ours": policy.train(), "straightforward": plain_policy.train()}
     steppers = {name: [torch.optim.AdamW(m.parameters(), lr=1e-6) for m in (policies[name], judges[name])] for name in policies}
     config = SimpleNamespace(max_tokens_per_pack=16384, temperature=1.0)

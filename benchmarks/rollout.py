@@ -21,7 +21,7 @@ from data import Prompt, mrope_positions
 import torch
 from transformers import AutoModelForImageTextToText, Qwen3VLConfig
 
-from model import Head, generate
+from model import Head, adapt, generate
 
 IMAGE, VIDEO, START, END = 1, 2, 3, 4  # token ids of the made-up vocabulary
 PATCH, MERGE = 16, 2
@@ -42,7 +42,7 @@ def build(hidden_size: int, layers: int, vocab_size: int = 2048, experts: int = 
     theirs = AutoModelForImageTextToText.from_config(config).eval()
     ours = AutoModelForImageTextToText.from_config(copy.deepcopy(config)).eval()
     ours.load_state_dict(theirs.state_dict())
-    ours.set_attn_implementation({"text_config": "layout", "vision_config": "sdpa"})
+    adapt(ours, "the made-up model")
     ours.lm_head.__class__ = Head
     ours.forbidden = torch.tensor([IMAGE, VIDEO, START, END])
     return ours, theirs

@@ -36,6 +36,7 @@ import torch
 from PIL import Image
 
 from discriminator import Comparison, discriminator_loss, load_discriminator, view_packs
+from model import adapt
 
 ROLLOUTS, PROMPT_TOKENS, CAPTION_TOKENS, REASONING_TOKENS, SIDE = 16, 302, 42, 60, 224  # SIDE: pixels, 14 x 14 image tokens
 WORDS = "one two three four five six seven eight nine ten red green blue left right above below plus minus is so the".split()
@@ -129,13 +130,22 @@ def packed(discriminator, comparison, processor):
     return torch.cat([scores[:1, :2], scores[:, 2:]])
 
 
-WAYS = {"(a) one by one": ("sdpa", one_by_one), "(b) padded": ("sdpa", padded), "(c) packed": ("layout", packed)}
+WAYS = {"(a) one by one": (False, one_by_one), "(b) padded": (False, padded), "(c) packed": (True, packed)}
+
+
+def set_up(model, ours: bool) -> None:
+    """The model as the stages use it, or as transformers has it."""
+    if ours:
+        adapt(model, "the made-up model")
+    else:
+        model.set_attn_implementation({"text_config": "sdpa", "vision_config": "sdpa"})
+        model.visual.patch_embed.proj.__class__ = torch.nn.Conv3d
 
 
 def run(way: str, discriminator, comparison, processor) -> tuple[float, torch.Tensor]:
     """Seconds for the scores of all views and the gradient of the loss; and the scores."""
-    attention, function = WAYS[way]
-    discriminator.model.set_attn_implementation({"text_config": attention, "vision_config": "sdpa"})
+    ours, function = WAYS[way]
+    set_up(discriminator.model, ours)
     discriminator.zero_grad(set_to_none=True)
     start = time.perf_counter()
     scores = function(discriminator, comparison, processor)
@@ -182,7 +192,7 @@ def main() -> None:
         assert apart < 1e-4 and turned < 1e-3
 
     prompt, views = comparison.prompt, encode_views(processor, comparison.teacher)
-    discriminator.model.set_attn_implementation({"text_config": "sdpa", "vision_config": "sdpa"})
+    set_up(discriminator.model, ours=False)
     with torch.no_grad():
         tower = timed(lambda: discriminator.model.visual(prompt.pixel_values, grid_thw=prompt.image_grid_thw))
         whole = timed(lambda: plain(discriminator, prompt, [views[0]]))

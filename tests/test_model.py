@@ -11,7 +11,7 @@ from transformers import AutoModelForImageTextToText
 from data import (Example, Group, Prompt, encode_prompts, encode_response, load_data, load_processor, make_packs,
                   parse_response)
 from discriminator import Comparison, judge, load_discriminator
-from model import _LogProbs, generate, learning_rate_at, load_policy, setup, shard, token_logprobs
+from model import Patches, _LogProbs, generate, learning_rate_at, load_policy, setup, shard, token_logprobs
 
 
 @pytest.fixture(scope="module")
@@ -289,6 +289,27 @@ def test_forbidden_tokens_have_no_probability(policy_processor):
     groups = generate(policy, prompts, 8, 12)
     assert not torch.isin(torch.cat(groups[0].branches), policy.forbidden).any()
     assert torch.isfinite(torch.cat(groups[0].logprobs)).all()
+
+
+def test_patches_are_the_convolution(policy_processor):
+    """The patch embedding as a product: values and gradients of transformers' Conv3d, in float64; volumes are left to it."""
+    policy, _ = policy_processor
+    embedding = policy.model.visual.patch_embed.proj
+    assert type(embedding) is Patches
+    product = copy.deepcopy(embedding).double()
+    convolution = copy.deepcopy(product)
+    convolution.__class__ = torch.nn.Conv3d
+    size = (product.in_channels, *product.kernel_size)
+    for shape in ((7, *size), (2, size[0], *(2 * n for n in size[1:]))):
+        results = []
+        for module in (product, convolution):
+            x = torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64, requires_grad=True)
+            module.zero_grad()
+            out = module(x)
+            out.square().sum().backward()
+            results.append((out.flatten(), x.grad, module.weight.grad, module.bias.grad))
+        for a, b in zip(*results):
+            torch.testing.assert_close(a, b)
 
 
 def test_learning_rate_schedule():
