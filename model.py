@@ -7,8 +7,9 @@ What is computed here, for a prompt x and its branches y_1 .. y_N (see data.py):
 
 Scores and samples share the prompt. In a forward over a pack the prompt attends to itself and the branches, as N rows,
 attend to [prompt | themselves]; while sampling, N rows go on from the prompt's keys and values, which stand once in
-memory, and finished rows leave at once. `transformers` computes all else: a pack, or the cache of the sampler, travels
-as the keyword `layout` through the model to the attention function registered below, and answers there.
+memory, and finished rows leave at once (on a GPU when half have finished, so that steps are alike and a CUDA graph can
+replay them). `transformers` computes all else: a pack, or the cache of the sampler, travels as the keyword `layout`
+through the model to the attention function registered below, and answers there.
 
 Everything is sharded with FSDP2 (`fully_shard`) when there are several processes, or a GPU: then parameters are float32
 and computations bfloat16 with float32 reduction. Gradients are summed over ranks, not averaged: losses come divided by
@@ -20,6 +21,7 @@ import hashlib
 import itertools
 import math
 import os
+import warnings
 from collections import OrderedDict
 from collections.abc import Iterator
 
@@ -363,43 +365,35 @@ class Decoder:
 
     def __init__(self, policy, cache: RowCache):
         self.policy, self.cache = policy, cache
-        self.graphs: dict = {}
+        self.shapes = set()
+        self.graphs = {}  # shapes -> (graph, the tensors that it reads, its logits)
 
     def __call__(self, token: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
         read = [token, position, *self.cache.begin_step()]
-        if not self.cache.fixed:
-            return self._forward(read)
         shapes = (*(x.shape for x in read), self.cache.own[0][0].shape)
-        if shapes not in self.graphs:
-            self.graphs[shapes] = None
+        if self.cache.fixed and shapes in self.shapes and shapes not in self.graphs:
+            self._record(shapes, read)
+        self.shapes.add(shapes)
+        if not self.cache.fixed or shapes not in self.graphs:
             return self._forward(read)
-        if self.graphs[shapes] is None:
-            static, graph = [x.clone() for x in read], torch.cuda.CUDAGraph()
-            with _without_hooks(self.policy), torch.cuda.graph(graph, capture_error_mode="thread_local"):
-                logits = self._forward(static)
-            self.graphs[shapes] = graph, static, logits
         graph, static, logits = self.graphs[shapes]
         for old, new in zip(static, read):
             old.copy_(new)
         graph.replay()
         return logits
 
-    def _forward(self, read):
+    def _record(self, shapes, read) -> None:
+        static, graph = [x.clone() for x in read], torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+                self.graphs[shapes] = graph, static, self._forward(static)
+        except RuntimeError as error:
+            warnings.warn(f"this call of generate goes on without CUDA graphs: {error}", stacklevel=2)
+            self.graphs, self.cache.fixed = {}, False
+
+    def _forward(self, read) -> torch.Tensor:
         token, position, *self.cache.step = read
         return self.policy(input_ids=token, position_ids=position, use_cache=False, layout=self.cache).logits[:, 0]
-
-
-@contextlib.contextmanager
-def _without_hooks(module: torch.nn.Module):
-    """Without FSDP's hooks, which on gathered weights have nothing to do, but make other streams wait for a recorded one."""
-    hooks = [(m, m._forward_pre_hooks, m._forward_hooks) for m in module.modules() if isinstance(m, FSDPModule)]
-    for part, *_ in hooks:
-        part._forward_pre_hooks, part._forward_hooks = OrderedDict(), OrderedDict()
-    try:
-        yield
-    finally:
-        for part, before, after in hooks:
-            part._forward_pre_hooks, part._forward_hooks = before, after
 
 
 def uniforms(seed: int, step: int, prompt: int, row: int, count: int) -> torch.Tensor:
@@ -536,15 +530,22 @@ def shard(module: torch.nn.Module, device: torch.device) -> torch.nn.Module:
 
 @contextlib.contextmanager
 def gathered(module: torch.nn.Module):
-    """The whole weights on every rank for a while, so that forwards need no other rank; sharded again afterwards."""
+    """The whole weights on every rank for a while, so that forwards need no other rank; sharded again afterwards.
+
+    FSDP's hooks are away as well. Where weights are there already they have nothing to do, but they take a fifth of a small
+    model's step, and on a GPU they make other streams wait for one that is being recorded.
+    """
     parts = [m for m in module.modules() if isinstance(m, FSDPModule)]
+    hooks = [(part._forward_pre_hooks, part._forward_hooks) for part in parts]
     for part in parts:
         part.set_reshard_after_forward(False, recurse=False)
         part.unshard()
+        part._forward_pre_hooks, part._forward_hooks = OrderedDict(), OrderedDict()
     try:
         yield
     finally:
-        for part in parts:
+        for part, (before, after) in zip(parts, hooks):
+            part._forward_pre_hooks, part._forward_hooks = before, after
             part.set_reshard_after_forward(part is not module, recurse=False)
             part.reshard()
 

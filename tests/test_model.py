@@ -245,6 +245,21 @@ def test_fixed_places_and_recorded_steps(world, trained, monkeypatch, max_rows, 
             torch.testing.assert_close(x, y, atol=1e-5, rtol=0)
 
 
+def test_a_step_that_cannot_be_recorded(world, trained, monkeypatch):
+    """Sampling goes on without the graph, says so, and gives the same branches."""
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Recorded)
+    monkeypatch.setattr(torch.cuda, "graph", lambda graph, **kwargs: graph)
+    policy, processor = load_policy("--ckpt", trained)
+    args = policy, encode_prompts(processor, load_data(world["validation"])[:3]), 4, 60, 1.3, 5
+    plain = generate(*args)
+    handle = policy.lm_head.register_forward_hook(lambda module, inputs, logits: logits * logits.isfinite().all().item())
+    with pytest.warns(UserWarning, match="without CUDA graphs: .*not permitted"):
+        fixed = generate(*args, fixed=True)
+    handle.remove()
+    for a, b in zip(plain, fixed):
+        assert [x.tolist() for x in a.branches] == [x.tolist() for x in b.branches]
+
+
 def test_sampling_follows_the_distribution(world, policy_processor):
     """First tokens of many rows against the policy's own probabilities (chi-square over the likelier tokens)."""
     policy, processor = policy_processor
