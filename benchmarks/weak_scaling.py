@@ -1,12 +1,10 @@
 """Weak scaling of stage 3: rlvr.py with the same work per rank on 1 and on 2 gloo ranks, one core each.
 
-Model and prompts are those of grpo_step.py: 4 prompts of about 300 tokens a rank, 16 rollouts each. One thread a rank, and as
-many cores as ranks. Once lengths are drawn as in grpo_step.py, and the rank with less to do waits for the other; once nearly
-all responses are cut at 80 tokens, so that the ranks have the same to do. Compared are tokens per second and rank, the median
-of a turn's steps after the first. Between the two stands a control, two runs of one rank that know nothing of each other: what
-they lose is what two cores of this machine take from each other (caches, memory, clock), and what two ranks lose beyond that
-is communication and waiting. A ratio is what a rank of two does over what one alone does; 1 is ideal. The last line is that of
-equal work.
+Model, prompts and lengths are those of grpo_step.py: 4 prompts of about 300 tokens a rank, 16 rollouts each. One thread a
+rank, and as many cores as ranks. Lengths are drawn, so ranks have more or less to do: compared are tokens per second and rank,
+the median of a turn's steps after the first. Between the two stands a control, two runs of one rank that know nothing of each
+other: what they lose is what two cores of this machine take from each other (caches, memory, clock), and what two ranks lose
+beyond that is what the ranks wait for. The last line is what a rank of two does over what one alone does; 1 is ideal.
 
     python benchmarks/weak_scaling.py [--hidden_size 256 --layers 4 --repeats 3]
 """
@@ -15,7 +13,7 @@ import statistics
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
 
-from grpo_step import ENDS, LIMIT, build, ours
+from grpo_step import build, ours
 from rollout import arguments, ratio
 
 
@@ -23,34 +21,30 @@ def main() -> None:
     args = arguments()
     cores = sorted(os.sched_getaffinity(0))
     os.environ["OMP_NUM_THREADS"] = "1"
-    results = {}
-    for lengths, share, limit in (("drawn", ENDS, LIMIT), ("equal", 0.0, 80)):
-        with tempfile.TemporaryDirectory() as folder:
-            model, data = build(folder, args.hidden_size, args.layers, share)
+    with tempfile.TemporaryDirectory() as folder:
+        model, data = build(folder, args.hidden_size, args.layers)
 
-            def run(name: str, ranks: int, cores: list[int]) -> list[dict]:
-                os.sched_setaffinity(0, cores)  # of this thread; the processes that it starts inherit it
-                return ours(model, data, os.path.join(folder, name), ranks, limit)
+        def run(name: str, ranks: int, cores: list[int]) -> list[dict]:
+            os.sched_setaffinity(0, cores)  # of this thread; the processes that it starts inherit it
+            return ours(model, data, os.path.join(folder, name), ranks)
 
-            def turn(name: str, ranks: int, places: list[list[int]]) -> float:
-                """Tokens per second and rank."""
-                with ThreadPoolExecutor(len(places)) as pool:
-                    steps = sum(pool.map(lambda some: run(f"{name} {some[0]}", ranks, some), places), [])
-                phases = ", ".join(f"{key} {statistics.median(step[f'time/{key}'] for step in steps):.2f} s"
-                                   for key in ("step", "rollout", "update"))
-                speed = statistics.median(step["tokens_per_second"] for step in steps) / ranks
-                print(f"{name}, {lengths} lengths: {speed:.0f} tokens per second and rank ({phases})", flush=True)
-                return speed
+        def turn(name: str, ranks: int, places: list[list[int]]) -> float:
+            """Tokens per second and rank."""
+            with ThreadPoolExecutor(len(places)) as pool:
+                steps = sum(pool.map(lambda some: run(f"{name} {some[0]}", ranks, some), places), [])
+            phases = ", ".join(f"{key} {statistics.median(step[f'time/{key}'] for step in steps):.2f} s"
+                               for key in ("step", "rollout", "update"))
+            speed = statistics.median(step["tokens_per_second"] for step in steps) / ranks
+            print(f"{name}: {speed:.0f} tokens per second and rank ({phases})", flush=True)
+            return speed
 
-            alone, beside, two = [], [], []
-            for repeat in range(args.repeats):
-                alone.append(turn(f"{repeat} one rank", 1, [cores[:1]]))
-                beside.append(turn(f"{repeat} two runs of one rank", 1, [cores[:1], cores[1:2]]))
-                two.append(turn(f"{repeat} two ranks", 2, [cores[:2]]))
-        results[lengths] = ratio(beside, two), ratio(alone, two)
-    for lengths, (separate, scaling) in results.items():
-        print(f"{lengths} lengths: two ranks over two separate runs {separate}")
-        print(f"{lengths} lengths: ratio", scaling)
+        alone, beside, two = [], [], []
+        for repeat in range(args.repeats):
+            alone.append(turn(f"{repeat} one rank", 1, [cores[:1]]))
+            beside.append(turn(f"{repeat} two runs of one rank", 1, [cores[:1], cores[1:2]]))
+            two.append(turn(f"{repeat} two ranks", 2, [cores[:2]]))
+    print("two ranks over two separate runs", ratio(beside, two))
+    print("ratio", ratio(alone, two))
 
 
 if __name__ == "__main__":
