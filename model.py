@@ -317,18 +317,17 @@ class RowCache:
         self.table[self.place] = torch.arange(len(self.place), device=device)
 
     def begin_step(self) -> list[torch.Tensor]:
-        """Before each forward of the S rows, one token a row: makes room. Returns what `attend` takes as `self.step`."""
+        """Before each forward of the S rows, one token a row: makes room. Returns what `attend` expects in `self.step`."""
         need = int(self.length.max()) + 1
         self.seen = -(-need // 128) * 128 if self.fixed else need
         places, room = self.own[0][1].shape[0], self.own[0][1].shape[2]
         if len(self.rows) > places or self.seen > room:  # grows by doubling
             more = max(0, len(self.rows) - places)
-            longer = max(64, 2 * self.seen) - room if self.seen > room else 0
-            self.own = [(F.pad(k, (0, longer, 0, 0, 0, 0, 0, more)), F.pad(v, (0, 0, 0, longer, 0, 0, 0, more)))
-                        for k, v in self.own]
+            longer = max(256, 2 * self.seen) - room if self.seen > room else 0
+            for layer, (k, v) in enumerate(self.own):  # one after the other: never twice in memory
+                self.own[layer] = F.pad(k, (0, longer, 0, 0, 0, 0, 0, more)), F.pad(v, (0, 0, 0, longer, 0, 0, 0, more))
         unseen = torch.arange(self.seen, device=self.length.device) > self.length[:, None]
-        self.step = [self.rows, self.length, self.table, self.place, self._bias(unseen)]
-        return self.step
+        return [self.rows, self.length, self.table, self.place, self._bias(unseen)]
 
     def attend(self, layer: int, q, k, v, scale: float) -> torch.Tensor:
         """(S, H, 1, D), (S, K, 1, D) twice -> (S, 1, H, D)."""
@@ -340,10 +339,11 @@ class RowCache:
         prompts_k, prompts_v = self.prompts[layer]
         heads, dim = q.shape[1], q.shape[3]
         q = q.view(len(place), -1, dim)  # (S * K, G, D)
-        scores = torch.baddbmm(self.beyond, q[table].view(len(prompts_k), -1, dim), prompts_k, alpha=scale)
+        scores = torch.baddbmm(self.beyond, q.index_select(0, table).view(len(prompts_k), -1, dim), prompts_k, alpha=scale)
         logp = scores.log_softmax(-1, dtype=torch.float32)  # (P * K, width * G, longest)
-        score = (scores[..., :1] - logp[..., :1]).view(len(table), -1, 1)[place]  # s - log softmax(s) = logsumexp
-        answer = torch.bmm(logp.exp().to(v.dtype), prompts_v).view(len(table), -1, dim)[place]  # (S * K, G, D)
+        score = (scores[..., :1] - logp[..., :1]).view(len(table), -1, 1)  # s - log softmax(s) = logsumexp
+        answer = torch.bmm(logp.exp().to(v.dtype), prompts_v).view(len(table), -1, dim)
+        score, answer = score.index_select(0, place), answer.index_select(0, place)  # (S * K, G, 1), (S * K, G, D)
         scores = torch.cat([score, torch.baddbmm(unseen, q, own_k, alpha=scale)], -1)
         weights = scores.softmax(-1, dtype=torch.float32).to(v.dtype)
         return torch.baddbmm(weights[..., :1] * answer, weights[..., 1:], own_v).view(len(rows), 1, heads, dim)
@@ -454,7 +454,7 @@ def generate(policy, prompts: list[Prompt], num_generations: int, max_completion
             else:
                 token = logits.argmax(-1, keepdim=True)
             record.append((rows, token[:, 0], p.gather(1, token)[:, 0]))
-            ended = torch.isin(token[:, 0], ends) | (cache.length + 1 >= max_completion_length)
+            ended = (token == ends).any(1) | (cache.length + 1 >= max_completion_length)
             rows = rows.masked_fill(ended, -1)
             order = cache.keep(rows >= 0, len(rows) // 2 if cache.fixed and not len(waiting) else 0)
             rows, token = rows[order], token[order]

@@ -5,7 +5,7 @@ and reports its seconds and by how much its memory rose above weights and inputs
 either side must hold) included. Full logits: one matrix product, float32, log_softmax, gather, and torch's own backward.
 Before, both are compared on fewer positions in float32. The sides alternate; the last line is the ratio of the peaks.
 
-A CPU without bfloat16 arithmetic takes more than ten minutes a pass; --dtype float32 is there for it.
+A CPU without bfloat16 arithmetic takes more than ten minutes a pass (with it, a minute and a half); --dtype float32 is for it.
 
     python benchmarks/logprob_memory.py [--hidden_size 1024 --positions 8192 --vocabulary 151936 --dtype bfloat16 --repeats 3]
 """
