@@ -449,8 +449,9 @@ def generate(policy, prompts: list[Prompt], num_generations: int, max_completion
             p = logits.softmax(-1)
             if temperature > 0:  # inverse of the cumulated distribution at the row's own uniform number
                 cdf = p.cumsum(-1)
-                at = u[rows, cache.length, None] * cdf[:, -1:]
-                token = torch.searchsorted(cdf, at, right=True).clamp_(max=cdf.shape[1] - 1)
+                whole = cdf[:, -1:].contiguous()  # a number just below 1 may round up to it: never beyond the last likely token
+                token = torch.minimum(torch.searchsorted(cdf, u[rows, cache.length, None] * whole, right=True),
+                                      torch.searchsorted(cdf, whole))
             else:
                 token = logits.argmax(-1, keepdim=True)
             record.append((rows, token[:, 0], p.gather(1, token)[:, 0]))

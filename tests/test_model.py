@@ -327,6 +327,17 @@ def test_patches_are_the_convolution(policy_processor):
             torch.testing.assert_close(a, b)
 
 
+def test_the_largest_random_number(policy_processor, monkeypatch):
+    """Where rounding puts a row at the end of the cumulated distribution, it takes a token of some probability."""
+    policy, processor = copy.deepcopy(policy_processor[0]), policy_processor[1]
+    last = policy.config.text_config.vocab_size - 1
+    policy.forbidden = torch.cat([policy.forbidden, torch.tensor([last - 1, last])])
+    monkeypatch.setattr("model.uniforms", lambda seed, step, prompt, row, count: torch.ones(count))
+    (group,) = generate(policy, encode_prompts(processor, [example(0, 1, "One?")]), 2, 5)
+    assert not torch.isin(torch.cat(group.branches), policy.forbidden).any()
+    assert torch.isfinite(torch.cat(group.logprobs)).all()
+
+
 def test_learning_rate_schedule():
     rates = [learning_rate_at(s, 100, 2.0, 0.1, "cosine") for s in range(1, 101)]
     assert rates[4] == pytest.approx(1.0) and max(rates) == rates[9] == rates[10] == pytest.approx(2.0)
