@@ -53,6 +53,7 @@ def main(stage) -> None:
         sys.stderr.flush()
         os._exit(2) if dist.is_initialized() else sys.exit(2)  # the other ranks wait in a collective: leave at once
     if dist.is_initialized():
+        dist.barrier()  # a thread of the last collective that still holds tensors would abort a process that is ending
         dist.destroy_process_group()
 
 
