@@ -370,17 +370,18 @@ class Decoder:
 
     def __call__(self, token: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
         read = [token, position, *self.cache.begin_step()]
-        shapes = (*(x.shape for x in read), self.cache.own[0][0].shape)
-        if self.cache.fixed and shapes in self.shapes and shapes not in self.graphs:
-            self._record(shapes, read)
-        self.shapes.add(shapes)
-        if not self.cache.fixed or shapes not in self.graphs:
-            return self._forward(read)
-        graph, static, logits = self.graphs[shapes]
-        for old, new in zip(static, read):
-            old.copy_(new)
-        graph.replay()
-        return logits
+        if self.cache.fixed:
+            shapes = (*(x.shape for x in read), self.cache.own[0][0].shape)
+            if shapes in self.shapes and shapes not in self.graphs:
+                self._record(shapes, read)
+            self.shapes.add(shapes)
+            if shapes in self.graphs:
+                graph, static, logits = self.graphs[shapes]
+                for old, new in zip(static, read):
+                    old.copy_(new)
+                graph.replay()
+                return logits
+        return self._forward(read)
 
     def _record(self, shapes, read) -> None:
         static, graph = [x.clone() for x in read], torch.cuda.CUDAGraph()

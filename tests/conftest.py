@@ -1,4 +1,4 @@
-"""Before torch is imported anywhere: how threads wait (see data.py), and nothing from a hub.
+"""Before torch is imported anywhere: one thread a process, and nothing from a hub.
 
 The tests' own world: a small build of the digits with random weights, and a policy trained on it for a moment, both made once
 a session. `launch` runs a script in as many processes as asked, as a user would.
@@ -8,7 +8,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # two processes of tests share the cores, see pyproject.toml
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ["HF_HUB_OFFLINE"] = "1"

@@ -201,7 +201,7 @@ class Recorded(TorchDispatchMode):
     by `replay`. Whatever a step reads that was not copied into those tensors is stale; what would wait for a value, or has a
     shape that depends on one, cannot be recorded."""
 
-    made = 0
+    made = replays = 0
 
     def __init__(self):
         super().__init__()
@@ -218,37 +218,41 @@ class Recorded(TorchDispatchMode):
         return out
 
     def replay(self):
+        Recorded.replays += 1
         for op, args, kwargs, out in self.calls:
             for old, new in zip(tree_leaves(out), tree_leaves(op(*args, **kwargs))):
                 if old.data_ptr() != new.data_ptr():
                     old.copy_(new)
 
 
-@pytest.mark.parametrize("max_rows, temperature", [(None, 1.3), (5, 1.3), (None, 0.0)])
-def test_fixed_places_and_recorded_steps(world, trained, monkeypatch, max_rows, temperature):
-    """The GPU's way of sampling, idle places and steps that are replayed, gives the same branches as the CPU's."""
+@pytest.fixture
+def recorded(monkeypatch) -> type[Recorded]:
+    """The recorder in the CUDA graph's place."""
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Recorded)
     monkeypatch.setattr(torch.cuda, "graph", lambda graph, **kwargs: graph)
     monkeypatch.setattr(Recorded, "made", 0)
-    replays = []
-    monkeypatch.setattr(Recorded, "replay", lambda self, replay=Recorded.replay: (replays.append(self), replay(self)))
+    monkeypatch.setattr(Recorded, "replays", 0)
+    return Recorded
+
+
+@pytest.mark.parametrize("max_rows, temperature", [(None, 1.3), (5, 1.3), (None, 0.0)])
+def test_fixed_places_and_recorded_steps(world, trained, recorded, max_rows, temperature):
+    """The GPU's way of sampling, idle places and steps that are replayed, gives the same branches as the CPU's."""
     policy, processor = load_policy("--ckpt", trained)
     prompts = encode_prompts(processor, load_data(world["validation"])[:3] + [example(99, 0, "And without an image?")])
     args = policy, prompts, 4, 150, temperature, 5, 2, max_rows
     plain, fixed = generate(*args), generate(*args, fixed=True)
     lengths = [len(b) for g in plain for b in g.branches]
     assert len(set(lengths)) > 3 and max(lengths) > 20
-    assert 1 < Recorded.made < len(replays) / 4
+    assert 1 < recorded.made < recorded.replays / 4
     for a, b in zip(plain, fixed):
         assert [x.tolist() for x in a.branches] == [x.tolist() for x in b.branches]
         for x, y in zip(a.logprobs, b.logprobs):
             torch.testing.assert_close(x, y, atol=1e-5, rtol=0)
 
 
-def test_a_step_that_cannot_be_recorded(world, trained, monkeypatch):
+def test_a_step_that_cannot_be_recorded(world, trained, recorded):
     """Sampling goes on without the graph, says so, and gives the same branches."""
-    monkeypatch.setattr(torch.cuda, "CUDAGraph", Recorded)
-    monkeypatch.setattr(torch.cuda, "graph", lambda graph, **kwargs: graph)
     policy, processor = load_policy("--ckpt", trained)
     args = policy, encode_prompts(processor, load_data(world["validation"])[:3]), 4, 60, 1.3, 5
     plain = generate(*args)
