@@ -55,16 +55,16 @@ def main() -> None:
             (logp.sum() / real.sum()).backward()
             return logp.detach()
 
-        # The same values and gradients, in float64: in float32 the sums over 16 images differ in the fourth digit. This is also
-        # each side's first, unmeasured turn.
+        # The same values and gradients, in float64: in float32 the sums over 16 images differ in the fourth digit. Norms and
+        # rotations stay in float32 inside, and round there. This is also each side's first, unmeasured turn.
         for model in (ours, theirs):
             model.zero_grad()
             model.double()
         one.pixel_values = one.pixel_values.double()
-        torch.testing.assert_close(packed(), padded(), atol=1e-9, rtol=0)
+        torch.testing.assert_close(packed(), padded(), atol=1e-6, rtol=0)
         for (name, p), q in zip(ours.named_parameters(), theirs.parameters()):
             if q.grad is not None:
-                assert (p.grad - q.grad).norm() <= 1e-5 * q.grad.norm(), name  # norms and rotations stay in float32 inside
+                assert (p.grad - q.grad).norm() <= 1e-5 * q.grad.norm(), name
         for model in (ours, theirs):
             model.zero_grad()
             model.float()

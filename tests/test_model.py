@@ -11,7 +11,7 @@ from transformers import AutoModelForImageTextToText
 from data import (Example, Group, Prompt, encode_prompts, encode_response, load_data, load_processor, make_packs,
                   parse_response)
 from discriminator import Comparison, judge, load_discriminator
-from model import Patches, _LogProbs, generate, learning_rate_at, load_policy, setup, shard, token_logprobs
+from model import Linear, Patches, _LogProbs, generate, learning_rate_at, load_policy, setup, shard, token_logprobs
 
 
 @pytest.fixture(scope="module")
@@ -329,6 +329,24 @@ def test_patches_are_the_convolution(policy_processor):
             results.append((out.flatten(), x.grad, module.weight.grad, module.bias.grad))
         for a, b in zip(*results):
             torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("rows, out, bias", [(3, 40, True), (200, 400, True), (200, 400, False), (1, 70000, True)])
+def test_products_without_a_gradient(policy_processor, rows, out, bias):
+    """Small and large ones, of rows that do not lie one after the other: those of float64; with a gradient they keep it."""
+    policy, _ = policy_processor
+    assert {type(m) for m in policy.modules() if isinstance(m, torch.nn.Linear)} == {Linear, type(policy.lm_head)}
+    assert isinstance(policy.lm_head, Linear)
+    torch.manual_seed(0)
+    layer = torch.nn.Linear(96, out, bias=bias)
+    layer.__class__ = Linear
+    x = torch.randn(1, 2 * rows, 96)[:, ::2]
+    want = x.double() @ layer.weight.double().T + (layer.bias.double() if bias else 0)
+    with torch.no_grad():
+        torch.testing.assert_close(layer(x).double(), want, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(layer.double()(x.double()), want)
+    layer(x.double()).sum().backward()
+    torch.testing.assert_close(layer.weight.grad, x.double().sum((0, 1)).expand(out, -1))
 
 
 def test_the_largest_random_number(policy_processor, monkeypatch):
