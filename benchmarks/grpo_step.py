@@ -36,7 +36,7 @@ PROMPTS, ROLLOUTS, LIMIT, STEPS = 4, 16, 256, 4
 ENDS = 1 / 115  # of the vocabulary ends a response; with these weights that makes responses of about 80 tokens
 
 
-def build(folder: str, hidden_size: int, layers: int) -> tuple[str, str]:
+def build(folder: str, hidden_size: int, layers: int, ends: float = ENDS) -> tuple[str, str]:
     """(model, data): a Hugging Face directory with random weights, and rows of an image and some 100 tokens of question."""
     rng = random.Random(0)
     folder = Path(folder)
@@ -46,8 +46,8 @@ def build(folder: str, hidden_size: int, layers: int) -> tuple[str, str]:
     texts = [" ".join(rng.choices(WORDS, k=40)) for _ in range(50)]
     tokenizer = digits.train_tokenizer(texts, 200)
     digits.build_model(folder / "model", tokenizer, world)
-    ends = list(range(300, 300 + round(len(tokenizer) * ENDS)))
-    GenerationConfig(eos_token_id=ends, pad_token_id=tokenizer.pad_token_id).save_pretrained(folder / "model")
+    ends = list(range(300, 300 + round(len(tokenizer) * ends)))
+    GenerationConfig(eos_token_id=ends or None, pad_token_id=tokenizer.pad_token_id).save_pretrained(folder / "model")
     rows = []
     for i in range(64):
         Image.frombytes("RGB", (SIDE, SIDE), rng.randbytes(3 * SIDE * SIDE)).save(folder / f"{i}.png")
@@ -56,12 +56,12 @@ def build(folder: str, hidden_size: int, layers: int) -> tuple[str, str]:
     return str(folder / "model"), str(folder / "rows.jsonl")
 
 
-def ours(model: str, data: str, output_dir: str, ranks: int = 1) -> list[dict]:
-    """The metrics of STEPS steps of rlvr.py, the first left out."""
+def ours(model: str, data: str, output_dir: str, ranks: int = 1, steps: int = STEPS, limit: int = LIMIT) -> list[dict]:
+    """The metrics of some steps of rlvr.py, the first left out."""
     start = [sys.executable] if ranks == 1 else [sys.executable, "-m", "torch.distributed.run", "--standalone",
                                                  f"--nproc_per_node={ranks}"]
-    flags = dict(ckpt=model, data=data, output_dir=output_dir, max_steps=STEPS, per_device_train_batch_size=PROMPTS,
-                 num_generations=ROLLOUTS, max_completion_length=LIMIT, save_steps=1000)
+    flags = dict(ckpt=model, data=data, output_dir=output_dir, max_steps=steps, per_device_train_batch_size=PROMPTS,
+                 num_generations=ROLLOUTS, max_completion_length=limit, save_steps=1000)
     subprocess.run([*start, str(ROOT / "rlvr.py"), *(f"--{k}={v}" for k, v in flags.items())], check=True,
                    stderr=subprocess.DEVNULL)
     return [json.loads(line) for line in open(os.path.join(output_dir, "metrics.jsonl"))][1:]

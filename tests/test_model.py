@@ -11,7 +11,8 @@ from transformers import AutoModelForImageTextToText
 from data import (Example, Group, Prompt, encode_prompts, encode_response, load_data, load_processor, make_packs,
                   parse_response)
 from discriminator import Comparison, judge, load_discriminator
-from model import Linear, Patches, _LogProbs, generate, learning_rate_at, load_policy, setup, shard, token_logprobs
+from model import (Head, Linear, Patches, _LogProbs, generate, learning_rate_at, load_policy, packed, setup, shard,
+                   token_logprobs)
 
 
 @pytest.fixture(scope="module")
@@ -168,12 +169,14 @@ def test_gradients_are_summed_in_a_fixed_order(world, policy_processor):
     assert seen.calls > 10 and seen.repeated == 0
 
 
-@pytest.mark.parametrize("max_rows", [None, 3])
-def test_sampled_is_scored(world, trained, max_rows):
-    """What the sampler records is what token_logprobs says of the same tokens; ragged lengths, several prompts."""
+@pytest.mark.parametrize("rollouts, max_rows", [(4, None), (4, 3), (40, None)])
+def test_sampled_is_scored(world, trained, rollouts, max_rows):
+    """What the sampler records is what token_logprobs says of the same tokens; ragged lengths, several prompts, few rows and as
+    many as make products large (see model.packed)."""
     policy, processor = load_policy("--ckpt", trained)
     prompts = encode_prompts(processor, load_data(world["validation"])[:3] + [example(99, 0, "And without an image?")])
-    groups = generate(policy, prompts, 4, 60, temperature=1.3, seed=5, step=2, max_rollout_rows=max_rows)
+    groups = generate(policy, prompts, rollouts, 60, temperature=1.3, seed=5, step=2, max_rollout_rows=max_rows)
+    assert (4 * rollouts * policy.lm_head.weight.numel() >= 2**20) == (rollouts == 40)
     lengths = [len(b) for g in groups for b in g.branches]
     assert len(set(lengths)) > 3 and max(lengths) <= 60
     assert any(int(b[-1]) in policy.ends for g in groups for b in g.branches)
@@ -332,19 +335,22 @@ def test_patches_are_the_convolution(policy_processor):
 
 
 @pytest.mark.parametrize("rows, out, bias", [(3, 40, True), (200, 400, True), (200, 400, False), (1, 70000, True)])
-def test_products_without_a_gradient(policy_processor, rows, out, bias):
-    """Small and large ones, of rows that do not lie one after the other: those of float64; with a gradient they keep it."""
+def test_packed_weights(policy_processor, rows, out, bias):
+    """Small and large products, of rows that do not lie one after the other, are those of float64; afterwards, and in float64,
+    nothing is packed, and there is a gradient."""
     policy, _ = policy_processor
-    assert {type(m) for m in policy.modules() if isinstance(m, torch.nn.Linear)} == {Linear, type(policy.lm_head)}
-    assert isinstance(policy.lm_head, Linear)
+    assert {type(m) for m in policy.modules() if isinstance(m, torch.nn.Linear)} == {Linear, Head}
     torch.manual_seed(0)
     layer = torch.nn.Linear(96, out, bias=bias)
     layer.__class__ = Linear
     x = torch.randn(1, 2 * rows, 96)[:, ::2]
     want = x.double() @ layer.weight.double().T + (layer.bias.double() if bias else 0)
-    with torch.no_grad():
+    with torch.no_grad(), packed(layer):
+        assert layer.blocks is not None
         torch.testing.assert_close(layer(x).double(), want, atol=1e-5, rtol=1e-5)
-        torch.testing.assert_close(layer.double()(x.double()), want)
+    assert layer.blocks is None
+    with torch.no_grad(), packed(layer.double()):
+        torch.testing.assert_close(layer(x.double()), want)
     layer(x.double()).sum().backward()
     torch.testing.assert_close(layer.weight.grad, x.double().sum((0, 1)).expand(out, -1))
 
