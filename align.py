@@ -32,7 +32,18 @@ from dataclasses import dataclass
 import torch
 
 from discriminator import Comparison, expert_shares, judge, load_discriminator, save_discriminator
-from model import all_sum, generate, learning_rate_at, load_policy, optimizer_step, rank, save_policy, setup, shard, world_size
+from model import (
+    all_sum,
+    generate,
+    learning_rate_at,
+    load_policy,
+    optimizer_step,
+    rank,
+    save_policy,
+    setup,
+    shard,
+    world_size,
+)
 from rlvr import fits, group_advantage, rollout_rows, update_policy
 from run import Run, main, parse, ratio, say
 
@@ -41,8 +52,12 @@ from run import Run, main, parse, ratio, say
 class AlignConfig:
     ckpt: str | None = None  # the SFT policy; left out: the digits world's instruct model
     data: str | None = None  # prompts with a supervision response; left out: the digits world
-    discriminator: str | None = None  # a warmed-up discriminator (discriminator.py); left out: made here
-    discriminator_base: str | None = None  # what it is made from; left out: --ckpt (paper: Qwen3-VL-2B-Instruct)
+    discriminator: str | None = (
+        None  # a warmed-up discriminator (discriminator.py); left out: made here
+    )
+    discriminator_base: str | None = (
+        None  # what it is made from; left out: --ckpt (paper: Qwen3-VL-2B-Instruct)
+    )
     experts: str = "learned"  # of a discriminator made here
     output_dir: str = "out/align"
     learning_rate: float = 1e-6  # paper: 1e-6
@@ -91,8 +106,13 @@ def fill_invalid(score: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
     return torch.where(valid, score, lowest - 1)
 
 
-def alignment_advantage(perception: torch.Tensor, reasoning: torch.Tensor, valid: torch.Tensor, alpha: float = 0.5,
-                        format_penalty: float = 1.5) -> torch.Tensor:
+def alignment_advantage(
+    perception: torch.Tensor,
+    reasoning: torch.Tensor,
+    valid: torch.Tensor,
+    alpha: float = 0.5,
+    format_penalty: float = 1.5,
+) -> torch.Tensor:
     """The reward of the game: alpha * GN(perception) + (1 - alpha) * GN(reasoning), minus the penalty of invalid rollouts.
 
     perception, reasoning (P, N): scores, whatever stands at invalid rollouts is replaced first; valid (P, N): boolean.
@@ -115,23 +135,36 @@ def train() -> None:
     for example in examples:
         teachers[example.index] = parse_response(example.response)
         if teachers[example.index] is None:
-            raise UserError(f"{example.where}: the supervision response breaks the format <caption>..</caption><think>.."
-                            f"</think><answer>..</answer>; mend it or remove the row")
+            raise UserError(
+                f"{example.where}: the supervision response breaks the format <caption>..</caption><think>.."
+                f"</think><answer>..</answer>; mend it or remove the row"
+            )
     policy, processor = load_policy("--ckpt", config.ckpt, config.activation_checkpointing)
     policy = shard(policy, device).train()
-    optimizer = torch.optim.AdamW(policy.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay)
+    optimizer = torch.optim.AdamW(
+        policy.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay
+    )
 
     flag = "--discriminator" if config.discriminator else "--discriminator_base"
-    discriminator, d_processor = load_discriminator(flag, config.discriminator or config.discriminator_base or config.ckpt,
-                                                    None if config.discriminator else config.experts, seed=config.seed)
+    discriminator, d_processor = load_discriminator(
+        flag,
+        config.discriminator or config.discriminator_base or config.ckpt,
+        None if config.discriminator else config.experts,
+        seed=config.seed,
+    )
     same_tokens = processor.tokenizer.get_vocab() == d_processor.tokenizer.get_vocab()
     if not same_tokens or str(processor.image_processor) != str(d_processor.image_processor):
-        raise UserError(f"{flag}: its tokenizer or image processor is not the policy's; prompts are encoded once for both")
+        raise UserError(
+            f"{flag}: its tokenizer or image processor is not the policy's; prompts are encoded once for both"
+        )
     if config.activation_checkpointing:
         discriminator.model.activation_checkpointing_enable()
     discriminator = shard(discriminator, device).train()
-    d_optimizer = torch.optim.AdamW(discriminator.parameters(), lr=config.discriminator_learning_rate,
-                                    weight_decay=config.weight_decay)
+    d_optimizer = torch.optim.AdamW(
+        discriminator.parameters(),
+        lr=config.discriminator_learning_rate,
+        weight_decay=config.weight_decay,
+    )
     modules = {"policy": (policy, optimizer), "discriminator": (discriminator, d_optimizer)}
     run.load(modules, {})
 
@@ -149,53 +182,142 @@ def train() -> None:
         with run.phase("data"):
             rows = fits(run, step, next(stream), config.max_prompt_length)
         with run.phase("rollout"):
-            groups = generate(policy, [prompt for _, prompt in rows], n, config.max_completion_length, config.temperature,
-                              config.seed, step, config.max_rollout_rows)
+            groups = generate(
+                policy,
+                [prompt for _, prompt in rows],
+                n,
+                config.max_completion_length,
+                config.temperature,
+                config.seed,
+                step,
+                config.max_rollout_rows,
+            )
         texts = [[decode(processor, branch) for branch in group.branches] for group in groups]
         parsed = [[parse_response(text) for text in some] for some in texts]
 
         # rollouts -> views -> scores, and in the same forward the discriminator's gradient
         with run.phase("judge"):
-            comparisons = [Comparison(prompt, teachers[example.index], some) for (example, prompt), some in zip(rows, parsed)]
-            judged = judge(discriminator, comparisons, processor, device, config.max_tokens_per_pack, config.score_l2,
-                           config.router_aux_loss_coef)
-            d_rate = config.warmup_learning_rate if step <= warmup else config.discriminator_learning_rate
+            comparisons = [
+                Comparison(prompt, teachers[example.index], some)
+                for (example, prompt), some in zip(rows, parsed)
+            ]
+            judged = judge(
+                discriminator,
+                comparisons,
+                processor,
+                device,
+                config.max_tokens_per_pack,
+                config.score_l2,
+                config.router_aux_loss_coef,
+            )
+            d_rate = (
+                config.warmup_learning_rate
+                if step <= warmup
+                else config.discriminator_learning_rate
+            )
             d_grad_norm = optimizer_step(discriminator, d_optimizer, d_rate, config.max_grad_norm)
 
         # scores -> advantages -> loss -> step
-        valid = torch.tensor([[p is not None for p in some] for some in parsed], dtype=torch.bool).view(-1, n)
+        valid = torch.tensor(
+            [[p is not None for p in some] for some in parsed], dtype=torch.bool
+        ).view(-1, n)
         scores = judged.student.view(-1, n, 2)
         if config.length_beta_perception or config.length_beta_reasoning:
-            lengths = torch.tensor([[[float(len(v)) for v in encode_views(processor, p)] if p else [0.0, 0.0] for p in some]
-                                    for some in parsed]).view(-1, n, 2)
-            scores = torch.stack([debias(scores[..., 0], lengths[..., 0], config.length_beta_perception),
-                                  debias(scores[..., 1], lengths[..., 1], config.length_beta_reasoning)], -1)
-        advantage = alignment_advantage(scores[..., 0], scores[..., 1], valid, config.alpha, config.format_penalty)
-        values = {"d_grad_norm": d_grad_norm, "d_learning_rate": d_rate, "warmup": float(step <= warmup)}
+            lengths = torch.tensor(
+                [
+                    [
+                        [float(len(v)) for v in encode_views(processor, p)] if p else [0.0, 0.0]
+                        for p in some
+                    ]
+                    for some in parsed
+                ]
+            ).view(-1, n, 2)
+            scores = torch.stack(
+                [
+                    debias(scores[..., 0], lengths[..., 0], config.length_beta_perception),
+                    debias(scores[..., 1], lengths[..., 1], config.length_beta_reasoning),
+                ],
+                -1,
+            )
+        advantage = alignment_advantage(
+            scores[..., 0], scores[..., 1], valid, config.alpha, config.format_penalty
+        )
+        values = {
+            "d_grad_norm": d_grad_norm,
+            "d_learning_rate": d_rate,
+            "warmup": float(step <= warmup),
+        }
         sums = judged.sums
         if step > warmup:
             with run.phase("update"):
-                update = update_policy(policy, groups, advantage.flatten(), processor, device, config, "grpo", config.epsilon,
-                                       config.epsilon, None, on_policy=True)
-                rate = learning_rate_at(step - warmup, config.max_steps, config.learning_rate, config.warmup_ratio,
-                                        config.lr_scheduler_type)
+                update = update_policy(
+                    policy,
+                    groups,
+                    advantage.flatten(),
+                    processor,
+                    device,
+                    config,
+                    "grpo",
+                    config.epsilon,
+                    config.epsilon,
+                    None,
+                    on_policy=True,
+                )
+                rate = learning_rate_at(
+                    step - warmup,
+                    config.max_steps,
+                    config.learning_rate,
+                    config.warmup_ratio,
+                    config.lr_scheduler_type,
+                )
                 grad_norm = optimizer_step(policy, optimizer, rate, config.max_grad_norm)
             sums["entropy"] = ratio(update.entropy, update.tokens)
-            values |= {"loss": float(all_sum([update.loss])[0]), "grad_norm": grad_norm, "learning_rate": rate}
+            values |= {
+                "loss": float(all_sum([update.loss])[0]),
+                "grad_norm": grad_norm,
+                "learning_rate": rate,
+            }
 
         lengths = [len(branch) for group in groups for branch in group.branches]
         no_valid = int((~valid.any(1)).sum())
-        sums |= {"format_valid": ratio(valid.sum(), valid.numel()), "response_length": ratio(sum(lengths), len(lengths))}
-        counts = all_sum([no_valid, len(groups) > 0 and no_valid == len(groups),
-                          sum(lengths) + sum(len(p.input_ids) for _, p in rows)]).tolist()
-        run.log(step, sums, values | expert_shares(judged) | {
-            "prompts_without_valid": counts[0], "ranks_without_valid": counts[1], "tokens": counts[2],
-            "rows_left_out": run.rows_left_out()})
+        sums |= {
+            "format_valid": ratio(valid.sum(), valid.numel()),
+            "response_length": ratio(sum(lengths), len(lengths)),
+        }
+        counts = all_sum(
+            [
+                no_valid,
+                len(groups) > 0 and no_valid == len(groups),
+                sum(lengths) + sum(len(p.input_ids) for _, p in rows),
+            ]
+        ).tolist()
+        run.log(
+            step,
+            sums,
+            values
+            | expert_shares(judged)
+            | {
+                "prompts_without_valid": counts[0],
+                "ranks_without_valid": counts[1],
+                "tokens": counts[2],
+                "rows_left_out": run.rows_left_out(),
+            },
+        )
         if step % config.logging_steps == 0 and groups:
-            run.log_rollouts(step, rollout_rows(rows[0][0], texts[0], valid=valid[0], advantage=advantage[0],
-                                                score_perception=scores[0, :, 0], score_reasoning=scores[0, :, 1],
-                                                teacher_perception=judged.teacher[:n, 0],
-                                                teacher_reasoning=judged.teacher[:n, 1], length=lengths[:n]))
+            run.log_rollouts(
+                step,
+                rollout_rows(
+                    rows[0][0],
+                    texts[0],
+                    valid=valid[0],
+                    advantage=advantage[0],
+                    score_perception=scores[0, :, 0],
+                    score_reasoning=scores[0, :, 1],
+                    teacher_perception=judged.teacher[:n, 0],
+                    teacher_reasoning=judged.teacher[:n, 1],
+                    length=lengths[:n],
+                ),
+            )
         if step % config.save_steps == 0 and step < warmup + config.max_steps:
             run.save(step, save, modules, {})
     run.finish(save)

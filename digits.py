@@ -26,6 +26,7 @@ files. What lies where, under `out`:
 
     python digits.py [--out out/digits] [--misread_digits 8 ...]      builds the world and shows what is in it
 """
+
 from data import UserError, load_processor, write_processor
 
 import contextlib
@@ -47,9 +48,14 @@ import numpy as np
 import torch
 from PIL import Image
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, trainers
-from transformers import (GenerationConfig, HfArgumentParser, PreTrainedTokenizerFast, Qwen2Tokenizer, Qwen3VLConfig,
-                          Qwen3VLForConditionalGeneration)
-
+from transformers import (
+    GenerationConfig,
+    HfArgumentParser,
+    PreTrainedTokenizerFast,
+    Qwen2Tokenizer,
+    Qwen3VLConfig,
+    Qwen3VLForConditionalGeneration,
+)
 
 
 @dataclass
@@ -57,7 +63,9 @@ class World:
     seed: int = 0
     # The task
     digits: int = 3  # digits in an image
-    kinds: list[str] = field(default_factory=lambda: ["sum", "spread", "count", "choice"])  # asked equally often
+    kinds: list[str] = field(
+        default_factory=lambda: ["sum", "spread", "count", "choice"]
+    )  # asked equally often
     # Rows of each set
     pretrain_rows: int = 6000
     sft_rows: int = 2000  # public and curated together
@@ -84,19 +92,41 @@ class World:
     vision_hidden_size: int = 64
     vision_intermediate_size: int = 128
     vision_layers: int = 2
-    initializer_range: float = 0.06  # 0.02 is for models 40 times as wide: at this width it learns nothing for long
+    initializer_range: float = (
+        0.06  # 0.02 is for models 40 times as wide: at this width it learns nothing for long
+    )
 
 
 # What suits a model of this size, in place of the published values, where a stage is run without --data.
 SETTINGS: dict[str, dict] = {
     "pretrain": dict(max_steps=600, learning_rate=4e-3, per_device_train_batch_size=32),
     "sft": dict(max_steps=150, learning_rate=1e-3, per_device_train_batch_size=32),
-    "discriminator": dict(max_steps=60, learning_rate=3e-4, per_device_train_batch_size=32, gradient_accumulation_steps=1,
-                          max_completion_length=96, per_device_eval_batch_size=256),
-    "align": dict(max_steps=80, learning_rate=1e-4, discriminator_learning_rate=3e-4, warmup_steps=60,
-                  warmup_learning_rate=3e-4, per_device_train_batch_size=16, num_generations=8, max_completion_length=96),
-    "rlvr": dict(max_steps=100, learning_rate=3e-4, per_device_train_batch_size=16, num_generations=8,
-                 max_completion_length=96, overlong_buffer=32),
+    "discriminator": dict(
+        max_steps=60,
+        learning_rate=3e-4,
+        per_device_train_batch_size=32,
+        gradient_accumulation_steps=1,
+        max_completion_length=96,
+        per_device_eval_batch_size=256,
+    ),
+    "align": dict(
+        max_steps=80,
+        learning_rate=1e-4,
+        discriminator_learning_rate=3e-4,
+        warmup_steps=60,
+        warmup_learning_rate=3e-4,
+        per_device_train_batch_size=16,
+        num_generations=8,
+        max_completion_length=96,
+    ),
+    "rlvr": dict(
+        max_steps=100,
+        learning_rate=3e-4,
+        per_device_train_batch_size=16,
+        num_generations=8,
+        max_completion_length=96,
+        overlong_buffer=32,
+    ),
     "eval": dict(max_completion_length=96, per_device_eval_batch_size=200),
 }
 
@@ -104,12 +134,25 @@ SETTINGS: dict[str, dict] = {
 CONFUSIONS = ((3, 8), (7, 1), (9, 4), (5, 6), (8, 0), (2, 7), (4, 9), (0, 6), (6, 5), (1, 7))
 SYSTEM = "Reply in three blocks: <caption>, <think>, <answer>."
 QUESTIONS = {
-    "sum": ("What is the sum of the digits?", "Add up the digits.", "What do the digits add up to?"),
-    "spread": ("What is the largest digit minus the smallest?", "How far apart are the largest and smallest digits?"),
+    "sum": (
+        "What is the sum of the digits?",
+        "Add up the digits.",
+        "What do the digits add up to?",
+    ),
+    "spread": (
+        "What is the largest digit minus the smallest?",
+        "How far apart are the largest and smallest digits?",
+    ),
     "count": ("How many digits are greater than {}?", "Count the digits greater than {}."),
-    "choice": ("Is the sum of the digits even or odd?\nA. {}\nB. {}", "The sum of the digits is:\nA. {}\nB. {}"),
+    "choice": (
+        "Is the sum of the digits even or odd?\nA. {}\nB. {}",
+        "The sum of the digits is:\nA. {}\nB. {}",
+    ),
 }
-PATCH, MERGE = 8, 2  # a digit, 8 x 8 pixels shown at 16 x 16, is 2 x 2 patches: one token of the language model
+PATCH, MERGE = (
+    8,
+    2,
+)  # a digit, 8 x 8 pixels shown at 16 x 16, is 2 x 2 patches: one token of the language model
 
 # Qwen3-VL's added tokens in their order. The second lot is one token each, but not "special": decoding never drops it.
 CONTROL_TOKENS = """<|endoftext|> <|im_start|> <|im_end|> <|object_ref_start|> <|object_ref_end|> <|box_start|>
@@ -141,10 +184,14 @@ CHAT_TEMPLATE = r"""
 
 # The task -------------------------------------------------------------------------------------------------------------
 
+
 def captions(digits: Iterable[int]) -> list[str]:
     """The dense and the terse wording of what the image shows."""
     *first, last = map(str, digits)
-    return [f"From left to right the digits are {', '.join(first)} and {last}.", f"Digits {', '.join([*first, last])}."]
+    return [
+        f"From left to right the digits are {', '.join(first)} and {last}.",
+        f"Digits {', '.join([*first, last])}.",
+    ]
 
 
 def ask(kind: str, rng: random.Random) -> tuple[str, list]:
@@ -163,12 +210,16 @@ def work(kind: str, digits: tuple[int, ...], details: list, slip: int = 0) -> tu
     if kind == "count":
         counted = [digit > details[0] for digit in digits]
         counted[-1] ^= slip != 0
-        steps = ", ".join(f"{digit} {'yes' if yes else 'no'}" for digit, yes in zip(digits, counted))
+        steps = ", ".join(
+            f"{digit} {'yes' if yes else 'no'}" for digit, yes in zip(digits, counted)
+        )
         return f"{steps}.", f"{sum(counted)} of {len(digits)}.", str(sum(counted))
     totals = list(accumulate(digits))
     totals[-1] = abs(totals[-1] + slip)
-    steps = ", ".join(f"{before} + {digit} = {after}"
-                      for before, digit, after in zip(totals, digits[1:], totals[1:]))
+    steps = ", ".join(
+        f"{before} + {digit} = {after}"
+        for before, digit, after in zip(totals, digits[1:], totals[1:])
+    )
     result = f"{' + '.join(map(str, digits))} = {totals[-1]}"
     if kind == "sum":
         return f"{steps}.", f"{result}.", str(totals[-1])
@@ -185,11 +236,15 @@ def curated_response(kind: str, digits: tuple[int, ...], details: list) -> tuple
     return _response(captions(digits)[0], f"{steps} So the answer is {answer}.", answer), answer
 
 
-def public_response(kind: str, digits: tuple[int, ...], details: list, world: World, rng: random.Random) -> str:
+def public_response(
+    kind: str, digits: tuple[int, ...], details: list, world: World, rng: random.Random
+) -> str:
     """Terse, and wrong at the world's rates. What is misread stays so to the end: the reasoning follows the caption."""
-    look_alike = dict(CONFUSIONS[:world.misread_digits])
-    read = tuple(look_alike[digit] if digit in look_alike and rng.random() < world.misread_rate else digit
-                 for digit in digits)
+    look_alike = dict(CONFUSIONS[: world.misread_digits])
+    read = tuple(
+        look_alike[digit] if digit in look_alike and rng.random() < world.misread_rate else digit
+        for digit in digits
+    )
     slip = rng.choice((-1, 1)) if rng.random() < world.slip_rate else 0
     steps, result, answer = work(kind, read, details, slip)
     return _response(captions(read)[1], result if rng.random() < world.skip_rate else steps, answer)
@@ -201,8 +256,11 @@ def _response(caption: str, think: str, answer: str) -> str:
 
 # The data -------------------------------------------------------------------------------------------------------------
 
+
 def scans_of_digits():
-    from sklearn.datasets import load_digits  # slow to import, and needed only while the world is built
+    from sklearn.datasets import (
+        load_digits,
+    )  # slow to import, and needed only while the world is built
 
     return load_digits()
 
@@ -222,11 +280,19 @@ def split_scans(world: World) -> dict[str, dict[int, list[int]]]:
     return scans
 
 
-def draw(name: str, rows: int, scans: dict[int, list[int]], world: World, root: Path,
-         used: set[tuple[int, ...]]) -> Iterator[tuple[str, str, list, tuple[int, ...], str]]:
+def draw(
+    name: str,
+    rows: int,
+    scans: dict[int, list[int]],
+    world: World,
+    root: Path,
+    used: set[tuple[int, ...]],
+) -> Iterator[tuple[str, str, list, tuple[int, ...], str]]:
     """`rows` examples (kind, question, details, digits, image path), their images written. No picture occurs twice."""
     if not all(scans.get(digit) for digit in range(10)):
-        raise UserError(f"digits: the split of {name} has no scan of some digit; change train_share or validation_share")
+        raise UserError(
+            f"digits: the split of {name} has no scan of some digit; change train_share or validation_share"
+        )
     rng = random.Random(f"{world.seed} {name}")
     pictures = scans_of_digits().images
     kinds = [world.kinds[i % len(world.kinds)] for i in range(rows)]
@@ -238,7 +304,9 @@ def draw(name: str, rows: int, scans: dict[int, list[int]], world: World, root: 
             if picture not in used:
                 break
         else:
-            raise UserError(f"digits: {rows} rows of {name} are more than there are pictures; ask for fewer, or more digits")
+            raise UserError(
+                f"digits: {rows} rows of {name} are more than there are pictures; ask for fewer, or more digits"
+            )
         used.add(picture)
         path = f"images/{name}_{i:05d}.png"
         pixels = np.hstack([pictures[scan] for scan in picture]).repeat(2, axis=0).repeat(2, axis=1)
@@ -252,14 +320,27 @@ def build_data(root: Path, world: World) -> list[str]:
     (root / "images").mkdir()
     scans, used, texts = split_scans(world), set(), []
 
-    for name, rows in (("pretrain", world.pretrain_rows), ("prompts", world.prompt_rows),
-                       ("validation", world.validation_rows), ("test", world.test_rows)):
+    for name, rows in (
+        ("pretrain", world.pretrain_rows),
+        ("prompts", world.prompt_rows),
+        ("validation", world.validation_rows),
+        ("test", world.test_rows),
+    ):
         plain = []
         own_scans = scans.get(name, scans["train"])
         for kind, question, details, digits, path in draw(name, rows, own_scans, world, root, used):
             response, answer = curated_response(kind, digits, details)
-            plain.append({"question": question, "answer": answer, "image": path, "system": SYSTEM, "response": response,
-                          "caption": captions(digits), "source": kind})
+            plain.append(
+                {
+                    "question": question,
+                    "answer": answer,
+                    "image": path,
+                    "system": SYSTEM,
+                    "response": response,
+                    "caption": captions(digits),
+                    "source": kind,
+                }
+            )
         _write_rows(root / f"{name}.jsonl", plain)
         if name == "pretrain":
             texts += [text for row in plain for text in (SYSTEM, row["question"], row["response"])]
@@ -268,13 +349,26 @@ def build_data(root: Path, world: World) -> list[str]:
     rng, demonstrations = random.Random(f"{world.seed} demonstrations"), []
     for name, rows in (("curated", curated_rows), ("public", world.sft_rows - curated_rows)):
         chats = []
-        for kind, question, details, digits, path in draw(name, rows, scans["train"], world, root, used):
-            response = (curated_response(kind, digits, details)[0] if name == "curated"
-                        else public_response(kind, digits, details, world, rng))
-            chats.append({"messages": [{"role": "system", "content": SYSTEM},
-                                       {"role": "user", "content": f"<image>{question}"},
-                                       {"role": "assistant", "content": response}],
-                          "images": [path], "source": name, "kind": kind})
+        for kind, question, details, digits, path in draw(
+            name, rows, scans["train"], world, root, used
+        ):
+            response = (
+                curated_response(kind, digits, details)[0]
+                if name == "curated"
+                else public_response(kind, digits, details, world, rng)
+            )
+            chats.append(
+                {
+                    "messages": [
+                        {"role": "system", "content": SYSTEM},
+                        {"role": "user", "content": f"<image>{question}"},
+                        {"role": "assistant", "content": response},
+                    ],
+                    "images": [path],
+                    "source": name,
+                    "kind": kind,
+                }
+            )
             texts += [SYSTEM, question, response]
         _write_rows(root / f"{name}.jsonl", chats)
         demonstrations += chats
@@ -284,10 +378,13 @@ def build_data(root: Path, world: World) -> list[str]:
 
 
 def _write_rows(path: Path, rows: list[dict]) -> None:
-    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    path.write_text(
+        "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8"
+    )
 
 
 # The model ------------------------------------------------------------------------------------------------------------
+
 
 def train_tokenizer(texts: list[str], merges: int) -> PreTrainedTokenizerFast:
     """Qwen's byte-level BPE (pre-tokenizer: digits one by one) on `texts`, and Qwen3-VL's added tokens behind it."""
@@ -295,7 +392,9 @@ def train_tokenizer(texts: list[str], merges: int) -> PreTrainedTokenizerFast:
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = qwen.pre_tokenizer
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=len(alphabet) + merges, initial_alphabet=alphabet, show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=len(alphabet) + merges, initial_alphabet=alphabet, show_progress=False
+    )
     # Added tokens never reach the BPE, and the roles of the template are in no row.
     pieces = [piece for text in texts for piece in re.split("</?think>", text)]
     bpe.train_from_iterator(pieces + ["system\nuser\nassistant\n"] * len(texts), trainer)
@@ -303,54 +402,100 @@ def train_tokenizer(texts: list[str], merges: int) -> PreTrainedTokenizerFast:
     added = [AddedToken(token, special=True, normalized=False) for token in CONTROL_TOKENS]
     added += [AddedToken(token, special=False, normalized=False) for token in PLAIN_TOKENS]
     qwen = Qwen2Tokenizer(
-        vocab=trained["vocab"], merges=[tuple(merge) for merge in trained["merges"]],
-        added_tokens_decoder={len(trained["vocab"]) + i: token for i, token in enumerate(added)}).backend_tokenizer
+        vocab=trained["vocab"],
+        merges=[tuple(merge) for merge in trained["merges"]],
+        added_tokens_decoder={len(trained["vocab"]) + i: token for i, token in enumerate(added)},
+    ).backend_tokenizer
     qwen.normalizer = None  # Qwen's composes characters (NFC), so that decomposed text would not come back as it was
     return PreTrainedTokenizerFast(
-        tokenizer_object=qwen, extra_special_tokens=CONTROL_TOKENS[1:], eos_token="<|im_end|>", pad_token="<|endoftext|>",
-        clean_up_tokenization_spaces=False, model_max_length=4096)
+        tokenizer_object=qwen,
+        extra_special_tokens=CONTROL_TOKENS[1:],
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
+        clean_up_tokenization_spaces=False,
+        model_max_length=4096,
+    )
 
 
 def build_model(path: Path, tokenizer: PreTrainedTokenizerFast, world: World) -> None:
     """A complete Hugging Face directory: random weights, configuration, generation defaults, processor."""
     token = tokenizer.convert_tokens_to_ids
     end, pad = token("<|im_end|>"), token("<|endoftext|>")
-    rotary = world.head_dim // 8  # rotary pairs for height and for width, the rest of head_dim / 2 for time
+    rotary = (
+        world.head_dim // 8
+    )  # rotary pairs for height and for width, the rest of head_dim / 2 for time
     config = Qwen3VLConfig(
         text_config=dict(
-            vocab_size=len(tokenizer), hidden_size=world.hidden_size, intermediate_size=world.intermediate_size,
-            num_hidden_layers=world.layers, num_attention_heads=world.heads, num_key_value_heads=world.kv_heads,
-            head_dim=world.head_dim, initializer_range=world.initializer_range, max_position_embeddings=4096,
-            tie_word_embeddings=True, eos_token_id=end, bos_token_id=pad, pad_token_id=pad,
-            rope_parameters={"rope_type": "default", "rope_theta": 10000.0, "mrope_interleaved": True,
-                             "mrope_section": [world.head_dim // 2 - 2 * rotary, rotary, rotary]}),
+            vocab_size=len(tokenizer),
+            hidden_size=world.hidden_size,
+            intermediate_size=world.intermediate_size,
+            num_hidden_layers=world.layers,
+            num_attention_heads=world.heads,
+            num_key_value_heads=world.kv_heads,
+            head_dim=world.head_dim,
+            initializer_range=world.initializer_range,
+            max_position_embeddings=4096,
+            tie_word_embeddings=True,
+            eos_token_id=end,
+            bos_token_id=pad,
+            pad_token_id=pad,
+            rope_parameters={
+                "rope_type": "default",
+                "rope_theta": 10000.0,
+                "mrope_interleaved": True,
+                "mrope_section": [world.head_dim // 2 - 2 * rotary, rotary, rotary],
+            },
+        ),
         vision_config=dict(
-            depth=world.vision_layers, hidden_size=world.vision_hidden_size, num_heads=world.heads,
-            intermediate_size=world.vision_intermediate_size, patch_size=PATCH, spatial_merge_size=MERGE,
-            out_hidden_size=world.hidden_size, num_position_embeddings=64, deepstack_visual_indexes=[0],
-            initializer_range=world.initializer_range),
-        image_token_id=token("<|image_pad|>"), video_token_id=token("<|video_pad|>"),
-        vision_start_token_id=token("<|vision_start|>"), vision_end_token_id=token("<|vision_end|>"),
-        tie_word_embeddings=True)
+            depth=world.vision_layers,
+            hidden_size=world.vision_hidden_size,
+            num_heads=world.heads,
+            intermediate_size=world.vision_intermediate_size,
+            patch_size=PATCH,
+            spatial_merge_size=MERGE,
+            out_hidden_size=world.hidden_size,
+            num_position_embeddings=64,
+            deepstack_visual_indexes=[0],
+            initializer_range=world.initializer_range,
+        ),
+        image_token_id=token("<|image_pad|>"),
+        video_token_id=token("<|video_pad|>"),
+        vision_start_token_id=token("<|vision_start|>"),
+        vision_end_token_id=token("<|vision_end|>"),
+        tie_word_embeddings=True,
+    )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(world.seed)
         model = Qwen3VLForConditionalGeneration(config)
     # Greedy and nothing filtered; the published models sample with top_k 20, top_p 0.8, temperature 0.7.
-    model.generation_config = GenerationConfig(eos_token_id=[end, pad], pad_token_id=pad, bos_token_id=pad)
+    model.generation_config = GenerationConfig(
+        eos_token_id=[end, pad], pad_token_id=pad, bos_token_id=pad
+    )
     model.save_pretrained(path)
-    image = {"size": {"longest_edge": 65536, "shortest_edge": (PATCH * MERGE) ** 2},  # pixel counts, not edges
-             "patch_size": PATCH, "temporal_patch_size": 2, "merge_size": MERGE,
-             "image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5]}
+    image = {
+        "size": {
+            "longest_edge": 65536,
+            "shortest_edge": (PATCH * MERGE) ** 2,
+        },  # pixel counts, not edges
+        "patch_size": PATCH,
+        "temporal_patch_size": 2,
+        "merge_size": MERGE,
+        "image_mean": [0.5, 0.5, 0.5],
+        "image_std": [0.5, 0.5, 0.5],
+    }
     write_processor(path, tokenizer, image, CHAT_TEMPLATE)
 
 
 # The whole ------------------------------------------------------------------------------------------------------------
 
+
 def build(out: str | Path = "out/digits", world: World = World()) -> dict[str, str]:
     """Name -> path of all parts, built unless `out` holds this world already. Many processes may call it at once."""
     out = Path(out)
     names = ("pretrain", "public", "curated", "sft", "prompts", "validation", "test")
-    paths = {name: str(out / f"{name}.jsonl") for name in names} | {name: str(out / name) for name in ("init", "base")}
+    paths = {name: str(out / f"{name}.jsonl") for name in names} | {
+        name: str(out / name) for name in ("init", "base")
+    }
     if _holds(out, world):
         return paths
     with _alone(out.parent / f".{out.name}.lock"):
@@ -382,12 +527,29 @@ def pretrain(paths: dict[str, str]) -> str:
     with _alone(base.parent / ".base.lock"):
         if not (base / "model.safetensors").exists():
             shutil.rmtree(base, ignore_errors=True)
-            alone = {k: v for k, v in os.environ.items() if k not in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_PORT")}
+            alone = {
+                k: v
+                for k, v in os.environ.items()
+                if k not in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_PORT")
+            }
             settings = [f"--{name}={value}" for name, value in SETTINGS["pretrain"].items()]
             script = str(Path(__file__).with_name("sft.py"))
             print(f"pretraining the digits' instruct model into {base}, once", file=sys.stderr)
-            subprocess.run([sys.executable, script, "--model", paths["init"], "--data", paths["pretrain"],
-                            "--output_dir", str(base), *settings], check=True, env=alone)
+            subprocess.run(
+                [
+                    sys.executable,
+                    script,
+                    "--model",
+                    paths["init"],
+                    "--data",
+                    paths["pretrain"],
+                    "--output_dir",
+                    str(base),
+                    *settings,
+                ],
+                check=True,
+                env=alone,
+            )
     return str(base)
 
 
@@ -408,8 +570,10 @@ def _holds(out: Path, world: World) -> bool:
     there, wanted = json.loads((out / "world.json").read_text()), asdict(world)
     other = sorted(key for key in there.keys() | wanted.keys() if there.get(key) != wanted.get(key))
     if other:
-        raise UserError(f"{out} holds a world that differs in {', '.join(other)}: "
-                              "remove it or give another directory")
+        raise UserError(
+            f"{out} holds a world that differs in {', '.join(other)}: "
+            "remove it or give another directory"
+        )
     return True
 
 
@@ -422,23 +586,40 @@ def summary(paths: dict[str, str]) -> str:
     processor = load_processor(paths["init"])
     rows = {name: read_rows(path) for name, path in paths.items() if path.endswith(".jsonl")}
     model = Qwen3VLForConditionalGeneration.from_pretrained(paths["init"])
-    lines = [f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(processor.tokenizer)} tokens",
-             ", ".join(f"{name} {len(content)}" for name, content in rows.items()) + " rows", ""]
+    lines = [
+        f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(processor.tokenizer)} tokens",
+        ", ".join(f"{name} {len(content)}" for name, content in rows.items()) + " rows",
+        "",
+    ]
 
     for kind in dict.fromkeys(row["source"] for row in rows["prompts"]):
         some = [row for row in rows["prompts"] if row["source"] == kind][:200]
-        chats = [[{"role": "system", "content": row["system"]},
-                  {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": row["question"]}]}]
-                 for row in some]
+        chats = [
+            [
+                {"role": "system", "content": row["system"]},
+                {
+                    "role": "user",
+                    "content": [{"type": "image"}, {"type": "text", "text": row["question"]}],
+                },
+            ]
+            for row in some
+        ]
         texts = processor.apply_chat_template(chats, add_generation_prompt=True)
         images = [[Image.open(Path(paths["prompts"]).parent / row["image"])] for row in some]
         prompts = [len(ids) for ids in processor(text=texts, images=images)["input_ids"]]
-        responses = [len(ids) + 1 for ids in processor.tokenizer([row["response"] for row in some])["input_ids"]]
+        responses = [
+            len(ids) + 1
+            for ids in processor.tokenizer([row["response"] for row in some])["input_ids"]
+        ]
         public = next(row for row in rows["public"] if row["kind"] == kind)["messages"]
-        lines += [f"{kind}: prompt {mean(prompts):.0f} tokens, at most {max(prompts)}; "
-                  f"response {mean(responses):.0f}, at most {max(responses)} (with the end token)",
-                  some[0]["question"], "curated: " + some[0]["response"].replace("\n", "\n         "),
-                  "public:  " + public[2]["content"].replace("\n", "\n         "), ""]
+        lines += [
+            f"{kind}: prompt {mean(prompts):.0f} tokens, at most {max(prompts)}; "
+            f"response {mean(responses):.0f}, at most {max(responses)} (with the end token)",
+            some[0]["question"],
+            "curated: " + some[0]["response"].replace("\n", "\n         "),
+            "public:  " + public[2]["content"].replace("\n", "\n         "),
+            "",
+        ]
     return "\n".join(lines)
 
 

@@ -39,6 +39,7 @@ class EvalConfig:
 
 def same_caption(caption: str, accepted: list[str]) -> bool:
     """Whether a caption says what one of the accepted ones says: case, punctuation and white space do not count."""
+
     def words(text):
         return re.findall(r"\w+", text.casefold())
 
@@ -76,35 +77,60 @@ def evaluate() -> None:
     rows = []
     for _ in tqdm(range(math.ceil(len(examples) / batch)), desc="eval", disable=rank() != 0):
         pairs = next(stream)
-        groups = generate(policy, [p for _, p in pairs], 1, config.max_completion_length, temperature=0.0,
-                          max_rollout_rows=config.max_rollout_rows)
+        groups = generate(
+            policy,
+            [p for _, p in pairs],
+            1,
+            config.max_completion_length,
+            temperature=0.0,
+            max_rollout_rows=config.max_rollout_rows,
+        )
         for (example, _), group in zip(pairs, groups):
             branch = group.branches[0]
             text = decode(processor, branch)
             response = parse_response(text)
             right = response is not None and verify(response.answer, example.answer)
             reads = response is not None and same_caption(response.caption, example.captions)
-            rows.append({
-                "row": example.index, "where": example.where, "source": example.source, "answer": example.answer,
-                "response": text, "format_valid": response is not None, "correct": right,
-                "caption_correct": reads if example.captions else None, "tokens": len(branch),
-                "truncated": int(branch[-1]) not in policy.ends.tolist()})
+            rows.append(
+                {
+                    "row": example.index,
+                    "where": example.where,
+                    "source": example.source,
+                    "answer": example.answer,
+                    "response": text,
+                    "format_valid": response is not None,
+                    "correct": right,
+                    "caption_correct": reads if example.captions else None,
+                    "tokens": len(branch),
+                    "truncated": int(branch[-1]) not in policy.ends.tolist(),
+                }
+            )
     if world_size() > 1:
         parts = [None] * world_size()
         dist.all_gather_object(parts, rows)
         rows = [row for part in parts for row in part]
     if rank() == 0:
         rows.sort(key=lambda row: row["row"])
-        result = {"ckpt": config.ckpt, "data": config.data, **summarise(rows),
-                  "by_source": {source: summarise([row for row in rows if row["source"] == source])
-                                for source in sorted({row["source"] for row in rows})},
-                  "seconds": time.perf_counter() - start}
+        result = {
+            "ckpt": config.ckpt,
+            "data": config.data,
+            **summarise(rows),
+            "by_source": {
+                source: summarise([row for row in rows if row["source"] == source])
+                for source in sorted({row["source"] for row in rows})
+            },
+            "seconds": time.perf_counter() - start,
+        }
         os.makedirs(output_dir, exist_ok=True)
         with open(os.path.join(output_dir, "generations.jsonl"), "w") as file:
             file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         with open(os.path.join(output_dir, "eval.json"), "w") as file:
             json.dump(result, file, indent=1)
-        names = [name for name in ("accuracy", "caption_accuracy", "format_valid") if result[name] is not None]
+        names = [
+            name
+            for name in ("accuracy", "caption_accuracy", "format_valid")
+            if result[name] is not None
+        ]
         shown = ", ".join(f"{name} {result[name]:.3f}" for name in names)
         say(f"{config.ckpt}: {shown} on {len(rows)} rows; written to {output_dir}/eval.json")
 

@@ -31,9 +31,23 @@ import torch.nn.functional as F
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
-from transformers import AttentionInterface, AttentionMaskInterface, AutoConfig, AutoModelForImageTextToText
+from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
+    AutoConfig,
+    AutoModelForImageTextToText,
+)
 
-from data import Group, Pack, Prompt, UserError, blank_group, load_processor, make_packs, save_processor
+from data import (
+    Group,
+    Pack,
+    Prompt,
+    UserError,
+    blank_group,
+    load_processor,
+    make_packs,
+    save_processor,
+)
 
 try:  # on a GPU, attention by one call over ragged segments
     from flash_attn import flash_attn_varlen_func
@@ -57,7 +71,9 @@ class PackAttention:
         self.keep = keep
         device = pack.input_ids.device
         self.ragged = _ragged(pack) if flash_attn_varlen_func and device.type == "cuda" else None
-        self.cuts: list[int] = []  # lengths of the prompts and of all their branches: 2 a segment, T in all
+        self.cuts: list[
+            int
+        ] = []  # lengths of the prompts and of all their branches: 2 a segment, T in all
         self.blocks = []  # (prompt: its place among the cuts or None, rows N, length L, visible (L, prompt + L) or None)
         gather = []  # what stands in the blocks' rows, padded with -1
         plain = []  # (start, length) of the sequences without a prompt before them
@@ -71,8 +87,12 @@ class PackAttention:
             starts = [first + at for at in itertools.accumulate([0, *segment.branches[:-1]])]
             for rows in _alike(zip(starts, segment.branches)):
                 longest = rows[0][1]
-                visible = torch.ones(longest, segment.prompt + longest, dtype=torch.bool, device=device)
-                self.blocks.append((len(self.cuts) - 2, len(rows), longest, visible.tril(segment.prompt)))
+                visible = torch.ones(
+                    longest, segment.prompt + longest, dtype=torch.bool, device=device
+                )
+                self.blocks.append(
+                    (len(self.cuts) - 2, len(rows), longest, visible.tril(segment.prompt))
+                )
                 gather.append(_padded(rows))
         for rows in _alike(plain):
             self.blocks.append((None, len(rows), rows[0][1], None))
@@ -81,7 +101,9 @@ class PackAttention:
             places = torch.cat(gather)
             self.gather = places.clamp(min=0).to(device)
             self.sizes = [len(part) for part in gather]
-            self.take = torch.empty(sum(self.cuts), dtype=torch.long)  # (T,) where in the blocks each token stands
+            self.take = torch.empty(
+                sum(self.cuts), dtype=torch.long
+            )  # (T,) where in the blocks each token stands
             real = places >= 0
             self.take[places[real]] = real.nonzero()[:, 0]
             self.take = self.take.to(device)
@@ -93,13 +115,24 @@ class PackAttention:
         if self.ragged is not None:
             index, queries, keys, longest_query, longest_key = self.ragged
             q, k, v = (x[0].transpose(0, 1) for x in (q, k, v))
-            return flash_attn_varlen_func(q, k[index], v[index], queries, keys, longest_query, longest_key,
-                                          softmax_scale=scale, causal=True)[None]
+            return flash_attn_varlen_func(
+                q,
+                k[index],
+                v[index],
+                queries,
+                keys,
+                longest_query,
+                longest_key,
+                softmax_scale=scale,
+                causal=True,
+            )[None]
         prompts_k, prompts_v = (x.split(self.cuts, 2) for x in (k, v))
         parts = zip(*(x[0].transpose(0, 1)[self.gather].split(self.sizes) for x in (q, k, v)))
         out = []
         for (prompt, rows, length, visible), part in zip(self.blocks, parts):
-            qb, kb, vb = (x.unflatten(0, (rows, length)).transpose(1, 2) for x in part)  # (N, heads, L, D)
+            qb, kb, vb = (
+                x.unflatten(0, (rows, length)).transpose(1, 2) for x in part
+            )  # (N, heads, L, D)
             if prompt is not None:
                 kb = torch.cat([prompts_k[prompt].expand(rows, -1, -1, -1), kb], 2)
                 vb = torch.cat([prompts_v[prompt].expand(rows, -1, -1, -1), vb], 2)
@@ -128,7 +161,9 @@ def _padded(rows: list[tuple[int, int]]) -> torch.Tensor:
 
 
 def _sdpa(q, k, v, scale, **kwargs):
-    return F.scaled_dot_product_attention(q, k, v, scale=scale, enable_gqa=q.shape[1] != k.shape[1], **kwargs)
+    return F.scaled_dot_product_attention(
+        q, k, v, scale=scale, enable_gqa=q.shape[1] != k.shape[1], **kwargs
+    )
 
 
 def _ragged(pack: Pack):
@@ -148,9 +183,13 @@ def _ragged(pack: Pack):
     return torch.cat(index).to(device), q, k, int(q.diff().max()), int(k.diff().max())
 
 
-def _attention(module, query, key, value, attention_mask, scaling, dropout=0.0, layout=None, **kwargs):
+def _attention(
+    module, query, key, value, attention_mask, scaling, dropout=0.0, layout=None, **kwargs
+):
     if layout is None:
-        raise ValueError("this model attends through a layout (PackAttention or RowCache); call it through model.py")
+        raise ValueError(
+            "this model attends through a layout (PackAttention or RowCache); call it through model.py"
+        )
     return layout.attend(module.layer_idx, query, key, value, scaling), None
 
 
@@ -175,7 +214,9 @@ class _LogProbs(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, hidden, weight, predictors, targets, temperature, forbidden, chunk):
-        out = hidden.new_empty(2, len(targets), dtype=torch.promote_types(hidden.dtype, torch.float32))
+        out = hidden.new_empty(
+            2, len(targets), dtype=torch.promote_types(hidden.dtype, torch.float32)
+        )
         normaliser = out.new_empty(len(targets))
         for start in range(0, len(targets), chunk):
             part = slice(start, start + chunk)
@@ -192,12 +233,22 @@ class _LogProbs(torch.autograd.Function):
     def backward(ctx, grad):
         hidden, weight, predictors, targets, normaliser = ctx.saved_tensors
         temperature, forbidden, chunk = ctx.rest
-        grad_hidden, grad_weight = torch.zeros_like(hidden, dtype=grad.dtype), torch.zeros_like(weight)
+        grad_hidden, grad_weight = (
+            torch.zeros_like(hidden, dtype=grad.dtype),
+            torch.zeros_like(weight),
+        )
         for start in range(0, len(targets), chunk):
             part = slice(start, start + chunk)
             rows = hidden[predictors[part]]
-            d = _logits(rows, weight, temperature, forbidden).sub_(normaliser[part, None]).exp_().neg_()
-            d.scatter_add_(1, targets[part, None], torch.ones_like(d[:, :1]))  # d logp / d logits = one-hot - p
+            d = (
+                _logits(rows, weight, temperature, forbidden)
+                .sub_(normaliser[part, None])
+                .exp_()
+                .neg_()
+            )
+            d.scatter_add_(
+                1, targets[part, None], torch.ones_like(d[:, :1])
+            )  # d logp / d logits = one-hot - p
             d = d.mul_(grad[0, part, None] / temperature).to(hidden.dtype)
             grad_hidden.index_add_(0, predictors[part], (d @ weight).to(grad.dtype))
             grad_weight.addmm_(d.T, rows)
@@ -205,7 +256,9 @@ class _LogProbs(torch.autograd.Function):
 
 
 def _logits(hidden, weight, temperature, forbidden):
-    logits = (hidden @ weight.T).to(torch.promote_types(hidden.dtype, torch.float32)).div_(temperature)
+    logits = (
+        (hidden @ weight.T).to(torch.promote_types(hidden.dtype, torch.float32)).div_(temperature)
+    )
     return logits.index_fill_(1, forbidden, -torch.inf)
 
 
@@ -215,7 +268,9 @@ class Linear(torch.nn.Linear):
     blocks = None  # the weight as oneDNN multiplies it
 
     def forward(self, x):
-        if self.blocks is not None and x.numel() * self.out_features >= 2**20:  # smaller ones are quicker called in MKL
+        if (
+            self.blocks is not None and x.numel() * self.out_features >= 2**20
+        ):  # smaller ones are quicker called in MKL
             return torch.ops.mkldnn._linear_pointwise(x, self.blocks, self.bias, "none", [], "")
         return super().forward(x)
 
@@ -227,7 +282,11 @@ def packed(module: torch.nn.Module):
     Torch has MKL multiply float32 matrices. With 8 to 64 rows, as in a step of the sampler, oneDNN takes half to a third of
     MKL's time on an AMD processor when it need not sort the weight into blocks first, which takes a few steps' time.
     """
-    layers = [m for m in module.modules() if isinstance(m, Linear) and m.weight.is_cpu and m.weight.dtype == torch.float32]
+    layers = [
+        m
+        for m in module.modules()
+        if isinstance(m, Linear) and m.weight.is_cpu and m.weight.dtype == torch.float32
+    ]
     layers = layers if torch.backends.mkldnn.is_available() else []
     for layer in layers:
         layer.blocks = torch.ops.mkldnn._reorder_linear_weight(layer.weight.detach(), 32)
@@ -253,8 +312,13 @@ class Head(Linear):
 def inputs(model, pack: Pack, keep: list | None = None) -> dict:
     """What the forward of a model, or of its backbone, takes for a pack. `keep` collects keys and values."""
     images = {"pixel_values": pack.pixel_values, "image_grid_thw": pack.image_grid_thw}
-    return dict(input_ids=pack.input_ids, position_ids=positions(model, pack.position_ids), use_cache=False,
-                layout=PackAttention(pack, keep), **{name: value for name, value in images.items() if value is not None})
+    return dict(
+        input_ids=pack.input_ids,
+        position_ids=positions(model, pack.position_ids),
+        use_cache=False,
+        layout=PackAttention(pack, keep),
+        **{name: value for name, value in images.items() if value is not None},
+    )
 
 
 def positions(model, mrope: torch.Tensor) -> torch.Tensor:
@@ -262,10 +326,18 @@ def positions(model, mrope: torch.Tensor) -> torch.Tensor:
     return mrope if hasattr(model.base_model, "get_rope_index") else mrope[0]
 
 
-def token_logprobs(policy, pack: Pack, temperature: float = 1.0, chunk: int = 256) -> tuple[torch.Tensor, torch.Tensor]:
+def token_logprobs(
+    policy, pack: Pack, temperature: float = 1.0, chunk: int = 256
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Log-probability of each branch token of the pack, and the entropy of the distribution it came from: two (K,)
     float32 tensors in the order of `pack.targets` (`pack.rows` makes padded rows of them). Entropy has no gradient."""
-    policy.lm_head.asked = (pack.predictors, pack.targets, temperature, policy.forbidden.to(pack.targets.device), chunk)
+    policy.lm_head.asked = (
+        pack.predictors,
+        pack.targets,
+        temperature,
+        policy.forbidden.to(pack.targets.device),
+        chunk,
+    )
     try:
         out = policy(**inputs(policy, pack)).logits
     finally:
@@ -288,7 +360,12 @@ class RowCache:
     own places that are read (`seen`) change in large steps only, so that most steps repeat the shapes of the one before.
     """
 
-    def __init__(self, kept: list[tuple[torch.Tensor, torch.Tensor]], packs_lengths: list[int], fixed: bool = False):
+    def __init__(
+        self,
+        kept: list[tuple[torch.Tensor, torch.Tensor]],
+        packs_lengths: list[int],
+        fixed: bool = False,
+    ):
         lengths = torch.tensor(packs_lengths)
         longest = int(lengths.max())
         self.fixed = fixed
@@ -302,9 +379,14 @@ class RowCache:
         self.prompts = [(k.mT.contiguous(), v) for k, v in kept]
         self.beyond = self._bias((step >= lengths[:, None]).to(device))
         # (places, K, D, room) and (places, K, room, D)
-        self.own = [(k.new_zeros(0, self.kv_heads, dim, 0), v.new_zeros(0, self.kv_heads, 0, dim)) for k, v in kept]
+        self.own = [
+            (k.new_zeros(0, self.kv_heads, dim, 0), v.new_zeros(0, self.kv_heads, 0, dim))
+            for k, v in kept
+        ]
         self.prompt_of = torch.zeros(0, dtype=torch.long, device=device)  # (S,)
-        self.length = torch.zeros(0, dtype=torch.long, device=device)  # (S,) own tokens that are cached
+        self.length = torch.zeros(
+            0, dtype=torch.long, device=device
+        )  # (S,) own tokens that are cached
         self.seen = 0
 
     def add(self, prompt_of: torch.Tensor) -> None:
@@ -322,10 +404,12 @@ class RowCache:
         holes = (~alive[:count]).nonzero()[:, 0]
         movers = count + alive[count:].nonzero()[:, 0]
         order[holes] = movers
-        there = movers < len(self.own[0][0])  # a row that ended at its first token never had a place
+        there = movers < len(
+            self.own[0][0]
+        )  # a row that ended at its first token never had a place
         for own_k, own_v in self.own:
-            own_k[holes[there], ..., :self.seen] = own_k[movers[there], ..., :self.seen]
-            own_v[holes[there], :, :self.seen] = own_v[movers[there], :, :self.seen]
+            own_k[holes[there], ..., : self.seen] = own_k[movers[there], ..., : self.seen]
+            own_v[holes[there], :, : self.seen] = own_v[movers[there], :, : self.seen]
         self.length = self.length[order]
         self._group(self.prompt_of[order])
         return order
@@ -341,8 +425,12 @@ class RowCache:
         place = torch.empty_like(order)  # (S,) a row's place among those of its prompt
         place[order] = self.rows - (counts.cumsum(0) - counts)[prompt_of[order]]
         heads = torch.arange(self.kv_heads, device=device)
-        self.place = (prompt_of[:, None] * self.kv_heads * width + heads * width + place[:, None]).flatten()  # (S * K,)
-        self.table = torch.zeros(len(self.beyond) * width, dtype=torch.long, device=device)  # (P * K * width,)
+        self.place = (
+            prompt_of[:, None] * self.kv_heads * width + heads * width + place[:, None]
+        ).flatten()  # (S * K,)
+        self.table = torch.zeros(
+            len(self.beyond) * width, dtype=torch.long, device=device
+        )  # (P * K * width,)
         self.table[self.place] = torch.arange(len(self.place), device=device)
 
     def begin_step(self) -> list[torch.Tensor]:
@@ -354,7 +442,10 @@ class RowCache:
             more = max(0, len(self.rows) - places)
             longer = max(256, 2 * self.seen) - room if self.seen > room else 0
             for layer, (k, v) in enumerate(self.own):  # one after the other: never twice in memory
-                self.own[layer] = F.pad(k, (0, longer, 0, 0, 0, 0, 0, more)), F.pad(v, (0, 0, 0, longer, 0, 0, 0, more))
+                self.own[layer] = (
+                    F.pad(k, (0, longer, 0, 0, 0, 0, 0, more)),
+                    F.pad(v, (0, 0, 0, longer, 0, 0, 0, more)),
+                )
         unseen = torch.arange(self.seen, device=self.length.device) > self.length[:, None]
         return [self.rows, self.length, self.table, self.place, self._bias(unseen)]
 
@@ -368,19 +459,33 @@ class RowCache:
         prompts_k, prompts_v = self.prompts[layer]
         heads, dim = q.shape[1], q.shape[3]
         q = q.view(len(place), -1, dim)  # (S * K, G, D)
-        scores = torch.baddbmm(self.beyond, q.index_select(0, table).view(len(prompts_k), -1, dim), prompts_k, alpha=scale)
+        scores = torch.baddbmm(
+            self.beyond,
+            q.index_select(0, table).view(len(prompts_k), -1, dim),
+            prompts_k,
+            alpha=scale,
+        )
         logp = scores.log_softmax(-1, dtype=torch.float32)  # (P * K, width * G, longest)
-        score = (scores[..., :1] - logp[..., :1]).view(len(table), -1, 1)  # s - log softmax(s) = logsumexp
+        score = (scores[..., :1] - logp[..., :1]).view(
+            len(table), -1, 1
+        )  # s - log softmax(s) = logsumexp
         answer = torch.bmm(logp.exp().to(v.dtype), prompts_v).view(len(table), -1, dim)
-        score, answer = score.index_select(0, place), answer.index_select(0, place)  # (S * K, G, 1), (S * K, G, D)
+        score, answer = (
+            score.index_select(0, place),
+            answer.index_select(0, place),
+        )  # (S * K, G, 1), (S * K, G, D)
         scores = torch.cat([score, torch.baddbmm(unseen, q, own_k, alpha=scale)], -1)
         weights = scores.softmax(-1, dtype=torch.float32).to(v.dtype)
-        return torch.baddbmm(weights[..., :1] * answer, weights[..., 1:], own_v).view(len(rows), 1, heads, dim)
+        return torch.baddbmm(weights[..., :1] * answer, weights[..., 1:], own_v).view(
+            len(rows), 1, heads, dim
+        )
 
     def _bias(self, hidden: torch.Tensor) -> torch.Tensor:
         """(n, keys) -> (n * K, 1, keys): -inf where keys are hidden, 0 elsewhere."""
         k = self.prompts[0][0]
-        bias = torch.zeros(hidden.shape, dtype=k.dtype, device=k.device).masked_fill_(hidden, -torch.inf)
+        bias = torch.zeros(hidden.shape, dtype=k.dtype, device=k.device).masked_fill_(
+            hidden, -torch.inf
+        )
         return bias.repeat_interleave(self.kv_heads, 0)[:, None]
 
 
@@ -418,12 +523,16 @@ class Decoder:
             with torch.cuda.graph(graph, capture_error_mode="thread_local"):
                 self.graphs[shapes] = graph, static, self._forward(static)
         except RuntimeError as error:
-            warnings.warn(f"this call of generate goes on without CUDA graphs: {error}", stacklevel=2)
+            warnings.warn(
+                f"this call of generate goes on without CUDA graphs: {error}", stacklevel=2
+            )
             self.graphs, self.cache.fixed = {}, False
 
     def _forward(self, read) -> torch.Tensor:
         token, position, *self.cache.step = read
-        return self.policy(input_ids=token, position_ids=position, use_cache=False, layout=self.cache).logits[:, 0]
+        return self.policy(
+            input_ids=token, position_ids=position, use_cache=False, layout=self.cache
+        ).logits[:, 0]
 
 
 def uniforms(seed: int, step: int, prompt: int, row: int, count: int) -> torch.Tensor:
@@ -432,8 +541,17 @@ def uniforms(seed: int, step: int, prompt: int, row: int, count: int) -> torch.T
     return torch.rand(count, generator=torch.Generator().manual_seed(int.from_bytes(key, "big")))
 
 
-def generate(policy, prompts: list[Prompt], num_generations: int, max_completion_length: int, temperature: float = 1.0,
-             seed: int = 0, step: int = 0, max_rollout_rows: int | None = None, fixed: bool | None = None) -> list[Group]:
+def generate(
+    policy,
+    prompts: list[Prompt],
+    num_generations: int,
+    max_completion_length: int,
+    temperature: float = 1.0,
+    seed: int = 0,
+    step: int = 0,
+    max_rollout_rows: int | None = None,
+    fixed: bool | None = None,
+) -> list[Group]:
     """Samples `num_generations` branches for each prompt (temperature 0: greedy), with their log-probabilities at that
     temperature. A branch ends with its end of sequence, or without one where it reached `max_completion_length`.
 
@@ -461,8 +579,13 @@ def generate(policy, prompts: list[Prompt], num_generations: int, max_completion
         following = torch.tensor([prompt.next_position for prompt in prompts], device=device)
         forbidden, ends = policy.forbidden.to(device), policy.ends.to(device)
         if temperature > 0:
-            u = torch.stack([uniforms(seed, step, prompt.index, n, max_completion_length)
-                             for prompt in prompts for n in range(num_generations)]).to(device)
+            u = torch.stack(
+                [
+                    uniforms(seed, step, prompt.index, n, max_completion_length)
+                    for prompt in prompts
+                    for n in range(num_generations)
+                ]
+            ).to(device)
         waiting = torch.arange(rows_in_all, device=device)
         rows = waiting[:0]  # which row stands at each place, -1 where it has ended
         logits = first[:0]
@@ -478,11 +601,17 @@ def generate(policy, prompts: list[Prompt], num_generations: int, max_completion
                 break
             logits = logits.float().div_(temperature or 1.0).index_fill_(1, forbidden, -torch.inf)
             p = logits.softmax(-1)
-            if temperature > 0:  # inverse of the cumulated distribution at the row's own uniform number
+            if (
+                temperature > 0
+            ):  # inverse of the cumulated distribution at the row's own uniform number
                 cdf = p.cumsum(-1)
-                whole = cdf[:, -1:].contiguous()  # a number just below 1 may round up to it: never beyond the last likely token
-                token = torch.minimum(torch.searchsorted(cdf, u[rows, cache.length, None] * whole, right=True),
-                                      torch.searchsorted(cdf, whole))
+                whole = (
+                    cdf[:, -1:].contiguous()
+                )  # a number just below 1 may round up to it: never beyond the last likely token
+                token = torch.minimum(
+                    torch.searchsorted(cdf, u[rows, cache.length, None] * whole, right=True),
+                    torch.searchsorted(cdf, whole),
+                )
             else:
                 token = logits.argmax(-1, keepdim=True)
             record.append((rows, token[:, 0], p.gather(1, token)[:, 0]))
@@ -493,19 +622,23 @@ def generate(policy, prompts: list[Prompt], num_generations: int, max_completion
             if not len(rows):
                 logits = first[:0]
                 continue
-            position = positions(policy, (following[cache.prompt_of] + cache.length)[None, :, None].expand(3, -1, 1))
+            position = positions(
+                policy, (following[cache.prompt_of] + cache.length)[None, :, None].expand(3, -1, 1)
+            )
             logits = decoder(token, position)
             cache.length = cache.length + (rows >= 0)
     policy.train(was_training)
 
     # The record, step after step, as one branch a row.
     row, token, p = (torch.cat(column).cpu() for column in zip(*record))
-    order = row.argsort(stable=True)[int((row < 0).sum()):]
+    order = row.argsort(stable=True)[int((row < 0).sum()) :]
     counts = torch.bincount(row[order], minlength=rows_in_all).tolist()
     tokens, logps = token[order].split(counts), p.log()[order].split(counts)
     n = num_generations
-    return [Group(prompt, list(tokens[i * n:(i + 1) * n]), list(logps[i * n:(i + 1) * n]))
-            for i, prompt in enumerate(prompts)]
+    return [
+        Group(prompt, list(tokens[i * n : (i + 1) * n]), list(logps[i * n : (i + 1) * n]))
+        for i, prompt in enumerate(prompts)
+    ]
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -517,7 +650,11 @@ def setup() -> torch.device:
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
         if not dist.is_initialized():
-            alone = {} if "RANK" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+            alone = (
+                {}
+                if "RANK" in os.environ
+                else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+            )
             dist.init_process_group("cpu:gloo,cuda:nccl", **alone)
         return torch.device("cuda", torch.cuda.current_device())
     if "RANK" in os.environ and not dist.is_initialized():
@@ -546,9 +683,14 @@ def shard(module: torch.nn.Module, device: torch.device) -> torch.nn.Module:
     if world_size() == 1 and device.type == "cpu":
         return module
     mesh = init_device_mesh(device.type, (world_size(),))
-    precision = (MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
-                 if device.type == "cuda" else MixedPrecisionPolicy())
-    blocks = {name for part in module.modules() for name in getattr(part, "_no_split_modules", None) or ()}
+    precision = (
+        MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+        if device.type == "cuda"
+        else MixedPrecisionPolicy()
+    )
+    blocks = {
+        name for part in module.modules() for name in getattr(part, "_no_split_modules", None) or ()
+    }
     for block in [m for m in module.modules() if type(m).__name__ in blocks]:
         fully_shard(block, mesh=mesh, mp_policy=precision)
     fully_shard(module, mesh=mesh, mp_policy=precision)
@@ -586,13 +728,17 @@ def even_packs(packs: list[Pack], processor) -> list[Pack]:
     """As many packs on every rank, each with an image where any has one: a forward is a collective when sharded."""
     if world_size() == 1:
         return packs
-    count, images = all_sum([len(packs), any(p.pixel_values is not None for p in packs)], dist.ReduceOp.MAX).tolist()
+    count, images = all_sum(
+        [len(packs), any(p.pixel_values is not None for p in packs)], dist.ReduceOp.MAX
+    ).tolist()
     missing = int(count) - len(packs)
     if not missing and (not images or all(p.pixel_values is not None for p in packs)):
         return packs
     blank = blank_group(processor)
     packs = packs + [make_packs([blank])[0] for _ in range(missing)]
-    return [_with_blank(pack, blank) if images and pack.pixel_values is None else pack for pack in packs]
+    return [
+        _with_blank(pack, blank) if images and pack.pixel_values is None else pack for pack in packs
+    ]
 
 
 def _with_blank(pack: Pack, blank: Group) -> Pack:
@@ -605,14 +751,20 @@ def _with_blank(pack: Pack, blank: Group) -> Pack:
     return pack
 
 
-def learning_rate_at(step: int, max_steps: int, learning_rate: float, warmup_ratio: float, schedule: str) -> float:
+def learning_rate_at(
+    step: int, max_steps: int, learning_rate: float, warmup_ratio: float, schedule: str
+) -> float:
     """The rate of step 1 .. max_steps: linear warm-up over the first share, then `constant`, or `cosine` to zero."""
     warmup = warmup_ratio * max_steps
     if step <= warmup:
         return learning_rate * step / max(1.0, warmup)
     if schedule == "constant":
         return learning_rate
-    return learning_rate * 0.5 * (1 + math.cos(math.pi * (step - 1 - warmup) / max(1.0, max_steps - warmup)))
+    return (
+        learning_rate
+        * 0.5
+        * (1 + math.cos(math.pi * (step - 1 - warmup) / max(1.0, max_steps - warmup)))
+    )
 
 
 def optimizer_step(module, optimizer, learning_rate: float, max_grad_norm: float) -> float:
@@ -635,12 +787,16 @@ def optimizer_step(module, optimizer, learning_rate: float, max_grad_norm: float
 def read_config(flag: str, path: str):
     """The configuration of a Hugging Face directory or hub id, or one line that says what is wrong with it."""
     if os.path.exists(path) and not os.path.isfile(os.path.join(path, "config.json")):
-        raise UserError(f"{flag} {path}: no config.json in it; give a Hugging Face model directory or a hub id")
+        raise UserError(
+            f"{flag} {path}: no config.json in it; give a Hugging Face model directory or a hub id"
+        )
     try:
         return AutoConfig.from_pretrained(path)
     except Exception as error:
-        raise UserError(f"{flag} {path}: neither a Hugging Face directory nor a hub id that can be loaded "
-                        f"({str(error).strip().splitlines()[0][:150]})") from None
+        raise UserError(
+            f"{flag} {path}: neither a Hugging Face directory nor a hub id that can be loaded "
+            f"({str(error).strip().splitlines()[0][:150]})"
+        ) from None
 
 
 class Patches(torch.nn.Conv3d):
@@ -658,8 +814,10 @@ def adapt(model, where: str) -> None:
     layer must see all that came before."""
     kinds = set(getattr(model.config.get_text_config(), "layer_types", None) or ["full_attention"])
     if kinds != {"full_attention"}:
-        raise UserError(f"{where}: found {', '.join(sorted(kinds))} among the layers of {model.config.model_type}, expected "
-                        f"full_attention in all; packs have no other")
+        raise UserError(
+            f"{where}: found {', '.join(sorted(kinds))} among the layers of {model.config.model_type}, expected "
+            f"full_attention in all; packs have no other"
+        )
     model.set_attn_implementation({"text_config": "layout", "vision_config": "sdpa"})
     own = {torch.nn.Conv3d: Patches, torch.nn.Linear: Linear}
     for module in model.modules():
@@ -671,21 +829,29 @@ def load_policy(flag: str, path: str, activation_checkpointing: bool = False):
     image's tokens, without an image, would break the next forward), and those that end a response."""
     config = read_config(flag, path)
     if hasattr(config, "prism_experts"):
-        raise UserError(f"{flag} {path}: a discriminator, which has no language head; name a policy")
+        raise UserError(
+            f"{flag} {path}: a discriminator, which has no language head; name a policy"
+        )
     try:
         policy = AutoModelForImageTextToText.from_pretrained(path, dtype=torch.float32)
         processor = load_processor(path)
     except Exception as error:
-        raise UserError(f"{flag} {path}: a {config.model_type} directory that cannot be loaded as a vision-language "
-                        f"model with its processor ({str(error).strip().splitlines()[0][:150]})") from None
+        raise UserError(
+            f"{flag} {path}: a {config.model_type} directory that cannot be loaded as a vision-language "
+            f"model with its processor ({str(error).strip().splitlines()[0][:150]})"
+        ) from None
     adapt(policy, f"{flag} {path}")
     policy.lm_head.__class__ = Head
     names = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
     there = range(config.get_text_config().vocab_size)
-    policy.forbidden = torch.tensor([i for i in (getattr(config, name, None) for name in names) if i in there])
+    policy.forbidden = torch.tensor(
+        [i for i in (getattr(config, name, None) for name in names) if i in there]
+    )
     ends = policy.generation_config.eos_token_id
     ends = ends if isinstance(ends, list) else [ends]
-    policy.ends = torch.tensor(sorted({processor.tokenizer.eos_token_id, *(e for e in ends if e is not None)}))
+    policy.ends = torch.tensor(
+        sorted({processor.tokenizer.eos_token_id, *(e for e in ends if e is not None)})
+    )
     if activation_checkpointing:
         policy.activation_checkpointing_enable()
     return policy, processor
@@ -695,7 +861,9 @@ def full_state(module) -> dict[str, torch.Tensor]:
     """The whole weights on the CPU of rank 0 (empty elsewhere)."""
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
-    return get_model_state_dict(module, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    return get_model_state_dict(
+        module, options=StateDictOptions(full_state_dict=True, cpu_offload=True)
+    )
 
 
 def save_policy(policy, processor, path: str) -> None:

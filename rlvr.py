@@ -25,7 +25,17 @@ Where this differs from the published run, on purpose:
     torchrun --nproc_per_node=8 rlvr.py --ckpt align_out --data prompts.parquet --algorithm dapo --output_dir rl_out
 """
 
-from data import Example, Group, Prompt, UserError, batches, decode, load_data, make_packs, parse_response
+from data import (
+    Example,
+    Group,
+    Prompt,
+    UserError,
+    batches,
+    decode,
+    load_data,
+    make_packs,
+    parse_response,
+)
 
 import math
 from dataclasses import dataclass
@@ -33,8 +43,20 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
-from model import (all_sum, even_packs, generate, learning_rate_at, load_policy, optimizer_step, rank, save_policy, setup,
-                   shard, token_logprobs, world_size)
+from model import (
+    all_sum,
+    even_packs,
+    generate,
+    learning_rate_at,
+    load_policy,
+    optimizer_step,
+    rank,
+    save_policy,
+    setup,
+    shard,
+    token_logprobs,
+    world_size,
+)
 from run import Run, accumulate, main, parse, ratio, say
 from verifier import ACCURACY, FORMAT, reward, verify  # noqa: F401, `rlvr.reward` is a name that others use
 
@@ -48,7 +70,9 @@ ALGORITHMS = {
 
 @dataclass
 class RLVRConfig:
-    ckpt: str | None = None  # the aligned policy (or any other); left out: the digits world's instruct model
+    ckpt: str | None = (
+        None  # the aligned policy (or any other); left out: the digits world's instruct model
+    )
     data: str | None = None  # prompts with a ground truth; left out: the digits world
     output_dir: str = "out/rlvr"
     algorithm: str = "grpo"  # grpo, dapo, gspo
@@ -71,7 +95,9 @@ class RLVRConfig:
     num_epochs: int = 1  # passes over a batch of rollouts; paper: 1
     max_gen_batches: int = 10  # DAPO: sampled batches before giving up; paper: 10
     gen_batch_factor: int = 3  # DAPO: prompts sampled at a time, in batches; paper: 96 for 32
-    overlong_buffer: int = 4096  # DAPO: the tokens before the limit over which the penalty grows to 1; paper: 4096
+    overlong_buffer: int = (
+        4096  # DAPO: the tokens before the limit over which the penalty grows to 1; paper: 4096
+    )
     max_grad_norm: float = 1.0
     max_tokens_per_pack: int = 16384
     max_rollout_rows: int | None = None  # rows sampled at a time; None: all
@@ -97,9 +123,18 @@ def group_advantage(rewards: torch.Tensor) -> torch.Tensor:
     return ((r - r.mean(1, keepdim=True)) / (r.std(1, keepdim=True) + 1e-6)).to(rewards.dtype)
 
 
-def policy_loss(logp: torch.Tensor, old_logp: torch.Tensor, advantage: torch.Tensor, mask: torch.Tensor, algorithm: str,
-                clip_low: float, clip_high: float, dual_clip: float | None, num_tokens: float | None = None,
-                num_sequences: float | None = None) -> torch.Tensor:
+def policy_loss(
+    logp: torch.Tensor,
+    old_logp: torch.Tensor,
+    advantage: torch.Tensor,
+    mask: torch.Tensor,
+    algorithm: str,
+    clip_low: float,
+    clip_high: float,
+    dual_clip: float | None,
+    num_tokens: float | None = None,
+    num_sequences: float | None = None,
+) -> torch.Tensor:
     """The clipped policy gradient. logp, old_logp, mask (B, T), mask boolean; advantage (B,). Scalar.
 
     `num_tokens` and `num_sequences` are the global denominators; None takes this batch's.
@@ -109,7 +144,9 @@ def policy_loss(logp: torch.Tensor, old_logp: torch.Tensor, advantage: torch.Ten
     if algorithm == "gspo":
         # One ratio a sequence, s = exp(1/|y| sum_t log r_t), the same for each of its tokens. The token mean below then has the
         # sequence formula's gradient, s * mean_t d logp_t.
-        log_ratio = torch.where(mask, log_ratio.sum(1, keepdim=True) / length.clamp(min=1)[:, None], 0.0)
+        log_ratio = torch.where(
+            mask, log_ratio.sum(1, keepdim=True) / length.clamp(min=1)[:, None], 0.0
+        )
     r = log_ratio.clamp(-20, 20).exp()
 
     a = advantage[:, None].to(r.dtype)
@@ -119,7 +156,9 @@ def policy_loss(logp: torch.Tensor, old_logp: torch.Tensor, advantage: torch.Ten
     loss = torch.where(mask, loss, 0.0)
 
     if algorithm == "gspo":  # mean over sequences of the mean over tokens
-        return (loss.sum(1) / length.clamp(min=1)).sum() / (max(len(mask), 1) if num_sequences is None else num_sequences)
+        return (loss.sum(1) / length.clamp(min=1)).sum() / (
+            max(len(mask), 1) if num_sequences is None else num_sequences
+        )
     if algorithm in ("grpo", "dapo"):  # mean over all tokens
         return loss.sum() / (max(int(length.sum()), 1) if num_tokens is None else num_tokens)
     raise ValueError(f"algorithm {algorithm!r}: one of {', '.join(ALGORITHMS)}")
@@ -161,8 +200,20 @@ class Update:
         return {name: ratio(getattr(self, name), self.tokens) for name in names}
 
 
-def update_policy(policy, groups: list[Group], advantage: torch.Tensor, processor, device, config, algorithm: str,
-                  clip_low: float, clip_high: float, dual_clip: float | None, on_policy: bool, reference=None) -> Update:
+def update_policy(
+    policy,
+    groups: list[Group],
+    advantage: torch.Tensor,
+    processor,
+    device,
+    config,
+    algorithm: str,
+    clip_low: float,
+    clip_high: float,
+    dual_clip: float | None,
+    on_policy: bool,
+    reference=None,
+) -> Update:
     """Adds the gradient of the policy loss over `groups` (B branches in all, advantage (B,)). With `on_policy` the new
     log-probabilities, detached, are the old ones too: there is one step per batch, so nothing has moved yet."""
     number = {}
@@ -179,8 +230,18 @@ def update_policy(policy, groups: list[Group], advantage: torch.Tensor, processo
         sampled = torch.cat([torch.zeros(0), *(recorded[i] for i in members)]).to(device)
         old = logp.detach() if on_policy else sampled
         a = advantage[members].to(device)
-        loss = policy_loss(pack.rows(logp), pack.rows(old), a, pack.mask, algorithm, clip_low, clip_high, dual_clip,
-                           max(num_tokens, 1), max(num_sequences, 1))
+        loss = policy_loss(
+            pack.rows(logp),
+            pack.rows(old),
+            a,
+            pack.mask,
+            algorithm,
+            clip_low,
+            clip_high,
+            dual_clip,
+            max(num_tokens, 1),
+            max(num_sequences, 1),
+        )
         if reference is not None:
             with torch.no_grad():
                 ref_logp, _ = token_logprobs(reference, pack, config.temperature)
@@ -199,7 +260,10 @@ def update_policy(policy, groups: list[Group], advantage: torch.Tensor, processo
             r, sign = r.exp()[pack.mask], a[:, None].expand_as(r)[pack.mask]
             update.clipped_low += ((r < 1 - clip_low) & (sign < 0)).sum().item()
             update.clipped_high += ((r > 1 + clip_high) & (sign > 0)).sum().item()
-            update.ratio_min, update.ratio_max = min(update.ratio_min, r.min().item()), max(update.ratio_max, r.max().item())
+            update.ratio_min, update.ratio_max = (
+                min(update.ratio_min, r.min().item()),
+                max(update.ratio_max, r.max().item()),
+            )
             update.kl_old += kl_k3(logp.detach(), old).sum().item()
             update.gap = max(update.gap, (logp.detach() - sampled).abs().max().item())
     return update
@@ -209,13 +273,20 @@ def update_policy(policy, groups: list[Group], advantage: torch.Tensor, processo
 # The loop
 
 
-def fits(run: Run, step: int, batch: list[tuple[Example, Prompt]], max_prompt_length: int) -> list[tuple[Example, Prompt]]:
+def fits(
+    run: Run, step: int, batch: list[tuple[Example, Prompt]], max_prompt_length: int
+) -> list[tuple[Example, Prompt]]:
     """The prompts that are not too long; the others are counted and named. None is ever cut."""
     for example, prompt in batch:
         if len(prompt.input_ids) > max_prompt_length:
-            run.leave_out(step, example.where,
-                          f"{len(prompt.input_ids)} tokens are more than --max_prompt_length {max_prompt_length}")
-    return [(example, prompt) for example, prompt in batch if len(prompt.input_ids) <= max_prompt_length]
+            run.leave_out(
+                step,
+                example.where,
+                f"{len(prompt.input_ids)} tokens are more than --max_prompt_length {max_prompt_length}",
+            )
+    return [
+        (example, prompt) for example, prompt in batch if len(prompt.input_ids) <= max_prompt_length
+    ]
 
 
 def spread(values: torch.Tensor) -> torch.Tensor:
@@ -239,14 +310,22 @@ def train() -> None:
     policy, processor = load_policy("--ckpt", config.ckpt, config.activation_checkpointing)
     policy = shard(policy, device).train()
     reference = shard(load_policy("--ckpt", config.ckpt)[0], device).eval() if config.beta else None
-    optimizer = torch.optim.AdamW(policy.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay)
+    optimizer = torch.optim.AdamW(
+        policy.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay
+    )
     progress = run.load({"policy": (policy, optimizer)}, {"batches": 0})
 
     n, dapo = config.num_generations, config.algorithm == "dapo"
     batch = config.per_device_train_batch_size * config.gradient_accumulation_steps * world_size()
     sampled_at_once = batch * config.gen_batch_factor if dapo else batch
-    stream = batches(examples, processor, sampled_at_once, config.seed, progress["batches"],
-                     part=(rank(), world_size()))
+    stream = batches(
+        examples,
+        processor,
+        sampled_at_once,
+        config.seed,
+        progress["batches"],
+        part=(rank(), world_size()),
+    )
     save = lambda path: save_policy(policy, processor, path)  # noqa: E731
 
     for step in run.steps(config.max_steps, config.algorithm):
@@ -259,21 +338,48 @@ def train() -> None:
                 new = fits(run, step, next(stream), config.max_prompt_length)
                 progress["batches"] += 1
             with run.phase("rollout"):
-                new_groups = generate(policy, [prompt for _, prompt in new], n, config.max_completion_length,
-                                      config.temperature, config.seed, step * 1000 + gen_batches, config.max_rollout_rows)
+                new_groups = generate(
+                    policy,
+                    [prompt for _, prompt in new],
+                    n,
+                    config.max_completion_length,
+                    config.temperature,
+                    config.seed,
+                    step * 1000 + gen_batches,
+                    config.max_rollout_rows,
+                )
             with run.phase("reward"):
-                new_texts = [[decode(processor, branch) for branch in group.branches] for group in new_groups]
+                new_texts = [
+                    [decode(processor, branch) for branch in group.branches] for group in new_groups
+                ]
                 parsed = [[parse_response(text) for text in some] for some in new_texts]
-                right = torch.tensor([[float(p is not None and verify(p.answer, example.answer)) for p in some]
-                                      for (example, _), some in zip(new, parsed)]).view(-1, n)
-                valid = torch.tensor([[float(p is not None) for p in some] for some in parsed]).view(-1, n)
-                length = torch.tensor([[float(len(b)) for b in g.branches] for g in new_groups]).view(-1, n)
+                right = torch.tensor(
+                    [
+                        [float(p is not None and verify(p.answer, example.answer)) for p in some]
+                        for (example, _), some in zip(new, parsed)
+                    ]
+                ).view(-1, n)
+                valid = torch.tensor(
+                    [[float(p is not None) for p in some] for some in parsed]
+                ).view(-1, n)
+                length = torch.tensor(
+                    [[float(len(b)) for b in g.branches] for g in new_groups]
+                ).view(-1, n)
                 score = (ACCURACY * right + FORMAT) * valid
                 if dapo:
-                    score = score + overlong_penalty(length, config.max_completion_length, config.overlong_buffer)
-            measured = {"accuracy": right, "format_valid": valid, "response_length": length, "reward": score,
-                        "groups_with_spread": spread(right)}
-            accumulate(sums, {name: ratio(value.sum(), value.numel()) for name, value in measured.items()})
+                    score = score + overlong_penalty(
+                        length, config.max_completion_length, config.overlong_buffer
+                    )
+            measured = {
+                "accuracy": right,
+                "format_valid": valid,
+                "response_length": length,
+                "reward": score,
+                "groups_with_spread": spread(right),
+            }
+            accumulate(
+                sums, {name: ratio(value.sum(), value.numel()) for name, value in measured.items()}
+            )
             gen_batches += 1
             chosen = list(range(len(new)))
             if dapo:  # the first that are still wanted, in the order of the global batch
@@ -286,41 +392,92 @@ def train() -> None:
             rows += [new[i] for i in chosen]
             groups += [new_groups[i] for i in chosen]
             texts += [new_texts[i] for i in chosen]
-            accuracy, rewards = torch.cat([accuracy, right[chosen]]), torch.cat([rewards, score[chosen]])
+            accuracy, rewards = (
+                torch.cat([accuracy, right[chosen]]),
+                torch.cat([rewards, score[chosen]]),
+            )
             if not dapo or kept >= batch:
                 break
             if gen_batches >= config.max_gen_batches:
-                raise UserError(f"--algorithm dapo: {gen_batches} batches of {sampled_at_once} prompts gave {kept} groups with "
-                                f"any spread in accuracy, {batch} are needed; easier or harder data, or more --max_gen_batches")
+                raise UserError(
+                    f"--algorithm dapo: {gen_batches} batches of {sampled_at_once} prompts gave {kept} groups with "
+                    f"any spread in accuracy, {batch} are needed; easier or harder data, or more --max_gen_batches"
+                )
 
         # rewards -> advantages -> loss -> step
         advantage = group_advantage(rewards) if len(rewards) else rewards
         updates = []
         with run.phase("update"):
             generator = torch.Generator().manual_seed(config.seed * 1_000_003 + step)
-            rate = learning_rate_at(step, config.max_steps, config.learning_rate, config.warmup_ratio, config.lr_scheduler_type)
+            rate = learning_rate_at(
+                step,
+                config.max_steps,
+                config.learning_rate,
+                config.warmup_ratio,
+                config.lr_scheduler_type,
+            )
             for _ in range(config.num_epochs):
-                for part in torch.randperm(len(groups), generator=generator).tensor_split(config.num_minibatches):
-                    updates.append(update_policy(
-                        policy, [groups[i] for i in part], advantage[part].flatten(), processor, device, config,
-                        config.algorithm, config.epsilon, config.epsilon_high, config.dual_clip,
-                        on_policy=config.num_minibatches * config.num_epochs == 1, reference=reference))
+                for part in torch.randperm(len(groups), generator=generator).tensor_split(
+                    config.num_minibatches
+                ):
+                    updates.append(
+                        update_policy(
+                            policy,
+                            [groups[i] for i in part],
+                            advantage[part].flatten(),
+                            processor,
+                            device,
+                            config,
+                            config.algorithm,
+                            config.epsilon,
+                            config.epsilon_high,
+                            config.dual_clip,
+                            on_policy=config.num_minibatches * config.num_epochs == 1,
+                            reference=reference,
+                        )
+                    )
                     grad_norm = optimizer_step(policy, optimizer, rate, config.max_grad_norm)
 
         for update in updates:
             accumulate(sums, update.metrics())
         if reference is None:
             sums.pop("kl_ref")
-        worst = all_sum([max(u.ratio_max for u in updates), -min(u.ratio_min for u in updates), max(u.gap for u in updates)],
-                        dist.ReduceOp.MAX).tolist()
+        worst = all_sum(
+            [
+                max(u.ratio_max for u in updates),
+                -min(u.ratio_min for u in updates),
+                max(u.gap for u in updates),
+            ],
+            dist.ReduceOp.MAX,
+        ).tolist()
         tokens = sums["response_length"][0] + sum(len(g.prompt.input_ids) for g in groups)
-        run.log(step, sums, {
-            "loss": float(all_sum([sum(u.loss for u in updates)])[0]) / len(updates), "grad_norm": grad_norm,
-            "learning_rate": rate, "ratio_max": worst[0], "ratio_min": -worst[1], "sampled_scored_gap": worst[2],
-            "gen_batches": gen_batches, "tokens": float(all_sum([tokens])[0]), "rows_left_out": run.rows_left_out()})
+        run.log(
+            step,
+            sums,
+            {
+                "loss": float(all_sum([sum(u.loss for u in updates)])[0]) / len(updates),
+                "grad_norm": grad_norm,
+                "learning_rate": rate,
+                "ratio_max": worst[0],
+                "ratio_min": -worst[1],
+                "sampled_scored_gap": worst[2],
+                "gen_batches": gen_batches,
+                "tokens": float(all_sum([tokens])[0]),
+                "rows_left_out": run.rows_left_out(),
+            },
+        )
         if step % config.logging_steps == 0 and groups:
-            run.log_rollouts(step, rollout_rows(rows[0][0], texts[0], reward=rewards[0], accuracy=accuracy[0],
-                                                advantage=advantage[0], length=[len(b) for b in groups[0].branches]))
+            run.log_rollouts(
+                step,
+                rollout_rows(
+                    rows[0][0],
+                    texts[0],
+                    reward=rewards[0],
+                    accuracy=accuracy[0],
+                    advantage=advantage[0],
+                    length=[len(b) for b in groups[0].branches],
+                ),
+            )
         if step % config.save_steps == 0 and step < config.max_steps:
             run.save(step, save, {"policy": (policy, optimizer)}, progress)
     run.finish(save)
@@ -329,11 +486,26 @@ def train() -> None:
 
 def rollout_rows(example: Example, texts: list[str], **scores) -> list[dict]:
     """A group's rollouts with all their scores, for rollouts.jsonl."""
-    question = "".join(part.get("text", "<image>") for message in example.messages for part in message["content"]
-                       if message["role"] == "user")
-    images = [image if isinstance(image, str) else f"{len(image)} bytes" for image in example.images]
-    return [{"row": example.where, "question": question, "images": images, "answer": example.answer, "response": text,
-             **{name: float(values[i]) for name, values in scores.items()}} for i, text in enumerate(texts)]
+    question = "".join(
+        part.get("text", "<image>")
+        for message in example.messages
+        for part in message["content"]
+        if message["role"] == "user"
+    )
+    images = [
+        image if isinstance(image, str) else f"{len(image)} bytes" for image in example.images
+    ]
+    return [
+        {
+            "row": example.where,
+            "question": question,
+            "images": images,
+            "answer": example.answer,
+            "response": text,
+            **{name: float(values[i]) for name, values in scores.items()},
+        }
+        for i, text in enumerate(texts)
+    ]
 
 
 if __name__ == "__main__":

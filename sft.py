@@ -22,14 +22,27 @@ from dataclasses import dataclass
 
 import torch
 
-from model import (all_sum, even_packs, learning_rate_at, load_policy, optimizer_step, rank, save_policy, setup, shard,
-                   token_logprobs, world_size)
+from model import (
+    all_sum,
+    even_packs,
+    learning_rate_at,
+    load_policy,
+    optimizer_step,
+    rank,
+    save_policy,
+    setup,
+    shard,
+    token_logprobs,
+    world_size,
+)
 from run import Run, main, parse, ratio, say
 
 
 @dataclass
 class SFTConfig:
-    model: str | None = None  # a Hugging Face directory or hub id; left out: the digits world's instruct model
+    model: str | None = (
+        None  # a Hugging Face directory or hub id; left out: the digits world's instruct model
+    )
     data: str | None = None  # JSONL, JSON, parquet or hub id; left out: the digits world
     output_dir: str = "out/sft"
     learning_rate: float = 1e-5  # paper: 1e-5
@@ -39,7 +52,9 @@ class SFTConfig:
     num_train_epochs: float = 1.0  # paper: 1
     max_steps: int = -1  # when positive, in place of the epochs
     per_device_train_batch_size: int = 2  # paper: 2
-    gradient_accumulation_steps: int = 1  # multiplies the batch; how it is cut is max_tokens_per_pack's business
+    gradient_accumulation_steps: int = (
+        1  # multiplies the batch; how it is cut is max_tokens_per_pack's business
+    )
     max_grad_norm: float = 1.0
     max_length: int = 8192  # paper: 8192, prompt and response
     max_tokens_per_pack: int = 16384
@@ -67,7 +82,9 @@ def train() -> None:
     examples = load_data(config.data, need=("response",))
     policy, processor = load_policy("--model", config.model, config.activation_checkpointing)
     policy = shard(policy, device).train()
-    optimizer = torch.optim.AdamW(policy.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay)
+    optimizer = torch.optim.AdamW(
+        policy.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay
+    )
 
     batch = config.per_device_train_batch_size * config.gradient_accumulation_steps * world_size()
     total = math.ceil(len(examples) * config.num_train_epochs) if config.max_steps <= 0 else None
@@ -75,7 +92,9 @@ def train() -> None:
     run.load({"policy": (policy, optimizer)}, {})
     save = lambda path: save_policy(policy, processor, path)  # noqa: E731
 
-    stream = batches(examples, processor, batch, config.seed, run.step, total, (rank(), world_size()))
+    stream = batches(
+        examples, processor, batch, config.seed, run.step, total, (rank(), world_size())
+    )
     for step in run.steps(max_steps, "sft"):
         # batch -> a prompt and one branch each -> packs
         groups = []
@@ -84,12 +103,21 @@ def train() -> None:
                 response = encode_response(processor, example.response)
                 length = len(prompt.input_ids) + len(response)
                 if length > config.max_length:
-                    run.leave_out(step, example.where, f"{length} tokens are more than --max_length {config.max_length}")
+                    run.leave_out(
+                        step,
+                        example.where,
+                        f"{length} tokens are more than --max_length {config.max_length}",
+                    )
                     continue
                 groups.append(Group(prompt, [response]))
             packs = even_packs(make_packs(groups, config.max_tokens_per_pack), processor)
         num_tokens, num_rows, prompt_tokens = all_sum(
-            [sum(len(g.branches[0]) for g in groups), len(groups), sum(len(g.prompt.input_ids) for g in groups)]).tolist()
+            [
+                sum(len(g.branches[0]) for g in groups),
+                len(groups),
+                sum(len(g.prompt.input_ids) for g in groups),
+            ]
+        ).tolist()
 
         # loss -> step
         loss = entropy = 0.0
@@ -100,13 +128,24 @@ def train() -> None:
                 pack_loss.backward()
                 loss += pack_loss.item()
                 entropy += pack_entropy.sum().item()
-            rate = learning_rate_at(step, max_steps, config.learning_rate, config.warmup_ratio, config.lr_scheduler_type)
+            rate = learning_rate_at(
+                step, max_steps, config.learning_rate, config.warmup_ratio, config.lr_scheduler_type
+            )
             grad_norm = optimizer_step(policy, optimizer, rate, config.max_grad_norm)
 
-        run.log(step, {"entropy": ratio(entropy, sum(len(g.branches[0]) for g in groups))}, {
-            "loss": all_sum([loss]).tolist()[0] if num_rows else None, "grad_norm": grad_norm, "learning_rate": rate,
-            "response_length": num_tokens / num_rows if num_rows else None, "tokens": num_tokens + prompt_tokens,
-            "rows_left_out": run.rows_left_out(), "packs": len(packs)})
+        run.log(
+            step,
+            {"entropy": ratio(entropy, sum(len(g.branches[0]) for g in groups))},
+            {
+                "loss": all_sum([loss]).tolist()[0] if num_rows else None,
+                "grad_norm": grad_norm,
+                "learning_rate": rate,
+                "response_length": num_tokens / num_rows if num_rows else None,
+                "tokens": num_tokens + prompt_tokens,
+                "rows_left_out": run.rows_left_out(),
+                "packs": len(packs),
+            },
+        )
         if step % config.save_steps == 0 and step < max_steps:
             run.save(step, save, {"policy": (policy, optimizer)}, {})
     run.finish(save)

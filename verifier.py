@@ -11,6 +11,7 @@ Choices that a person may want to know: units are not converted ("100 cm" is not
 percent is such a unit, so "50%" matches "50" and not "0.5"; bare lists are ordered, {sets} and "x = 1 or x = 2" are
 not; only ASCII digits are digits; "nan" and "inf" match nothing; answers above 1024 characters are not judged.
 """
+
 from __future__ import annotations
 
 import atexit
@@ -55,32 +56,80 @@ def verify(answer: str, ground_truth) -> bool:
             if verdict:
                 unsettled.append(verdict)
         return bool(unsettled) and _algebra_says(unsettled)
-    except Exception:  # a reward function that raises ends a run of days; what we fail to understand is not right
+    except (
+        Exception
+    ):  # a reward function that raises ends a run of days; what we fail to understand is not right
         return False
 
 
 # ------------------------------------------------------------------------------------------------ one way of writing
 
-_ALIKE = str.maketrans({
-    **dict.fromkeys("−–‐‑", "-"), **dict.fromkeys("\u00a0\u2009\u202f\u3000", " "), **dict.fromkeys("·⋅∙", r"\cdot "),
-    **dict.fromkeys("“”", '"'), **dict.fromkeys("‘’′", "'"), "×": r"\times ", "÷": "/", "π": r"\pi ", "√": r"\sqrt ",
-    "≤": r"\le ", "≥": r"\ge ", "∞": r"\infty ", "≈": r"\approx ", "∠": r"\angle ", "∪": r"\cup ", "∈": r"\in ",
-    "θ": r"\theta ", "º": "°", "℃": "°C", "²": "^2", "³": "^3", "½": r"\frac{1}{2}", "¼": r"\frac{1}{4}",
-    "¾": r"\frac{3}{4}", "⅓": r"\frac{1}{3}", "⅔": r"\frac{2}{3}", "，": ",", "、": ",", "：": ":", "；": ";",
-    "（": "(", "）": ")", "。": "."})
-_REWRITES = [(re.compile(pattern, re.ASCII), by) for pattern, by in (
-    (r"\\\$", "\0"),  # a dollar of money; a bare one may be a math delimiter
-    (r"\$\$?(?![\s,;])([^$]*[^$\s,;])\$\$?", r"\1"),  # inline math; "$5, $10" is money and stays
-    (r"\\(?:text|mathrm|mathbf|textbf|textit|mathit|operatorname|mbox|rm|bf)\s*\{([^{}]*)\}", r" \1 "),
-    (r"\\(?:left|right|displaystyle|limits)(?![A-Za-z])|\\!", ""),
-    (r"(?<=\d)(?:\\,|\{,\})(?=\d{3}(?!\d))", ","),  # 1{,}234 and 1\,234
-    (r"\\[,;: ]|\\q?quad(?![A-Za-z])|~(?=\w)", " "),
-    (r"\\[dtc]frac", r"\\frac"), (r"\s+\^", "^"),
-    (r"\^\s*\{?\s*\\circ\s*\}?|\\circ(?![A-Za-z])|\\degree(?:s)?(?![A-Za-z])", "°"),
-    (r"\\%", "%"), (r"\\leq?(?![A-Za-z])|<=|⩽", r"\\le "), (r"\\geq?(?![A-Za-z])|>=|⩾", r"\\ge "),
-    (r"\\[{](.*)\\[}]", r"{\1}"), (r"\*\*(?=\S)([^*]*)\*\*", r"\1"),
-    (r"(?:\\sqrt|(?<![A-Za-z\\])sqrt)\s*(?:\(([^()]*)\)|(\d+|[a-z](?![A-Za-z])))", r"\\sqrt{\1\2}"),
-)]
+_ALIKE = str.maketrans(
+    {
+        **dict.fromkeys("−–‐‑", "-"),
+        **dict.fromkeys("\u00a0\u2009\u202f\u3000", " "),
+        **dict.fromkeys("·⋅∙", r"\cdot "),
+        **dict.fromkeys("“”", '"'),
+        **dict.fromkeys("‘’′", "'"),
+        "×": r"\times ",
+        "÷": "/",
+        "π": r"\pi ",
+        "√": r"\sqrt ",
+        "≤": r"\le ",
+        "≥": r"\ge ",
+        "∞": r"\infty ",
+        "≈": r"\approx ",
+        "∠": r"\angle ",
+        "∪": r"\cup ",
+        "∈": r"\in ",
+        "θ": r"\theta ",
+        "º": "°",
+        "℃": "°C",
+        "²": "^2",
+        "³": "^3",
+        "½": r"\frac{1}{2}",
+        "¼": r"\frac{1}{4}",
+        "¾": r"\frac{3}{4}",
+        "⅓": r"\frac{1}{3}",
+        "⅔": r"\frac{2}{3}",
+        "，": ",",
+        "、": ",",
+        "：": ":",
+        "；": ";",
+        "（": "(",
+        "）": ")",
+        "。": ".",
+    }
+)
+_REWRITES = [
+    (re.compile(pattern, re.ASCII), by)
+    for pattern, by in (
+        (r"\\\$", "\0"),  # a dollar of money; a bare one may be a math delimiter
+        (
+            r"\$\$?(?![\s,;])([^$]*[^$\s,;])\$\$?",
+            r"\1",
+        ),  # inline math; "$5, $10" is money and stays
+        (
+            r"\\(?:text|mathrm|mathbf|textbf|textit|mathit|operatorname|mbox|rm|bf)\s*\{([^{}]*)\}",
+            r" \1 ",
+        ),
+        (r"\\(?:left|right|displaystyle|limits)(?![A-Za-z])|\\!", ""),
+        (r"(?<=\d)(?:\\,|\{,\})(?=\d{3}(?!\d))", ","),  # 1{,}234 and 1\,234
+        (r"\\[,;: ]|\\q?quad(?![A-Za-z])|~(?=\w)", " "),
+        (r"\\[dtc]frac", r"\\frac"),
+        (r"\s+\^", "^"),
+        (r"\^\s*\{?\s*\\circ\s*\}?|\\circ(?![A-Za-z])|\\degree(?:s)?(?![A-Za-z])", "°"),
+        (r"\\%", "%"),
+        (r"\\leq?(?![A-Za-z])|<=|⩽", r"\\le "),
+        (r"\\geq?(?![A-Za-z])|>=|⩾", r"\\ge "),
+        (r"\\[{](.*)\\[}]", r"{\1}"),
+        (r"\*\*(?=\S)([^*]*)\*\*", r"\1"),
+        (
+            r"(?:\\sqrt|(?<![A-Za-z\\])sqrt)\s*(?:\(([^()]*)\)|(\d+|[a-z](?![A-Za-z])))",
+            r"\\sqrt{\1\2}",
+        ),
+    )
+]
 _BOXED = re.compile(r"\\f?box(?:ed)?\s*\{(.*)\}", re.DOTALL)
 _QUOTED = re.compile(r"\\\((.*)\\\)|\\\[(.*)\\\]|\"([^\"]*)\"|'([^']*)'|`([^`]*)`", re.DOTALL)
 # Phrases in front of a value. None may hold a negation, an alternative or a digit: the value stays the only claim.
@@ -89,13 +138,21 @@ _LEAD = re.compile(
     r"(?:(?:[Ss]o|[Tt]hus|[Hh]ence|[Tt]herefore),?\s+)?(?:"
     r"(?:[Tt]he\s+)?(?:(?:[Ff]inal|[Cc]orrect|[Rr]ight)\s+)?(?:[Aa]nswer|[Oo]ption|[Cc]hoice)\b(?:\s+is\b)?\s*:?"
     r"(?:\s*(?:option|choice)\b)?"
-    rf"|(?:[Tt]he|[Ii]ts?|[Tt]his|[Tt]here)\s+{_NAMES}{{0,8}}?(?:is|are|equals)\b(?!\s+not\b))\s*", re.ASCII)
-_ABOUT = re.compile(r"(?:equal to|approximately|approx\.?|about|roughly|\\approx|~)\s*", re.IGNORECASE)
+    rf"|(?:[Tt]he|[Ii]ts?|[Tt]his|[Tt]here)\s+{_NAMES}{{0,8}}?(?:is|are|equals)\b(?!\s+not\b))\s*",
+    re.ASCII,
+)
+_ABOUT = re.compile(
+    r"(?:equal to|approximately|approx\.?|about|roughly|\\approx|~)\s*", re.IGNORECASE
+)
 
 
 def _clean(text) -> str:
     """One way of writing for the many that mean the same: no LaTeX wrappers, no phrase around the value."""
-    if isinstance(text, bool) or not isinstance(text, (str, int, float)) or len(str(text)) > MAX_CHARS:
+    if (
+        isinstance(text, bool)
+        or not isinstance(text, (str, int, float))
+        or len(str(text)) > MAX_CHARS
+    ):
         return ""
     text = str(text).translate(_ALIKE)
     if len(text) > 2 * MAX_CHARS:  # a thousand times "½" is no answer either
@@ -110,7 +167,7 @@ def _clean(text) -> str:
             text = inner
         for phrase in (_LEAD, _ABOUT):
             match = phrase.match(text)
-            text = text[match.end():] if match and match.end() < len(text) else text
+            text = text[match.end() :] if match and match.end() < len(text) else text
         text = text if text.endswith("..") else text.rstrip(" .,;:")  # 0.333... goes on
         text = re.sub(r"(?<=[A-Za-z]{2})!$", "", text)  # "Yes!", but not the factorial "n!"
         if text == before:
@@ -138,28 +195,91 @@ _NUMBER = re.compile(
     rf"|\\frac ?(?:\{{ ?(?P<top2>-?{_DECIMAL}) ?\}}|(?P<top3>\d))"
     rf" ?(?:\{{ ?(?P<bottom2>{_DECIMAL}) ?\}}|(?P<bottom3>\d))"
     rf"|(?P<plain>{_DECIMAL})(?:[eE](?P<e>{_INDEX})(?!\d)"
-    rf"| ?(?:\\times|\\cdot|\*|x) ?10 ?\^ ?(?:\{{ ?(?P<e2>{_INDEX}) ?\}}|\(?(?P<e3>{_INDEX})\)?)(?!\d))?)", re.ASCII)
-_WORDS = {word: str(n) for n, word in enumerate(
-    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen "
-    "eighteen nineteen twenty".split())}
+    rf"| ?(?:\\times|\\cdot|\*|x) ?10 ?\^ ?(?:\{{ ?(?P<e2>{_INDEX}) ?\}}|\(?(?P<e3>{_INDEX})\)?)(?!\d))?)",
+    re.ASCII,
+)
+_WORDS = {
+    word: str(n)
+    for n, word in enumerate(
+        "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen "
+        "eighteen nineteen twenty".split()
+    )
+}
 _SCALES = {"thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12}
 
 
 def _units() -> dict[str, str]:
-    table = {name: line.split()[0] for line in (
-        "% percent percentage pct", "° degree degrees deg", "°C", "°F", "K kelvin kelvins", "rad radian radians",
-        "in inch inches", "ft foot feet", "yd yard yards", "mi mile miles", "lb lbs pound pounds", "oz ounce ounces",
-        "t ton tons tonne tonnes", "ha hectare hectares", "acre acres", "gal gallon gallons", "mph",
-        "min mins minute minutes", "h hr hrs hour hours", "day days", "week weeks", "month months",
-        "year years yr yrs", "$ dollar dollars USD", "€ euro euros EUR", "£ GBP", "¥ yuan RMB CNY",
-        "₹ rupee rupees Rs INR", "¢ cent cents", "unit units", "people", "children", "men", "women",
-    ) for name in line.split()}
-    bases = (("m", "meter metre"), ("g", "gram gramme"), ("L", "liter litre"), ("s", "second sec"), ("W", "watt"),
-             ("V", "volt"), ("A", "ampere amp"), ("Hz", "hertz"), ("J", "joule"), ("N", "newton"), ("Pa", "pascal"),
-             ("Ω", "ohm"), ("eV", "electronvolt"), ("mol", "mole"), ("cal", "calorie"), ("T", "tesla"),
-             ("C", "coulomb"))
-    for short, long in (("", ""), ("k", "kilo"), ("c", "centi"), ("m", "milli"), ("d", "deci"), ("µ", "micro"),
-                        ("μ", "micro"), ("n", "nano"), ("M", "mega"), ("G", "giga")):
+    table = {
+        name: line.split()[0]
+        for line in (
+            "% percent percentage pct",
+            "° degree degrees deg",
+            "°C",
+            "°F",
+            "K kelvin kelvins",
+            "rad radian radians",
+            "in inch inches",
+            "ft foot feet",
+            "yd yard yards",
+            "mi mile miles",
+            "lb lbs pound pounds",
+            "oz ounce ounces",
+            "t ton tons tonne tonnes",
+            "ha hectare hectares",
+            "acre acres",
+            "gal gallon gallons",
+            "mph",
+            "min mins minute minutes",
+            "h hr hrs hour hours",
+            "day days",
+            "week weeks",
+            "month months",
+            "year years yr yrs",
+            "$ dollar dollars USD",
+            "€ euro euros EUR",
+            "£ GBP",
+            "¥ yuan RMB CNY",
+            "₹ rupee rupees Rs INR",
+            "¢ cent cents",
+            "unit units",
+            "people",
+            "children",
+            "men",
+            "women",
+        )
+        for name in line.split()
+    }
+    bases = (
+        ("m", "meter metre"),
+        ("g", "gram gramme"),
+        ("L", "liter litre"),
+        ("s", "second sec"),
+        ("W", "watt"),
+        ("V", "volt"),
+        ("A", "ampere amp"),
+        ("Hz", "hertz"),
+        ("J", "joule"),
+        ("N", "newton"),
+        ("Pa", "pascal"),
+        ("Ω", "ohm"),
+        ("eV", "electronvolt"),
+        ("mol", "mole"),
+        ("cal", "calorie"),
+        ("T", "tesla"),
+        ("C", "coulomb"),
+    )
+    for short, long in (
+        ("", ""),
+        ("k", "kilo"),
+        ("c", "centi"),
+        ("m", "milli"),
+        ("d", "deci"),
+        ("µ", "micro"),
+        ("μ", "micro"),
+        ("n", "nano"),
+        ("M", "mega"),
+        ("G", "giga"),
+    ):
         for symbol, names in bases:
             unit = short.replace("μ", "µ") + symbol
             table[short + symbol] = unit
@@ -170,19 +290,26 @@ def _units() -> dict[str, str]:
 _UNITS = _units()
 # "5 apples" counts apples, so the noun may be absent; "5 tens" and "5 quarters" are other numbers than 5.
 _NOT_NOUNS = re.compile(
-    r".*(?:ths|lves|thirds|quarters|tens|dozens|hundreds|ands|llions|times|plus|minus|pairs|scores|less)$")
+    r".*(?:ths|lves|thirds|quarters|tens|dozens|hundreds|ands|llions|times|plus|minus|pairs|scores|less)$"
+)
 
 
 def _unit(text: str) -> str | None:
     """One name for a unit: "square centimeters", "cm^2" and "sq cm" are the same; None where it is not a unit."""
-    text = re.sub(r"\b[Dd]egrees? (?:[Cc]elsius|C)\b|° ?C\b", "°C", text.replace("per cent", "%")).strip(" -")
+    text = re.sub(
+        r"\b[Dd]egrees? (?:[Cc]elsius|C)\b|° ?C\b", "°C", text.replace("per cent", "%")
+    ).strip(" -")
     text = re.sub(r"(\w+) squared\b", r"\1^2", re.sub(r"(\w+) cubed\b", r"\1^3", text))
-    text = re.sub(r"\b(?:square|sq\.?) (\w+)", r"\1^2", re.sub(r"\b(?:cubic|cu\.?) (\w+)", r"\1^3", text))
+    text = re.sub(
+        r"\b(?:square|sq\.?) (\w+)", r"\1^2", re.sub(r"\b(?:cubic|cu\.?) (\w+)", r"\1^3", text)
+    )
     powers: dict[str, int] = {}
     for side, part in zip((1, -1), re.sub(r" ?(?:\bper\b|/) ?", "/", text).split("/", 1)):
         for factor in re.split(r" ?(?:\\cdot|\*| ) ?", part):
             match = re.fullmatch(r"(\\?[^\W\d_]+|[%°$€£¥¢₹]|°[CF])(?:\^?\{?(-?[1-4])\}?)?", factor)
-            name = match and (_UNITS.get(match[1]) or len(match[1]) > 3 and _UNITS.get(match[1].lower()))
+            name = match and (
+                _UNITS.get(match[1]) or len(match[1]) > 3 and _UNITS.get(match[1].lower())
+            )
             if not name and re.fullmatch(r"[a-z]{3,}s", text) and not _NOT_NOUNS.match(text):
                 return "#" + text
             if not name:
@@ -199,14 +326,18 @@ def _quantity(text: str) -> tuple[Fraction, str | None] | None:
         return None
     part = {name: (group or "").replace(",", "") for name, group in match.groupdict().items()}
     if part["plain"]:
-        value = Fraction(part["plain"]) * Fraction(10) ** int(part["e"] or part["e2"] or part["e3"] or 0)
+        value = Fraction(part["plain"]) * Fraction(10) ** int(
+            part["e"] or part["e2"] or part["e3"] or 0
+        )
     else:
         top = Fraction(part["top"] or part["top2"] or part["top3"])
         bottom = Fraction(part["bottom"] or part["bottom2"] or part["bottom3"])
-        if bottom == 0 or part["whole"] and not 0 < top < bottom:  # 2 1/3 is mixed, 2 7/3 is a slip of the pen
+        if (
+            bottom == 0 or part["whole"] and not 0 < top < bottom
+        ):  # 2 1/3 is mixed, 2 7/3 is a slip of the pen
             return None
         value = int(part["whole"] or 0) + top / bottom
-    rest = text[match.end():]
+    rest = text[match.end() :]
     # "5m" may be five metres or five times m: with a single letter, only a space says that it is a unit.
     if re.fullmatch(r"[A-Za-z]", rest):
         return None
@@ -216,17 +347,25 @@ def _quantity(text: str) -> tuple[Fraction, str | None] | None:
     unit = _unit(rest) if rest.strip() else None
     if rest.strip() and (unit is None or part["money"]):
         return None
-    return (-value if part["sign"] == "-" else value), _unit(part["money"]) if part["money"] else unit
+    return (-value if part["sign"] == "-" else value), _unit(part["money"]) if part[
+        "money"
+    ] else unit
 
 
 # ------------------------------------------------------------------------------------------------ structure
 
-_CHOICE = re.compile(r"(?:\(([A-Ja-j])\)|\[([A-J])\]|([A-Ja-j])(?:\)|[.:](?= )|$))\s*(.*)", re.DOTALL)
-_OTHER_CHOICE = re.compile(r"\b[B-J]\b|\bA\b(?! [a-z]{3,})|\b[a-j]\)|\bor\b|^[,;/&|+]|(?:^|[,;/&] ?)[a-j]$")
+_CHOICE = re.compile(
+    r"(?:\(([A-Ja-j])\)|\[([A-J])\]|([A-Ja-j])(?:\)|[.:](?= )|$))\s*(.*)", re.DOTALL
+)
+_OTHER_CHOICE = re.compile(
+    r"\b[B-J]\b|\bA\b(?! [a-z]{3,})|\b[a-j]\)|\bor\b|^[,;/&|+]|(?:^|[,;/&] ?)[a-j]$"
+)
 _LETTERS = re.compile(r"\(?[A-J]\)?(?:(?:\s*[,;&/]\s*|\s*,?\s+and\s+)\(?[A-J]\)?)+")
 _LABEL = re.compile(
     r"((?:[A-Za-z]|\\[a-z]+)(?:_?\{?\w{1,3}\}?)?|[a-z]+\([a-z]\)|(?:m ?)?\\angle ?\w{1,3}|[a-z]{3,12}(?: [a-z]+)?)"
-    r"\s*(?:=|\\in(?![a-z]))\s*([^=<>]+)", re.ASCII)
+    r"\s*(?:=|\\in(?![a-z]))\s*([^=<>]+)",
+    re.ASCII,
+)
 _STEP = re.compile(r"\((\d)\)\s*")
 Pairs = list[tuple[str, str]]
 
@@ -250,7 +389,11 @@ def _choice(text: str) -> tuple[str, str] | None:
 def _parts(text: str) -> tuple[str, list[str]] | None:
     """Kind and members of a list: bracket pair for tuples, intervals and sets, "," or "or" or ":" for a bare list."""
     steps = _STEP.split(text)  # "(1) 4 (2) 5"
-    if len(steps) > 3 and not steps[0] and steps[1::2] == [str(n + 1) for n in range(len(steps) // 2)]:
+    if (
+        len(steps) > 3
+        and not steps[0]
+        and steps[1::2] == [str(n + 1) for n in range(len(steps) // 2)]
+    ):
         return ",", [step.strip(" ,;") for step in steps[2::2]]
     kind = ""
     if len(text) > 2 and text[0] in "([{" and text[-1] in ")]}" and _closed(text[1:-1]):
@@ -261,7 +404,7 @@ def _parts(text: str) -> tuple[str, list[str]] | None:
         if token in "([{)]}":
             depth += 1 if token in "([{" else -1
         elif depth == 0:
-            members.append(text[start:match.start()].strip())
+            members.append(text[start : match.start()].strip())
             separators.add({"or": "or", ":": ":"}.get(token, ","))
             start = match.end()
     members.append(text[start:].strip())
@@ -281,10 +424,14 @@ def _label(text: str) -> tuple[str, str]:
 def _match(answers: list[str], truths: list[str], ordered: bool, depth: int) -> bool | Pairs:
     if len(answers) != len(truths):
         return False
-    if not ordered:  # take what plain rules can match; what remains is for algebra, in the order given
+    if (
+        not ordered
+    ):  # take what plain rules can match; what remains is for algebra, in the order given
         answers, unmatched = list(answers), []
         for truth in truths:
-            same = next((answer for answer in answers if _compare(answer, truth, depth) is True), None)
+            same = next(
+                (answer for answer in answers if _compare(answer, truth, depth) is True), None
+            )
             answers.remove(same) if same is not None else unmatched.append(truth)
         truths = unmatched
     verdicts = [_compare(a, t, depth) for a, t in zip(answers, truths)]
@@ -304,7 +451,12 @@ def _phrase(text: str) -> str:
 
 def _compare(answer: str, truth: str, depth: int = 0) -> bool | Pairs:
     """True or False where a plain rule settles it; else the (truth, answer) pairs that algebra has to prove."""
-    if not answer or not truth or depth > 6 or {answer.lower().strip("+-"), truth.lower().strip("+-")} & {"nan", "inf"}:
+    if (
+        not answer
+        or not truth
+        or depth > 6
+        or {answer.lower().strip("+-"), truth.lower().strip("+-")} & {"nan", "inf"}
+    ):
         return False
     if _squeeze(answer) == _squeeze(truth):
         return True
@@ -313,7 +465,9 @@ def _compare(answer: str, truth: str, depth: int = 0) -> bool | Pairs:
     said, true = _choice(answer), _choice(truth)
     if true:
         if said:
-            return said[0] == true[0] and (not said[1] or not true[1] or _compare(said[1], true[1], depth + 1))
+            return said[0] == true[0] and (
+                not said[1] or not true[1] or _compare(said[1], true[1], depth + 1)
+            )
         return bool(true[1]) and _compare(answer, true[1], depth + 1)
     if said and said[1]:
         return _compare(said[1], truth, depth + 1)
@@ -330,10 +484,16 @@ def _compare(answer: str, truth: str, depth: int = 0) -> bool | Pairs:
         return _compare(bare, true_bare, depth + 1)
 
     # Lists. Same brackets and same length; order is free in {sets} and where every member says what it is (x = 2).
-    said, true = (None if number else _parts(text) for number, text in ((said, answer), (true, truth)))  # 1,234 is one
+    said, true = (
+        None if number else _parts(text) for number, text in ((said, answer), (true, truth))
+    )  # 1,234 is one
     for one, kind, other in ((said, "answer", truth), (true, "truth", answer)):
         if one and one[0] == "()" and len(one[1]) == 1:
-            return _compare(one[1][0], other, depth + 1) if kind == "answer" else _compare(other, one[1][0], depth + 1)
+            return (
+                _compare(one[1][0], other, depth + 1)
+                if kind == "answer"
+                else _compare(other, one[1][0], depth + 1)
+            )
     if said and true:
         labelled = all(_label(part)[0] for part in said[1] + true[1])
         if said[0] != true[0] and not (labelled and {said[0], true[0]} == {",", "or"}):
@@ -365,8 +525,13 @@ def _compare(answer: str, truth: str, depth: int = 0) -> bool | Pairs:
 
 def _tail_unit(text: str) -> tuple[str, str] | None:
     for match in re.finditer(r"(?<=[\w})]) (?=[A-Za-z%°])|(?=°)", text):
-        head, tail = text[:match.start()], text[match.start():].strip()
-        if head and (len(tail) > 1 or tail == "°") and (unit := _unit(tail)) and not unit.startswith("#"):
+        head, tail = text[: match.start()], text[match.start() :].strip()
+        if (
+            head
+            and (len(tail) > 1 or tail == "°")
+            and (unit := _unit(tail))
+            and not unit.startswith("#")
+        ):
             return head, unit
     return None
 
@@ -375,21 +540,31 @@ _FORMULA = re.compile(r"[\\^+*=<>]|\b[A-Za-z\d]{1,2} ?[-/] ?[A-Za-z\d]{1,2}\b")
 _RELATION = re.compile(r"[=<>]|\\[lg]e(?![a-z])")
 # Other commands are refused: \int and \sum would let the policy hand in the question as its answer, and the parser
 # reads \angle ABC and \vec{AB} as products, which commute. So it does with H2O and HO2; and it drops the base in 12_8.
-_COMMANDS = set("frac sqrt cdot times pi sin cos tan cot sec csc arcsin arccos arctan log ln exp le ge infty cup theta "
-                "alpha beta gamma delta lambda mu rho sigma phi omega".split())
+_COMMANDS = set(
+    "frac sqrt cdot times pi sin cos tan cot sec csc arcsin arccos arctan log ln exp le ge infty cup theta "
+    "alpha beta gamma delta lambda mu rho sigma phi omega".split()
+)
 _REFUSED = re.compile(r"(?<![\\A-Za-z])[A-Za-z]+\d|\d_|\.\.|(?<!_)\d \d")
-_FUNCTIONS = re.compile(r"(?<![A-Za-z\\])(sin|cos|tan|cot|sec|csc|log|ln|exp|pi|theta|alpha|beta)(?![A-Za-z])")
+_FUNCTIONS = re.compile(
+    r"(?<![A-Za-z\\])(sin|cos|tan|cot|sec|csc|log|ln|exp|pi|theta|alpha|beta)(?![A-Za-z])"
+)
 
 
 def _algebra(text: str) -> str | None:
     """LaTeX of a formula for the parser; None where it holds prose, which no parser should be made to guess at."""
     text = _FUNCTIONS.sub(r"\\\1 ", text.replace("**", "^").replace("*", r" \cdot "))
     words = re.findall(r"[A-Za-z]+", re.sub(r"\\[A-Za-z]+", " ", text))
-    if not re.fullmatch(r"[0-9A-Za-z\\{}()\[\]^_+\-/=<>|,.' ]+", text) or re.fullmatch(r"[A-Za-z]{2}[A-Za-z ]*", text):
+    if not re.fullmatch(r"[0-9A-Za-z\\{}()\[\]^_+\-/=<>|,.' ]+", text) or re.fullmatch(
+        r"[A-Za-z]{2}[A-Za-z ]*", text
+    ):
         return None
     if _REFUSED.search(text) or set(re.findall(r"\\([A-Za-z]*)", text)) - _COMMANDS:
         return None
-    return None if any(len(word) > 3 or word.lower() in ("or", "and", "not") for word in words) else text
+    return (
+        None
+        if any(len(word) > 3 or word.lower() in ("or", "and", "not") for word in words)
+        else text
+    )
 
 
 # ------------------------------------------------------------------------------------------------ algebra in a child
@@ -489,9 +664,14 @@ def _start() -> None:
     """Start the child; subprocess, because the daemonic workers of a DataLoader may not have multiprocessing's."""
     global _server, _ready
     _server = subprocess.Popen(
-        [sys.executable, "-P", "-c", _CHILD, str(0.8 * LIMIT)], bufsize=0, start_new_session=True,  # no Ctrl-C for it
-        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
-        env={**os.environ, "PYTHONHASHSEED": "0"})  # the order of sympy's sets, hence the verdict, must not vary
+        [sys.executable, "-P", "-c", _CHILD, str(0.8 * LIMIT)],
+        bufsize=0,
+        start_new_session=True,  # no Ctrl-C for it
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        env={**os.environ, "PYTHONHASHSEED": "0"},
+    )  # the order of sympy's sets, hence the verdict, must not vary
     _ready = False
 
 
@@ -551,7 +731,10 @@ def _algebra_says(alternatives: list[Pairs]) -> bool:
                 if not _ready:
                     _ready = _reply(START_LIMIT) is True
                     if not _ready:
-                        warnings.warn("the algebra child does not start; answers that need it count as wrong", stacklevel=2)
+                        warnings.warn(
+                            "the algebra child does not start; answers that need it count as wrong",
+                            stacklevel=2,
+                        )
                         _stop()
                         return False
                 _server.stdin.write(json.dumps(alternatives).encode() + b"\n")

@@ -13,6 +13,7 @@ policy_update.py and the tests.
 
     python benchmarks/align_step.py [--hidden_size 256 --layers 4 --repeats 3]
 """
+
 import copy
 import os
 import sys
@@ -35,7 +36,9 @@ from model import generate, load_policy, optimizer_step
 from rlvr import policy_loss, update_policy
 
 PROMPTS, LIMIT = 4, 256
-ENDS = 1 / 75  # of the vocabulary ends a response; with these weights that makes responses of about 92 tokens
+ENDS = (
+    1 / 75
+)  # of the vocabulary ends a response; with these weights that makes responses of about 92 tokens
 
 
 class Clock:
@@ -59,23 +62,45 @@ def main() -> None:
         plain_policy = AutoModelForImageTextToText.from_pretrained(path, dtype=torch.float32)
     ends = list(range(300, 300 + round(policy.config.text_config.vocab_size * ENDS)))
     policy.ends = torch.tensor(ends)
-    judges = {"ours": discriminator.train(), "straightforward": copy.deepcopy(discriminator).train()}
+    judges = {
+        "ours": discriminator.train(),
+        "straightforward": copy.deepcopy(discriminator).train(),
+    }
     set_up(judges["straightforward"].model, ours=False)
     policies = {"ours": policy.train(), "straightforward": plain_policy.train()}
-    steppers = {name: [torch.optim.AdamW(m.parameters(), lr=1e-6) for m in (policies[name], judges[name])] for name in policies}
+    steppers = {
+        name: [torch.optim.AdamW(m.parameters(), lr=1e-6) for m in (policies[name], judges[name])]
+        for name in policies
+    }
     config = SimpleNamespace(max_tokens_per_pack=16384, temperature=1.0)
-    prompts, valid = [c.prompt for c in comparisons], torch.ones(PROMPTS, ROLLOUTS, dtype=torch.bool)
+    prompts, valid = (
+        [c.prompt for c in comparisons],
+        torch.ones(PROMPTS, ROLLOUTS, dtype=torch.bool),
+    )
 
     def ours(step: int, clock: Clock) -> torch.Tensor:
         """The lengths of what was sampled."""
         groups = generate(policy, prompts, ROLLOUTS, LIMIT, step=step)
         clock("rollout")
-        judged = judge(judges["ours"], comparisons, processor, torch.device("cpu"), config.max_tokens_per_pack)
+        judged = judge(
+            judges["ours"], comparisons, processor, torch.device("cpu"), config.max_tokens_per_pack
+        )
         optimizer_step(judges["ours"], steppers["ours"][1], 1e-6, 1.0)
         clock("judge")
         advantage = alignment_advantage(*judged.student.T.view(2, PROMPTS, ROLLOUTS), valid)
-        update_policy(policy, groups, advantage.flatten(), processor, torch.device("cpu"), config, "grpo", 0.2, 0.2, None,
-                      on_policy=True)
+        update_policy(
+            policy,
+            groups,
+            advantage.flatten(),
+            processor,
+            torch.device("cpu"),
+            config,
+            "grpo",
+            0.2,
+            0.2,
+            None,
+            on_policy=True,
+        )
         optimizer_step(policy, steppers["ours"][0], 1e-6, 1.0)
         clock("update")
         return torch.tensor([len(branch) for group in groups for branch in group.branches])
@@ -86,10 +111,17 @@ def main() -> None:
         start = inputs["input_ids"].shape[1]
         plain_policy.eval()
         with torch.no_grad():
-            out = plain_policy.generate(**inputs, do_sample=True, top_k=0, top_p=1.0, max_new_tokens=LIMIT,
-                                        eos_token_id=None, pad_token_id=processor.tokenizer.pad_token_id,
-                                        suppress_tokens=policy.forbidden.tolist(),
-                                        stopping_criteria=[lambda out, scores: out.shape[1] - start >= lengths])
+            out = plain_policy.generate(
+                **inputs,
+                do_sample=True,
+                top_k=0,
+                top_p=1.0,
+                max_new_tokens=LIMIT,
+                eos_token_id=None,
+                pad_token_id=processor.tokenizer.pad_token_id,
+                suppress_tokens=policy.forbidden.tolist(),
+                stopping_criteria=[lambda out, scores: out.shape[1] - start >= lengths],
+            )
         plain_policy.train()
         rows = out[:, start:]
         real = torch.arange(rows.shape[1]) < lengths[:, None]
@@ -104,10 +136,19 @@ def main() -> None:
         clock("judge")
 
         advantage = alignment_advantage(*torch.stack(students).permute(2, 0, 1), valid).flatten()
-        inputs = inputs | dict(input_ids=out, attention_mask=torch.cat([inputs["attention_mask"], real.long()], 1),
-                               mm_token_type_ids=F.pad(inputs["mm_token_type_ids"], (0, rows.shape[1])))
-        logits = plain_policy(**inputs, use_cache=False, logits_to_keep=rows.shape[1] + 1).logits[:, :-1]
-        logp = logits.index_fill(2, policy.forbidden, -torch.inf).log_softmax(-1).gather(2, rows[..., None])[..., 0]
+        inputs = inputs | dict(
+            input_ids=out,
+            attention_mask=torch.cat([inputs["attention_mask"], real.long()], 1),
+            mm_token_type_ids=F.pad(inputs["mm_token_type_ids"], (0, rows.shape[1])),
+        )
+        logits = plain_policy(**inputs, use_cache=False, logits_to_keep=rows.shape[1] + 1).logits[
+            :, :-1
+        ]
+        logp = (
+            logits.index_fill(2, policy.forbidden, -torch.inf)
+            .log_softmax(-1)
+            .gather(2, rows[..., None])[..., 0]
+        )
         logp = torch.where(real, logp, 0.0)
         policy_loss(logp, logp.detach(), advantage, real, "grpo", 0.2, 0.2, None).backward()
         optimizer_step(plain_policy, steppers["straightforward"][0], 1e-6, 1.0)
@@ -120,7 +161,10 @@ def main() -> None:
         for name, clock in zip(seconds, (mine, theirs)) if repeat else ():
             seconds[name].append(sum(clock.parts.values()))
             parts = ", ".join(f"{part} {value:.2f}" for part, value in clock.parts.items())
-            print(f"{name:15s} {seconds[name][-1]:6.2f} s ({parts}), {int(lengths.sum())} tokens sampled", flush=True)
+            print(
+                f"{name:15s} {seconds[name][-1]:6.2f} s ({parts}), {int(lengths.sum())} tokens sampled",
+                flush=True,
+            )
     print("ratio", ratio(*seconds.values()))
 
 

@@ -11,6 +11,7 @@ too leaves out the pass for the old log-probabilities. Its processor is ours, wh
 
     python benchmarks/grpo_step.py [--hidden_size 256 --layers 4 --repeats 3]
 """
+
 import json
 import os
 import random
@@ -33,37 +34,76 @@ from PIL import Image
 from transformers import GenerationConfig
 
 PROMPTS, ROLLOUTS, LIMIT, STEPS = 4, 16, 256, 4
-ENDS = 1 / 115  # of the vocabulary ends a response; with these weights that makes responses of about 80 tokens
+ENDS = (
+    1 / 115
+)  # of the vocabulary ends a response; with these weights that makes responses of about 80 tokens
 
 
 def build(folder: str, hidden_size: int, layers: int, ends: float = ENDS) -> tuple[str, str]:
     """(model, data): a Hugging Face directory with random weights, and rows of an image and some 100 tokens of question."""
     rng = random.Random(0)
     folder = Path(folder)
-    world = digits.World(hidden_size=hidden_size, intermediate_size=4 * hidden_size, layers=layers, heads=hidden_size // 32,
-                         kv_heads=hidden_size // 64, head_dim=32, vision_hidden_size=64, vision_intermediate_size=128,
-                         vision_layers=2, initializer_range=0.02)
+    world = digits.World(
+        hidden_size=hidden_size,
+        intermediate_size=4 * hidden_size,
+        layers=layers,
+        heads=hidden_size // 32,
+        kv_heads=hidden_size // 64,
+        head_dim=32,
+        vision_hidden_size=64,
+        vision_intermediate_size=128,
+        vision_layers=2,
+        initializer_range=0.02,
+    )
     texts = [" ".join(rng.choices(WORDS, k=40)) for _ in range(50)]
     tokenizer = digits.train_tokenizer(texts, 200)
     digits.build_model(folder / "model", tokenizer, world)
     ends = list(range(300, 300 + round(len(tokenizer) * ends)))
-    GenerationConfig(eos_token_id=ends or None, pad_token_id=tokenizer.pad_token_id).save_pretrained(folder / "model")
+    GenerationConfig(
+        eos_token_id=ends or None, pad_token_id=tokenizer.pad_token_id
+    ).save_pretrained(folder / "model")
     rows = []
     for i in range(64):
-        Image.frombytes("RGB", (SIDE, SIDE), rng.randbytes(3 * SIDE * SIDE)).save(folder / f"{i}.png")
-        rows.append({"question": " ".join(rng.choices(WORDS, k=90)), "answer": "1", "image": f"{i}.png"})
+        Image.frombytes("RGB", (SIDE, SIDE), rng.randbytes(3 * SIDE * SIDE)).save(
+            folder / f"{i}.png"
+        )
+        rows.append(
+            {"question": " ".join(rng.choices(WORDS, k=90)), "answer": "1", "image": f"{i}.png"}
+        )
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return str(folder / "model"), str(folder / "rows.jsonl")
 
 
-def ours(model: str, data: str, output_dir: str, ranks: int = 1, steps: int = STEPS, limit: int = LIMIT) -> list[dict]:
+def ours(
+    model: str, data: str, output_dir: str, ranks: int = 1, steps: int = STEPS, limit: int = LIMIT
+) -> list[dict]:
     """The metrics of some steps of rlvr.py, the first left out."""
-    start = [sys.executable] if ranks == 1 else [sys.executable, "-m", "torch.distributed.run", "--standalone",
-                                                 f"--nproc_per_node={ranks}"]
-    flags = dict(ckpt=model, data=data, output_dir=output_dir, max_steps=steps, per_device_train_batch_size=PROMPTS,
-                 num_generations=ROLLOUTS, max_completion_length=limit, save_steps=1000)
-    subprocess.run([*start, str(ROOT / "rlvr.py"), *(f"--{k}={v}" for k, v in flags.items())], check=True,
-                   stderr=subprocess.DEVNULL)
+    start = (
+        [sys.executable]
+        if ranks == 1
+        else [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            f"--nproc_per_node={ranks}",
+        ]
+    )
+    flags = dict(
+        ckpt=model,
+        data=data,
+        output_dir=output_dir,
+        max_steps=steps,
+        per_device_train_batch_size=PROMPTS,
+        num_generations=ROLLOUTS,
+        max_completion_length=limit,
+        save_steps=1000,
+    )
+    subprocess.run(
+        [*start, str(ROOT / "rlvr.py"), *(f"--{k}={v}" for k, v in flags.items())],
+        check=True,
+        stderr=subprocess.DEVNULL,
+    )
     return [json.loads(line) for line in open(os.path.join(output_dir, "metrics.jsonl"))][1:]
 
 
@@ -77,14 +117,35 @@ def trl(model: str, data: str, output_dir: str) -> None:
 
     rows = [json.loads(line) for line in open(data)]
     folder = os.path.dirname(data)
-    table = datasets.Dataset.from_list([
-        {"prompt": [{"role": "user", "content": row["question"]}], "image": os.path.join(folder, row["image"])}
-        for row in rows]).cast_column("image", datasets.Image())
+    table = datasets.Dataset.from_list(
+        [
+            {
+                "prompt": [{"role": "user", "content": row["question"]}],
+                "image": os.path.join(folder, row["image"]),
+            }
+            for row in rows
+        ]
+    ).cast_column("image", datasets.Image())
     config = GRPOConfig(
-        output_dir=output_dir, use_cpu=True, bf16=False, fp16=False, per_device_train_batch_size=PROMPTS * ROLLOUTS,
-        num_generations=ROLLOUTS, max_completion_length=LIMIT, temperature=1.0, top_p=1.0, top_k=0, beta=0.0,
-        learning_rate=1e-6, max_steps=STEPS, logging_steps=1, save_strategy="no", report_to="none", disable_tqdm=True,
-        gradient_checkpointing=False)
+        output_dir=output_dir,
+        use_cpu=True,
+        bf16=False,
+        fp16=False,
+        per_device_train_batch_size=PROMPTS * ROLLOUTS,
+        num_generations=ROLLOUTS,
+        max_completion_length=LIMIT,
+        temperature=1.0,
+        top_p=1.0,
+        top_k=0,
+        beta=0.0,
+        learning_rate=1e-6,
+        max_steps=STEPS,
+        logging_steps=1,
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        gradient_checkpointing=False,
+    )
     ends = []
 
     class Clock(TrainerCallback):
@@ -92,16 +153,39 @@ def trl(model: str, data: str, output_dir: str) -> None:
             ends.append(time.perf_counter())
 
     reward = lambda completions, **_: [0.0] * len(completions)  # noqa: E731
-    trainer = GRPOTrainer(AutoModelForImageTextToText.from_pretrained(model), [reward], config, table,
-                          processing_class=load_processor(model), callbacks=[Clock()])
+    trainer = GRPOTrainer(
+        AutoModelForImageTextToText.from_pretrained(model),
+        [reward],
+        config,
+        table,
+        processing_class=load_processor(model),
+        callbacks=[Clock()],
+    )
     trainer.train()
-    lengths = [line["completions/mean_length"] for line in trainer.state.log_history if "completions/mean_length" in line]
-    print("\n" + json.dumps([{"time/step": b - a, "response_length": n} for a, b, n in zip(ends, ends[1:], lengths[1:])]))
+    lengths = [
+        line["completions/mean_length"]
+        for line in trainer.state.log_history
+        if "completions/mean_length" in line
+    ]
+    print(
+        "\n"
+        + json.dumps(
+            [
+                {"time/step": b - a, "response_length": n}
+                for a, b, n in zip(ends, ends[1:], lengths[1:])
+            ]
+        )
+    )
 
 
 def theirs(model: str, data: str, output_dir: str) -> list[dict]:
-    done = subprocess.run([sys.executable, __file__, "--side", model, data, output_dir], check=True, text=True,
-                          stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    done = subprocess.run(
+        [sys.executable, __file__, "--side", model, data, output_dir],
+        check=True,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+    )
     return json.loads(done.stdout.splitlines()[-1])
 
 
@@ -117,7 +201,10 @@ def main() -> None:
                 steps = side(model, data, os.path.join(folder, f"{name}{repeat}"))
                 seconds[name].append(statistics.median(step["time/step"] for step in steps))
                 length = statistics.mean(step["response_length"] for step in steps)
-                print(f"{name:8s} {seconds[name][-1]:6.2f} s a step, responses of {length:.0f} tokens on average", flush=True)
+                print(
+                    f"{name:8s} {seconds[name][-1]:6.2f} s a step, responses of {length:.0f} tokens on average",
+                    flush=True,
+                )
     print("ratio", ratio(*seconds.values()))
 
 

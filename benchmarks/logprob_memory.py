@@ -9,6 +9,7 @@ A CPU without bfloat16 arithmetic takes more than ten minutes a pass (with it, a
 
     python benchmarks/logprob_memory.py [--hidden_size 1024 --positions 8192 --vocabulary 151936 --dtype bfloat16 --repeats 3]
 """
+
 import argparse
 import json
 import statistics
@@ -40,15 +41,28 @@ SIDES = {"chunked": chunked, "full logits": full}
 
 def inputs(args, positions: int, dtype):
     generator = torch.Generator().manual_seed(0)
-    hidden = torch.randn(positions, args.hidden_size, generator=generator).to(dtype).requires_grad_()
+    hidden = (
+        torch.randn(positions, args.hidden_size, generator=generator).to(dtype).requires_grad_()
+    )
     weight = torch.empty(args.vocabulary, args.hidden_size, dtype=dtype)
     weight.normal_(0, args.hidden_size**-0.5, generator=generator)
-    return hidden, weight.requires_grad_(), torch.randint(args.vocabulary, (positions,), generator=generator)
+    return (
+        hidden,
+        weight.requires_grad_(),
+        torch.randint(args.vocabulary, (positions,), generator=generator),
+    )
 
 
 def memory(name: str) -> float:
     """VmRSS or VmHWM (its highest value so far) of this process, in MB."""
-    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(name + ":")) / 1024
+    return (
+        next(
+            int(line.split()[1])
+            for line in open("/proc/self/status")
+            if line.startswith(name + ":")
+        )
+        / 1024
+    )
 
 
 def one_side(name: str, args) -> None:
@@ -59,7 +73,9 @@ def one_side(name: str, args) -> None:
         file.write("5")  # the highest value starts again from here
     start = time.perf_counter()
     SIDES[name](hidden, weight, targets).mean().backward()
-    print(json.dumps({"seconds": time.perf_counter() - start, "megabytes": memory("VmHWM") - before}))
+    print(
+        json.dumps({"seconds": time.perf_counter() - start, "megabytes": memory("VmHWM") - before})
+    )
 
 
 def main() -> None:
@@ -87,14 +103,28 @@ def main() -> None:
     sides = {name: [] for name in SIDES}
     for _ in range(args.repeats):
         for name, results in sides.items():
-            done = subprocess.run([sys.executable, *sys.argv, "--side", name], check=True, stdout=subprocess.PIPE, text=True)
+            done = subprocess.run(
+                [sys.executable, *sys.argv, "--side", name],
+                check=True,
+                stdout=subprocess.PIPE,
+                text=True,
+            )
             results.append(json.loads(done.stdout))
-            print(f"{name:12s} {results[-1]['megabytes']:7.0f} MB, {results[-1]['seconds']:6.1f} s", flush=True)
-    ours, theirs = ({key: [r[key] for r in some] for key in ("seconds", "megabytes")} for some in sides.values())
+            print(
+                f"{name:12s} {results[-1]['megabytes']:7.0f} MB, {results[-1]['seconds']:6.1f} s",
+                flush=True,
+            )
+    ours, theirs = (
+        {key: [r[key] for r in some] for key in ("seconds", "megabytes")} for some in sides.values()
+    )
     slower = [a / b for a, b in zip(ours["seconds"], theirs["seconds"])]
     less = [b / a for a, b in zip(ours["megabytes"], theirs["megabytes"])]
-    print(f"time, chunked over full: {statistics.median(slower):.2f} (min {min(slower):.2f}, max {max(slower):.2f})")
-    print(f"ratio {statistics.median(less):.2f}   (memory, full over chunked; min {min(less):.2f}, max {max(less):.2f})")
+    print(
+        f"time, chunked over full: {statistics.median(slower):.2f} (min {min(slower):.2f}, max {max(slower):.2f})"
+    )
+    print(
+        f"ratio {statistics.median(less):.2f}   (memory, full over chunked; min {min(less):.2f}, max {max(less):.2f})"
+    )
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ compared in float64 before anything is timed, in float32. They alternate; the la
 
     python benchmarks/policy_update.py [--hidden_size 256 --layers 4]
 """
+
 import os
 import statistics
 import sys
@@ -20,7 +21,11 @@ import torch
 from data import Group, make_packs
 from model import token_logprobs
 
-CASES = [(302, 92, 4.0), (1070, 101, 8.0), (302, 423, 2.0)]  # prompt tokens, mean branch tokens, what is to be reached
+CASES = [
+    (302, 92, 4.0),
+    (1070, 101, 8.0),
+    (302, 423, 2.0),
+]  # prompt tokens, mean branch tokens, what is to be reached
 
 
 def main() -> None:
@@ -46,8 +51,11 @@ def main() -> None:
             real = torch.arange(longest) < lengths[:, None]
             rows[real] = torch.cat(branches)
             ids = torch.cat([inputs["input_ids"], rows], 1)
-            inputs |= dict(input_ids=ids, mm_token_type_ids=(ids == IMAGE).int(),
-                           attention_mask=torch.cat([inputs["attention_mask"], real.long()], 1))
+            inputs |= dict(
+                input_ids=ids,
+                mm_token_type_ids=(ids == IMAGE).int(),
+                attention_mask=torch.cat([inputs["attention_mask"], real.long()], 1),
+            )
             logits = theirs(**inputs, use_cache=False, logits_to_keep=longest + 1).logits[:, :-1]
             logits = logits.index_fill(2, ours.forbidden, -torch.inf)
             logp = logits.log_softmax(-1).gather(2, rows[..., None])[..., 0]
@@ -79,8 +87,11 @@ def main() -> None:
                 seconds[name].append(time.perf_counter() - start)
         median = {name: statistics.median(values) for name, values in seconds.items()}
         results.append((statistics.median(q / p for p, q in zip(*seconds.values())), goal))
-        print(f"{prompt_tokens} + {mean} tokens: packed {median['packed']:.2f} s, padded {median['padded']:.2f} s, to be "
-              f"reached {goal}, ratio {ratio(*seconds.values())}", flush=True)
+        print(
+            f"{prompt_tokens} + {mean} tokens: packed {median['packed']:.2f} s, padded {median['padded']:.2f} s, to be "
+            f"reached {goal}, ratio {ratio(*seconds.values())}",
+            flush=True,
+        )
     print(f"ratio {min(r / goal for r, goal in results):.2f}   (smallest of ratio / goal)")
 
 

@@ -7,6 +7,7 @@ of the ratios.
 
     python benchmarks/rollout.py [--hidden_size 256 --layers 4]
 """
+
 import argparse
 import copy
 import os
@@ -29,15 +30,44 @@ PATCH, MERGE = 16, 2
 
 def build(hidden_size: int, layers: int, vocab_size: int = 2048, experts: int = 0):
     """A random Qwen3-VL, once for our sampler and once, with the same weights, as transformers has it."""
-    text = dict(vocab_size=vocab_size, hidden_size=hidden_size, intermediate_size=4 * hidden_size, num_hidden_layers=layers,
-                num_attention_heads=hidden_size // 32, num_key_value_heads=hidden_size // 64, head_dim=32,
-                initializer_range=0.02, tie_word_embeddings=True, max_position_embeddings=8192,
-                rope_parameters={"rope_type": "default", "rope_theta": 1e4, "mrope_interleaved": True,
-                                 "mrope_section": [8, 4, 4]})
-    vision = dict(depth=2, hidden_size=128, num_heads=4, intermediate_size=256, patch_size=PATCH, spatial_merge_size=MERGE,
-                  out_hidden_size=hidden_size, num_position_embeddings=256, deepstack_visual_indexes=[0])
-    config = Qwen3VLConfig(text_config=text, vision_config=vision, image_token_id=IMAGE, video_token_id=VIDEO,
-                           vision_start_token_id=START, vision_end_token_id=END, tie_word_embeddings=True)
+    text = dict(
+        vocab_size=vocab_size,
+        hidden_size=hidden_size,
+        intermediate_size=4 * hidden_size,
+        num_hidden_layers=layers,
+        num_attention_heads=hidden_size // 32,
+        num_key_value_heads=hidden_size // 64,
+        head_dim=32,
+        initializer_range=0.02,
+        tie_word_embeddings=True,
+        max_position_embeddings=8192,
+        rope_parameters={
+            "rope_type": "default",
+            "rope_theta": 1e4,
+            "mrope_interleaved": True,
+            "mrope_section": [8, 4, 4],
+        },
+    )
+    vision = dict(
+        depth=2,
+        hidden_size=128,
+        num_heads=4,
+        intermediate_size=256,
+        patch_size=PATCH,
+        spatial_merge_size=MERGE,
+        out_hidden_size=hidden_size,
+        num_position_embeddings=256,
+        deepstack_visual_indexes=[0],
+    )
+    config = Qwen3VLConfig(
+        text_config=text,
+        vision_config=vision,
+        image_token_id=IMAGE,
+        video_token_id=VIDEO,
+        vision_start_token_id=START,
+        vision_end_token_id=END,
+        tie_word_embeddings=True,
+    )
     torch.manual_seed(0)
     theirs = AutoModelForImageTextToText.from_config(config).eval()
     ours = AutoModelForImageTextToText.from_config(copy.deepcopy(config)).eval()
@@ -52,7 +82,15 @@ def prompt(index: int, tokens: int, vocab_size: int = 2048, side: int = 14) -> P
     """A prompt of `tokens` tokens, side * side of them an image's."""
     generator = torch.Generator().manual_seed(index)
     words = torch.randint(10, vocab_size, (tokens - side * side - 2,), generator=generator)
-    ids = torch.cat([words[:20], torch.tensor([START]), torch.full((side * side,), IMAGE), torch.tensor([END]), words[20:]])
+    ids = torch.cat(
+        [
+            words[:20],
+            torch.tensor([START]),
+            torch.full((side * side,), IMAGE),
+            torch.tensor([END]),
+            words[20:],
+        ]
+    )
     grid = torch.tensor([[1, side * MERGE, side * MERGE]])
     pixels = torch.randn(int(grid.prod()), 3 * 2 * PATCH * PATCH, generator=generator)
     return Prompt(index, ids, mrope_positions(ids, grid, IMAGE, MERGE), pixels, grid)
@@ -61,9 +99,13 @@ def prompt(index: int, tokens: int, vocab_size: int = 2048, side: int = 14) -> P
 def repeated(prompts: list[Prompt], times: int, image: int = IMAGE) -> dict:
     """Prompts of one length as transformers takes them, each row repeated, its image too."""
     ids = torch.stack([p.input_ids for p in prompts for _ in range(times)])
-    return dict(input_ids=ids, attention_mask=torch.ones_like(ids), mm_token_type_ids=(ids == image).int(),
-                pixel_values=torch.cat([p.pixel_values for p in prompts for _ in range(times)]),
-                image_grid_thw=torch.cat([p.image_grid_thw for p in prompts for _ in range(times)]))
+    return dict(
+        input_ids=ids,
+        attention_mask=torch.ones_like(ids),
+        mm_token_type_ids=(ids == image).int(),
+        pixel_values=torch.cat([p.pixel_values for p in prompts for _ in range(times)]),
+        image_grid_thw=torch.cat([p.image_grid_thw for p in prompts for _ in range(times)]),
+    )
 
 
 def arguments() -> argparse.Namespace:
@@ -87,13 +129,22 @@ def main() -> None:
     prompts = [prompt(i, 302) for i in range(4)]
     ends = list(range(100, 100 + 2048 // 92))  # random weights: about 1/2048 each
     ours.ends = torch.tensor(ends)
-    print(f"{sum(p.numel() for p in theirs.parameters()) / 1e6:.1f}M parameters, 4 prompts of 302 tokens x 16 rows")
+    print(
+        f"{sum(p.numel() for p in theirs.parameters()) / 1e6:.1f}M parameters, 4 prompts of 302 tokens x 16 rows"
+    )
 
     @torch.no_grad()
     def hugging_face(seed, lengths):
         torch.manual_seed(seed)
-        theirs.generate(**repeated(prompts, 16), do_sample=True, top_k=0, top_p=1.0, max_new_tokens=256, pad_token_id=0,
-                        stopping_criteria=[lambda ids, scores: ids.shape[1] - 302 >= lengths])
+        theirs.generate(
+            **repeated(prompts, 16),
+            do_sample=True,
+            top_k=0,
+            top_p=1.0,
+            max_new_tokens=256,
+            pad_token_id=0,
+            stopping_criteria=[lambda ids, scores: ids.shape[1] - 302 >= lengths],
+        )
 
     seconds = {"ours": [], "Hugging Face": []}
     for repeat in range(args.repeats + 1):  # the first warms up
@@ -106,8 +157,11 @@ def main() -> None:
         if repeat:
             for name, start, end in zip(seconds, times, times[1:]):
                 seconds[name].append(end - start)
-            print(f"{int(lengths.sum())} tokens:", ", ".join(f"{name} {some[-1]:.2f} s" for name, some in seconds.items()),
-                  flush=True)
+            print(
+                f"{int(lengths.sum())} tokens:",
+                ", ".join(f"{name} {some[-1]:.2f} s" for name, some in seconds.items()),
+                flush=True,
+            )
     print("ratio", ratio(*seconds.values()))
 
 

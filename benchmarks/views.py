@@ -16,6 +16,7 @@ gradient.
 
     python benchmarks/views.py [--repeats 5] [--hidden_size 256] [--layers 4]
 """
+
 import argparse
 import os
 import random
@@ -38,7 +39,13 @@ from PIL import Image
 from discriminator import Comparison, discriminator_loss, load_discriminator, view_packs
 from model import adapt
 
-ROLLOUTS, PROMPT_TOKENS, CAPTION_TOKENS, REASONING_TOKENS, SIDE = 16, 302, 42, 60, 224  # SIDE: pixels, 14 x 14 image tokens
+ROLLOUTS, PROMPT_TOKENS, CAPTION_TOKENS, REASONING_TOKENS, SIDE = (
+    16,
+    302,
+    42,
+    60,
+    224,
+)  # SIDE: pixels, 14 x 14 image tokens
 WORDS = "one two three four five six seven eight nine ten red green blue left right above below plus minus is so the".split()
 
 
@@ -46,17 +53,33 @@ def build(path: str, args) -> tuple:
     """(discriminator, processor) of random weights, without dropout."""
     rng = random.Random(0)
     texts = [response(rng, 30, 30) for _ in range(50)]
-    texts = [f"<caption>{r.caption}</caption>\n<think>{r.think}</think>\n<answer>{r.answer}</answer>" for r in texts]
-    world = digits.World(hidden_size=args.hidden_size, intermediate_size=2 * args.hidden_size, layers=args.layers, heads=4,
-                         kv_heads=2, head_dim=args.hidden_size // 4, vision_hidden_size=64, vision_intermediate_size=128,
-                         vision_layers=2, initializer_range=0.04)
+    texts = [
+        f"<caption>{r.caption}</caption>\n<think>{r.think}</think>\n<answer>{r.answer}</answer>"
+        for r in texts
+    ]
+    world = digits.World(
+        hidden_size=args.hidden_size,
+        intermediate_size=2 * args.hidden_size,
+        layers=args.layers,
+        heads=4,
+        kv_heads=2,
+        head_dim=args.hidden_size // 4,
+        vision_hidden_size=64,
+        vision_intermediate_size=128,
+        vision_layers=2,
+        initializer_range=0.04,
+    )
     digits.build_model(Path(path), digits.train_tokenizer(texts, 200), world)
     return load_discriminator("--model", path, dropout=0.0)
 
 
 def response(rng: random.Random, caption: int, think: int) -> Response:
     """Random words, as many as given."""
-    return Response(" ".join(rng.choices(WORDS, k=caption)), " ".join(rng.choices(WORDS, k=think)), rng.choice(WORDS))
+    return Response(
+        " ".join(rng.choices(WORDS, k=caption)),
+        " ".join(rng.choices(WORDS, k=think)),
+        rng.choice(WORDS),
+    )
 
 
 def make_comparison(processor, seed: int = 1) -> Comparison:
@@ -68,7 +91,9 @@ def make_comparison(processor, seed: int = 1) -> Comparison:
 
     def prompt(question):
         content = [{"type": "image"}, {"type": "text", "text": question}]
-        return encode_prompts(processor, [Example(0, "benchmark", [{"role": "user", "content": content}], [path])])[0]
+        return encode_prompts(
+            processor, [Example(0, "benchmark", [{"role": "user", "content": content}], [path])]
+        )[0]
 
     lengths = {n: len(prompt(" one" * n).input_ids) for n in (1, 2)}
     per_word = lengths[2] - lengths[1]
@@ -76,7 +101,9 @@ def make_comparison(processor, seed: int = 1) -> Comparison:
     made = prompt(" one" * words)
     assert len(made.input_ids) == PROMPT_TOKENS, len(made.input_ids)
 
-    def near(wanted, view):  # the number of words whose view has about as many tokens as wanted, a quarter more or less
+    def near(
+        wanted, view
+    ):  # the number of words whose view has about as many tokens as wanted, a quarter more or less
         target = round(wanted * rng.uniform(0.75, 1.25))
         for n in range(1, 200):
             words = " ".join(rng.choices(WORDS, k=n))
@@ -100,27 +127,46 @@ def plain(discriminator, prompt, views: list[torch.Tensor]) -> torch.Tensor:
     rows, longest = torch.arange(len(views)), int(ends.max()) + 1
     ids = torch.zeros(len(views), longest, dtype=torch.long)
     for row, view in zip(ids, views):
-        row[:len(prompt.input_ids) + len(view)] = torch.cat([prompt.input_ids, view])
+        row[: len(prompt.input_ids) + len(view)] = torch.cat([prompt.input_ids, view])
     mask = (torch.arange(longest) <= ends[:, None]).long()
     after = (prompt.next_position + torch.arange(longest - len(prompt.input_ids))).expand(3, -1)
     positions = torch.cat([prompt.position_ids, after], 1)[:, None].expand(-1, len(views), -1)
-    hidden = discriminator.model(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False,
-                                 pixel_values=prompt.pixel_values.repeat(len(views), 1),
-                                 image_grid_thw=prompt.image_grid_thw.repeat(len(views), 1)).last_hidden_state
+    hidden = discriminator.model(
+        input_ids=ids,
+        attention_mask=mask,
+        position_ids=positions,
+        use_cache=False,
+        pixel_values=prompt.pixel_values.repeat(len(views), 1),
+        image_grid_thw=prompt.image_grid_thw.repeat(len(views), 1),
+    ).last_hidden_state
     return hidden[rows, ends]
 
 
 def one_by_one(discriminator, comparison, processor):
     views = [encode_views(processor, r) for r in (comparison.teacher, *comparison.students)]
     heads = discriminator.score.weight
-    return torch.stack([torch.stack([plain(discriminator, comparison.prompt, [view])[0] @ heads[k]
-                                     for k, view in enumerate(both)]) for both in views])
+    return torch.stack(
+        [
+            torch.stack(
+                [
+                    plain(discriminator, comparison.prompt, [view])[0] @ heads[k]
+                    for k, view in enumerate(both)
+                ]
+            )
+            for both in views
+        ]
+    )
 
 
 def padded(discriminator, comparison, processor):
     views = [encode_views(processor, r) for r in (comparison.teacher, *comparison.students)]
-    return torch.stack([plain(discriminator, comparison.prompt, list(some)) @ discriminator.score.weight[k]
-                        for k, some in enumerate(zip(*views))], 1)
+    return torch.stack(
+        [
+            plain(discriminator, comparison.prompt, list(some)) @ discriminator.score.weight[k]
+            for k, some in enumerate(zip(*views))
+        ],
+        1,
+    )
 
 
 def packed(discriminator, comparison, processor):
@@ -130,7 +176,11 @@ def packed(discriminator, comparison, processor):
     return torch.cat([scores[:1, :2], scores[:, 2:]])
 
 
-WAYS = {"(a) one by one": (False, one_by_one), "(b) padded": (False, padded), "(c) packed": (True, packed)}
+WAYS = {
+    "(a) one by one": (False, one_by_one),
+    "(b) padded": (False, padded),
+    "(c) packed": (True, packed),
+}
 
 
 def set_up(model, ours: bool) -> None:
@@ -172,29 +222,44 @@ def main() -> None:
         discriminator, processor = build(os.path.join(folder, "model"), args)
         comparison = make_comparison(processor)
     discriminator.train()
-    lengths = [[len(v) for v in encode_views(processor, r)] for r in (comparison.teacher, *comparison.students)]
+    lengths = [
+        [len(v) for v in encode_views(processor, r)]
+        for r in (comparison.teacher, *comparison.students)
+    ]
     means = [statistics.mean(column) for column in zip(*lengths)]
     image = int((comparison.prompt.input_ids == processor.image_token_id).sum())
-    print(f"{sum(p.numel() for p in discriminator.parameters()) / 1e6:.1f}M parameters, {torch.get_num_threads()} threads; "
-          f"prompt {len(comparison.prompt.input_ids)} tokens ({image} of an image), {2 * len(lengths)} views of "
-          f"{means[0]:.0f} (perception) and {means[1]:.0f} (reasoning) tokens on average")
+    print(
+        f"{sum(p.numel() for p in discriminator.parameters()) / 1e6:.1f}M parameters, {torch.get_num_threads()} threads; "
+        f"prompt {len(comparison.prompt.input_ids)} tokens ({image} of an image), {2 * len(lengths)} views of "
+        f"{means[0]:.0f} (perception) and {means[1]:.0f} (reasoning) tokens on average"
+    )
 
     # The same scores and the same gradient; this is also the first, unmeasured turn of each.
     results = {}
     for way in WAYS:
         _, scores = run(way, discriminator, comparison, processor)
-        results[way] = scores, torch.cat([p.grad.flatten() for p in discriminator.parameters() if p.grad is not None])
+        results[way] = (
+            scores,
+            torch.cat([p.grad.flatten() for p in discriminator.parameters() if p.grad is not None]),
+        )
     first, gradient = results["(a) one by one"]
     for way, (scores, other) in list(results.items())[1:]:
-        apart, turned = float((scores - first).abs().max()), float((other - gradient).norm() / gradient.norm())
-        print(f"{way} against (a): scores apart by at most {apart:.1e} (they span {float(first.max() - first.min()):.2f}), "
-              f"gradient by {turned:.1e} of its norm")
+        apart, turned = (
+            float((scores - first).abs().max()),
+            float((other - gradient).norm() / gradient.norm()),
+        )
+        print(
+            f"{way} against (a): scores apart by at most {apart:.1e} (they span {float(first.max() - first.min()):.2f}), "
+            f"gradient by {turned:.1e} of its norm"
+        )
         assert apart < 1e-4 and turned < 1e-3
 
     prompt, views = comparison.prompt, encode_views(processor, comparison.teacher)
     set_up(discriminator.model, ours=False)
     with torch.no_grad():
-        tower = timed(lambda: discriminator.model.visual(prompt.pixel_values, grid_thw=prompt.image_grid_thw))
+        tower = timed(
+            lambda: discriminator.model.visual(prompt.pixel_values, grid_thw=prompt.image_grid_thw)
+        )
         whole = timed(lambda: plain(discriminator, prompt, [views[0]]))
         print(f"the image's share of a view's forward in (a): {tower / whole:.2f}")
 
@@ -204,7 +269,9 @@ def main() -> None:
             seconds[way].append(run(way, discriminator, comparison, processor)[0])
     medians = {way: statistics.median(some) for way, some in seconds.items()}
     for way, some in seconds.items():
-        print(f"{way:15} {medians[way] * 1000:7.0f} ms   ({min(some) * 1000:.0f} to {max(some) * 1000:.0f})")
+        print(
+            f"{way:15} {medians[way] * 1000:7.0f} ms   ({min(some) * 1000:.0f} to {max(some) * 1000:.0f})"
+        )
     print("ratio against (b)", ratio(seconds["(c) packed"], seconds["(b) padded"]))
     print("ratio", ratio(seconds["(c) packed"], seconds["(a) one by one"]))
 

@@ -9,6 +9,7 @@ does; 1 is ideal.
 
     python benchmarks/weak_scaling.py [--hidden_size 256 --layers 4 --repeats 3]
 """
+
 import os
 import statistics
 import tempfile
@@ -26,15 +27,21 @@ def main() -> None:
         model, data = build(folder, args.hidden_size, args.layers, ends=0)
 
         def run(name: str, ranks: int, cores: list[int]) -> list[dict]:
-            os.sched_setaffinity(0, cores)  # of this thread; the processes that it starts inherit it
+            os.sched_setaffinity(
+                0, cores
+            )  # of this thread; the processes that it starts inherit it
             return ours(model, data, os.path.join(folder, name), ranks, steps=8, limit=80)
 
         def turn(name: str, ranks: int, places: list[list[int]]) -> float:
             """Tokens per second and rank."""
             with ThreadPoolExecutor(len(places)) as pool:
-                steps = sum(pool.map(lambda some: run(f"{name} {some[0]}", ranks, some), places), [])
-            phases = ", ".join(f"{key} {statistics.median(step[f'time/{key}'] for step in steps):.2f} s"
-                               for key in ("step", "rollout", "update"))
+                steps = sum(
+                    pool.map(lambda some: run(f"{name} {some[0]}", ranks, some), places), []
+                )
+            phases = ", ".join(
+                f"{key} {statistics.median(step[f'time/{key}'] for step in steps):.2f} s"
+                for key in ("step", "rollout", "update")
+            )
             speed = statistics.median(step["tokens_per_second"] for step in steps) / ranks
             print(f"{name}: {speed:.0f} tokens per second and rank ({phases})", flush=True)
             return speed

@@ -3,12 +3,15 @@
 The tests' own world: a small build of the digits with random weights, and a policy trained on it for a moment, both made once
 a session. `launch` runs a script in as many processes as asked, as a user would.
 """
+
 import os
 import subprocess
 import sys
 from pathlib import Path
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # two processes of tests share the cores, see pyproject.toml
+os.environ.setdefault(
+    "OMP_NUM_THREADS", "1"
+)  # two processes of tests share the cores, see pyproject.toml
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ["HF_HUB_OFFLINE"] = "1"
 ROOT = Path(__file__).resolve().parent.parent
@@ -28,14 +31,33 @@ def world(tmp_path_factory) -> dict[str, str]:
     return digits.build(tmp_path_factory.mktemp("digits") / "world", digits.World(**WORLD))
 
 
-def launch(script: str, *args, ranks: int = 1, check: bool = True, **env) -> subprocess.CompletedProcess:
+def launch(
+    script: str, *args, ranks: int = 1, check: bool = True, **env
+) -> subprocess.CompletedProcess:
     """python script args, or torchrun with `ranks` processes; output captured."""
-    start = [sys.executable] if ranks == 1 else [sys.executable, "-m", "torch.distributed.run", "--standalone",
-                                                 f"--nproc_per_node={ranks}"]
-    done = subprocess.run([*start, script, *map(str, args)], capture_output=True, text=True, cwd=ROOT, timeout=600,
-                          env={**os.environ, "PYTHONPATH": str(ROOT), **env})
+    start = (
+        [sys.executable]
+        if ranks == 1
+        else [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            f"--nproc_per_node={ranks}",
+        ]
+    )
+    done = subprocess.run(
+        [*start, script, *map(str, args)],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        timeout=600,
+        env={**os.environ, "PYTHONPATH": str(ROOT), **env},
+    )
     if check and done.returncode != 0:
-        raise AssertionError(f"{script} {' '.join(map(str, args))} ended with {done.returncode}\n{done.stderr[-4000:]}")
+        raise AssertionError(
+            f"{script} {' '.join(map(str, args))} ended with {done.returncode}\n{done.stderr[-4000:]}"
+        )
     return done
 
 
@@ -43,6 +65,19 @@ def launch(script: str, *args, ranks: int = 1, check: bool = True, **env) -> sub
 def trained(world, tmp_path_factory) -> str:
     """A policy that has learned the format, by stage 1's own code."""
     out = tmp_path_factory.mktemp("trained") / "sft"
-    launch("sft.py", "--model", world["init"], "--data", world["pretrain"], "--output_dir", out, "--max_steps", 150,
-           "--learning_rate", 4e-3, "--per_device_train_batch_size", 32)
+    launch(
+        "sft.py",
+        "--model",
+        world["init"],
+        "--data",
+        world["pretrain"],
+        "--output_dir",
+        out,
+        "--max_steps",
+        150,
+        "--learning_rate",
+        4e-3,
+        "--per_device_train_batch_size",
+        32,
+    )
     return str(out)

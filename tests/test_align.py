@@ -2,6 +2,7 @@
 
 The models are tiny, with random weights everywhere (norms and biases too), so that nothing can be right by being 0 or 1.
 """
+
 import inspect
 import io
 import math
@@ -14,16 +15,37 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from transformers import (AutoConfig, Qwen3VLForConditionalGeneration, Qwen3VLMoeForConditionalGeneration,
-                          Qwen3VLMoeTextConfig)
-from transformers.models.qwen3_vl_moe.modeling_qwen3_vl_moe import Qwen3VLMoeTextSparseMoeBlock, load_balancing_loss_func
+from transformers import (
+    AutoConfig,
+    Qwen3VLForConditionalGeneration,
+    Qwen3VLMoeForConditionalGeneration,
+    Qwen3VLMoeTextConfig,
+)
+from transformers.models.qwen3_vl_moe.modeling_qwen3_vl_moe import (
+    Qwen3VLMoeTextSparseMoeBlock,
+    load_balancing_loss_func,
+)
 
 import digits
 from align import AlignConfig, alignment_advantage, debias, fill_invalid
 from data import Example, Response, UserError, encode_prompts, encode_views, load_processor
-from discriminator import (Comparison, Discriminator, DiscriminatorConfig, Experts, Router, SparseMLP, balance_loss,
-                           discriminator_loss, judge, load_discriminator, pair_loss, save_discriminator, upcycle,
-                           view_of_tokens, view_packs)
+from discriminator import (
+    Comparison,
+    Discriminator,
+    DiscriminatorConfig,
+    Experts,
+    Router,
+    SparseMLP,
+    balance_loss,
+    discriminator_loss,
+    judge,
+    load_discriminator,
+    pair_loss,
+    save_discriminator,
+    upcycle,
+    view_of_tokens,
+    view_packs,
+)
 from model import PackAttention
 
 repeatable = settings(derandomize=True, deadline=None, database=None, max_examples=50)
@@ -32,7 +54,9 @@ repeatable = settings(derandomize=True, deadline=None, database=None, max_exampl
 def close(got, expected, tolerance=1e-10):
     got, expected = np.asarray(got, dtype=np.float64), np.asarray(expected, dtype=np.float64)
     assert got.shape == expected.shape
-    assert np.abs(got - expected).max(initial=0.0) <= tolerance * max(1.0, np.abs(expected).max(initial=0.0))
+    assert np.abs(got - expected).max(initial=0.0) <= tolerance * max(
+        1.0, np.abs(expected).max(initial=0.0)
+    )
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -49,8 +73,18 @@ def reference_advantage(perception, reasoning, valid, alpha, penalty):
             view = [s if v else lowest - 1 for s, v in zip(view, ok)]
             mean = statistics.fmean(view) if len(view) > 1 else 0.0
             std = statistics.stdev(view) if len(view) > 1 else 1.0
-            normalised.append([0.0 if len(view) > 1 and len(set(view)) == 1 else (s - mean) / (std + 1e-6) for s in view])
-        out.append([alpha * a + (1 - alpha) * b - (0 if v else penalty) for a, b, v in zip(*normalised, ok)])
+            normalised.append(
+                [
+                    0.0 if len(view) > 1 and len(set(view)) == 1 else (s - mean) / (std + 1e-6)
+                    for s in view
+                ]
+            )
+        out.append(
+            [
+                alpha * a + (1 - alpha) * b - (0 if v else penalty)
+                for a, b, v in zip(*normalised, ok)
+            ]
+        )
     return out
 
 
@@ -59,7 +93,11 @@ def groups(draw):
     p, n = draw(st.integers(1, 3)), draw(st.sampled_from([1, 2, 3, 5, 8, 16]))
     scores = st.lists(st.floats(-10, 10).map(lambda x: round(x, 2)), min_size=n, max_size=n)
     some = lambda strategy: draw(st.lists(strategy, min_size=p, max_size=p))  # noqa: E731
-    flags = st.lists(st.booleans(), min_size=n, max_size=n) | st.just([False] * n) | st.just([True] + [False] * (n - 1))
+    flags = (
+        st.lists(st.booleans(), min_size=n, max_size=n)
+        | st.just([False] * n)
+        | st.just([True] + [False] * (n - 1))
+    )
     return some(scores), some(scores), some(flags)
 
 
@@ -69,7 +107,9 @@ def groups(draw):
 @repeatable
 def test_advantage_of_any_groups(alpha, garbage, case, penalty):
     valid = torch.tensor(case[2])
-    perception, reasoning = (torch.tensor(x, dtype=torch.float64).masked_fill(~valid, garbage) for x in case[:2])
+    perception, reasoning = (
+        torch.tensor(x, dtype=torch.float64).masked_fill(~valid, garbage) for x in case[:2]
+    )
     got = alignment_advantage(perception, reasoning, valid, alpha, penalty)
     close(got, reference_advantage(*case, alpha, penalty), 1e-8)
 
@@ -77,12 +117,22 @@ def test_advantage_of_any_groups(alpha, garbage, case, penalty):
 def test_advantage_by_hand():
     """Perception 3, 1, invalid: filled to 3, 1, 0. Reasoning -2, 4, invalid: filled to -2, 4, -3."""
     nan = math.nan
-    got = alignment_advantage(torch.tensor([[3.0, 1.0, nan]]).double(), torch.tensor([[-2.0, 4.0, nan]]).double(),
-                              torch.tensor([[True, True, False]]))
+    got = alignment_advantage(
+        torch.tensor([[3.0, 1.0, nan]]).double(),
+        torch.tensor([[-2.0, 4.0, nan]]).double(),
+        torch.tensor([[True, True, False]]),
+    )
     p_std, r_std = math.sqrt((25 + 1 + 16) / 9 / 2), math.sqrt((25 + 169 + 64) / 9 / 2)
-    close(got, [[0.5 * 5 / 3 / (p_std + 1e-6) + 0.5 * -5 / 3 / (r_std + 1e-6),
-                 0.5 * -1 / 3 / (p_std + 1e-6) + 0.5 * 13 / 3 / (r_std + 1e-6),
-                 0.5 * -4 / 3 / (p_std + 1e-6) + 0.5 * -8 / 3 / (r_std + 1e-6) - 1.5]])
+    close(
+        got,
+        [
+            [
+                0.5 * 5 / 3 / (p_std + 1e-6) + 0.5 * -5 / 3 / (r_std + 1e-6),
+                0.5 * -1 / 3 / (p_std + 1e-6) + 0.5 * 13 / 3 / (r_std + 1e-6),
+                0.5 * -4 / 3 / (p_std + 1e-6) + 0.5 * -8 / 3 / (r_std + 1e-6) - 1.5,
+            ]
+        ],
+    )
 
 
 def test_a_group_of_invalid_rollouts_is_punished_and_no_more():
@@ -110,20 +160,39 @@ def test_equal_rollouts_are_worth_nothing(n):
 @pytest.mark.filterwarnings("ignore:std")
 def test_valid_may_be_numbers_and_there_may_be_no_prompts():
     score = torch.tensor([[1.0, 2.0, 3.0]])
-    assert torch.equal(alignment_advantage(score, score, torch.tensor([[1, 0, 1]])),
-                       alignment_advantage(score, score, torch.tensor([[True, False, True]])))
+    assert torch.equal(
+        alignment_advantage(score, score, torch.tensor([[1, 0, 1]])),
+        alignment_advantage(score, score, torch.tensor([[True, False, True]])),
+    )
     none = torch.zeros(0, 8)
     assert alignment_advantage(none, none, none.bool()).shape == (0, 8)
 
 
 def test_fill_invalid():
     nan = math.nan
-    score = torch.tensor([[2.0, nan, -3.0], [nan, nan, nan], [5.0, -math.inf, nan], [1.0, 2.0, 0.0], [100.0, -50.0, 7.0]])
+    score = torch.tensor(
+        [
+            [2.0, nan, -3.0],
+            [nan, nan, nan],
+            [5.0, -math.inf, nan],
+            [1.0, 2.0, 0.0],
+            [100.0, -50.0, 7.0],
+        ]
+    )
     valid = torch.tensor([[1, 0, 1], [0, 0, 0], [1, 0, 0], [1, 1, 1], [0, 0, 1]]).bool()
-    assert fill_invalid(score, valid).tolist() == [[2, -4, -3], [-1, -1, -1], [5, 4, 4], [1, 2, 0], [6, 6, 7]]
+    assert fill_invalid(score, valid).tolist() == [
+        [2, -4, -3],
+        [-1, -1, -1],
+        [5, 4, 4],
+        [1, 2, 0],
+        [6, 6, 7],
+    ]
 
 
-@given(rows=st.lists(st.tuples(st.floats(-10, 10), st.integers(0, 6144)), min_size=1, max_size=20), beta=st.floats(-1, 2))
+@given(
+    rows=st.lists(st.tuples(st.floats(-10, 10), st.integers(0, 6144)), min_size=1, max_size=20),
+    beta=st.floats(-1, 2),
+)
 @repeatable
 def test_debias(rows, beta):
     score, length = (torch.tensor(x, dtype=torch.float64) for x in zip(*rows))
@@ -135,11 +204,15 @@ def test_debias(rows, beta):
 # The losses
 
 
-@given(pairs=st.lists(st.tuples(st.floats(-10, 10), st.floats(-10, 10)), min_size=1, max_size=20),
-       count=st.none() | st.integers(1, 90))
+@given(
+    pairs=st.lists(st.tuples(st.floats(-10, 10), st.floats(-10, 10)), min_size=1, max_size=20),
+    count=st.none() | st.integers(1, 90),
+)
 @repeatable
 def test_pair_loss(pairs, count):
-    teacher, student = (torch.tensor(x, dtype=torch.float64, requires_grad=True) for x in zip(*pairs))
+    teacher, student = (
+        torch.tensor(x, dtype=torch.float64, requires_grad=True) for x in zip(*pairs)
+    )
     loss = pair_loss(teacher, student, count)
     close(loss.item(), sum(math.log(1 + math.exp(s - t)) for t, s in pairs) / (count or len(pairs)))
     loss.backward()
@@ -157,8 +230,13 @@ def test_pair_loss_far_out():
     close(teacher.grad, [0, -1 / 3, -1 / 6], 1e-6)
 
 
-@given(seed=st.integers(0, 10**6), u=st.integers(1, 9), extra=st.integers(0, 9), l2=st.sampled_from([0.0, 0.001, 0.5]),
-       cut=st.integers(0, 9))
+@given(
+    seed=st.integers(0, 10**6),
+    u=st.integers(1, 9),
+    extra=st.integers(0, 9),
+    l2=st.sampled_from([0.0, 0.001, 0.5]),
+    cut=st.integers(0, 9),
+)
 @repeatable
 def test_discriminator_loss(seed, u, extra, l2, cut):
     """Both views' pair losses, summed; l2 times the mean square of a pair's four scores; over the global number of pairs."""
@@ -168,7 +246,9 @@ def test_discriminator_loss(seed, u, extra, l2, cut):
         expected += math.log(1 + math.exp(sp - tp)) + math.log(1 + math.exp(sr - tr))
         expected += l2 * (tp**2 + tr**2 + sp**2 + sr**2) / 4
     close(discriminator_loss(scores, u + extra, l2).item(), expected / (u + extra))
-    parts = [discriminator_loss(part, u + extra, l2).item() for part in (scores[:cut], scores[cut:])]
+    parts = [
+        discriminator_loss(part, u + extra, l2).item() for part in (scores[:cut], scores[cut:])
+    ]
     close(sum(parts), expected / (u + extra))  # and no cut changes it, an empty part included
 
 
@@ -202,15 +282,19 @@ def test_balance_loss_when_balanced_is_top_k():
 # Experts
 
 
-@pytest.mark.parametrize("experts, top_k, tokens",
-                         [(4, 2, (3, 11)), (4, 2, (1, 1)), (6, 3, (1, 40)), (2, 1, (2, 5)), (3, 3, (1, 4))])
+@pytest.mark.parametrize(
+    "experts, top_k, tokens",
+    [(4, 2, (3, 11)), (4, 2, (1, 1)), (6, 3, (1, 40)), (2, 1, (2, 5)), (3, 3, (1, 4))],
+)
 @pytest.mark.parametrize("idle", [False, True])
 def test_sparse_mlp_is_transformers_block(experts, top_k, tokens, idle):
     """Values and gradients, with an expert that no token wants too: its gradient is 0 and not missing."""
     if idle and top_k == experts:
         return
     torch.manual_seed(0)
-    config = Qwen3VLMoeTextConfig(hidden_size=16, moe_intermediate_size=24, num_experts=experts, num_experts_per_tok=top_k)
+    config = Qwen3VLMoeTextConfig(
+        hidden_size=16, moe_intermediate_size=24, num_experts=experts, num_experts_per_tok=top_k
+    )
     config._experts_implementation = "eager"
     theirs = Qwen3VLMoeTextSparseMoeBlock(config)
     hidden = torch.randn(*tokens, 16)
@@ -220,20 +304,31 @@ def test_sparse_mlp_is_transformers_block(experts, top_k, tokens, idle):
         if idle:
             hidden[..., 0] = 5.0
             theirs.gate.weight[1, 0] = -20.0
-    ours = SparseMLP(Router(theirs.gate.weight.detach().clone()),
-                     Experts(theirs.experts.gate_up_proj.detach().clone(), theirs.experts.down_proj.detach().clone(),
-                             theirs.experts.act_fn), top_k)
+    ours = SparseMLP(
+        Router(theirs.gate.weight.detach().clone()),
+        Experts(
+            theirs.experts.gate_up_proj.detach().clone(),
+            theirs.experts.down_proj.detach().clone(),
+            theirs.experts.act_fn,
+        ),
+        top_k,
+    )
     inputs = [hidden.clone().requires_grad_() for _ in range(2)]
     outs = [block(x) for block, x in zip((ours, theirs), inputs)]
     torch.testing.assert_close(outs[0], outs[1], atol=1e-5, rtol=1e-5)
     direction = torch.randn(outs[0].shape)
     for out in outs:
         (out * direction).sum().backward()
-    pairs = {"hidden": inputs, "gate": (ours.gate.weight, theirs.gate.weight),
-             "gate_up": (ours.experts.gate_up_proj, theirs.experts.gate_up_proj),
-             "down": (ours.experts.down_proj, theirs.experts.down_proj)}
+    pairs = {
+        "hidden": inputs,
+        "gate": (ours.gate.weight, theirs.gate.weight),
+        "gate_up": (ours.experts.gate_up_proj, theirs.experts.gate_up_proj),
+        "down": (ours.experts.down_proj, theirs.experts.down_proj),
+    }
     for name, (mine, other) in pairs.items():
-        assert (mine.grad - other.grad).norm() <= 1e-4 * other.grad.norm() + 1e-7, name  # top_k 1: the gate's is rounding
+        assert (mine.grad - other.grad).norm() <= 1e-4 * other.grad.norm() + 1e-7, (
+            name
+        )  # top_k 1: the gate's is rounding
     if idle:
         assert not (ours.chosen == 1).any() and (ours.experts.gate_up_proj.grad[1] == 0).all()
     logits, _, their_chosen = theirs.gate(hidden)
@@ -256,7 +351,11 @@ def test_sparse_mlp_with_allowed_experts():
         for k in best:
             a, b = gate_up[k][:i] @ x, gate_up[k][i:] @ x
             expected[t] += math.exp(logits[k]) / total * (down[k] @ (a / (1 + np.exp(-a)) * b))
-    block = SparseMLP(Router(torch.tensor(gate)), Experts(torch.tensor(gate_up), torch.tensor(down), torch.nn.SiLU()), 2)
+    block = SparseMLP(
+        Router(torch.tensor(gate)),
+        Experts(torch.tensor(gate_up), torch.tensor(down), torch.nn.SiLU()),
+        2,
+    )
     block.allowed = torch.tensor(allowed)
     x = torch.tensor(hidden[None], requires_grad=True)
     out = block(x)
@@ -271,14 +370,20 @@ def test_sparse_mlp_with_allowed_experts():
 
 
 TEXT = "<caption>From left to right: 1, 2 and 3.</caption> <think>1 + 2 = 3.</think> <answer>A</answer> What is the sum?"
-TEACHER = Response("From left to right the digits are 1, 2 and 3.", "1 + 2 = 3, 3 + 3 = 6. So the answer is 6.", "6")
+TEACHER = Response(
+    "From left to right the digits are 1, 2 and 3.",
+    "1 + 2 = 3, 3 + 3 = 6. So the answer is 6.",
+    "6",
+)
 
 
 @pytest.fixture(scope="module")
 def dense(tmp_path_factory) -> str:
     """A tiny dense Qwen3-VL directory, every parameter random."""
     path = tmp_path_factory.mktemp("models") / "dense"
-    world = digits.World(hidden_size=48, intermediate_size=80, head_dim=16, layers=2, vision_layers=2)
+    world = digits.World(
+        hidden_size=48, intermediate_size=80, head_dim=16, layers=2, vision_layers=2
+    )
     digits.build_model(path, digits.train_tokenizer([TEXT] * 3, 20), world)
     model = Qwen3VLForConditionalGeneration.from_pretrained(path)
     generator = torch.Generator().manual_seed(1)
@@ -295,7 +400,13 @@ def randomised(dense: str, kind: str = "learned"):
     generator = torch.Generator().manual_seed(2)
     with torch.no_grad():
         for name, parameter in discriminator.named_parameters():
-            std = 0.3 if ".mlp." in name and "language_model" in name else 0.1 if name == "score.weight" else 0.0
+            std = (
+                0.3
+                if ".mlp." in name and "language_model" in name
+                else 0.1
+                if name == "score.weight"
+                else 0.0
+            )
             parameter.add_(std * torch.randn(parameter.shape, generator=generator))
     return discriminator, processor
 
@@ -310,7 +421,9 @@ def sparse(dense, tmp_path_factory):
 
 
 def opened(path):
-    return Qwen3VLMoeForConditionalGeneration.from_pretrained(path, dtype=torch.float64, experts_implementation="eager")
+    return Qwen3VLMoeForConditionalGeneration.from_pretrained(
+        path, dtype=torch.float64, experts_implementation="eager"
+    )
 
 
 @pytest.fixture(scope="module")
@@ -322,7 +435,9 @@ def reference(sparse):
 def example(index: int, images: int) -> Example:
     pictures, content = [], []
     for i in range(images):
-        noise = np.random.default_rng(10 * index + i).integers(0, 255, (16 * (i + 1), 48, 3), dtype=np.uint8)
+        noise = np.random.default_rng(10 * index + i).integers(
+            0, 255, (16 * (i + 1), 48, 3), dtype=np.uint8
+        )
         buffer = io.BytesIO()
         Image.fromarray(noise).save(buffer, "PNG")
         pictures.append(buffer.getvalue())
@@ -337,22 +452,36 @@ def comparisons(processor) -> list[Comparison]:
     other = Response("Digits 7, 2 and 8.", "7 + 2 + 8 = 17.", "17")
     terse = Response("x", "y", "z")
     half = Response(TEACHER.caption, other.think, other.answer)
-    return [Comparison(prompts[0], TEACHER, [other, None, half, terse]), Comparison(prompts[1], other, [TEACHER, other]),
-            Comparison(prompts[2], TEACHER, [None, terse])]
+    return [
+        Comparison(prompts[0], TEACHER, [other, None, half, terse]),
+        Comparison(prompts[1], other, [TEACHER, other]),
+        Comparison(prompts[2], TEACHER, [None, terse]),
+    ]
 
 
 def their_hidden(model, prompt, branch, processor):
     """(T, h) of one plain sequence by transformers: its attention, its positions, its experts."""
     ids = torch.cat([prompt.input_ids, branch])[None]
     pixels = None if prompt.pixel_values is None else prompt.pixel_values.to(model.dtype)
-    return model.model(input_ids=ids, pixel_values=pixels, image_grid_thw=prompt.image_grid_thw, use_cache=False,
-                       mm_token_type_ids=(ids == processor.image_token_id).int(),
-                       attention_mask=torch.ones_like(ids)).last_hidden_state[0]
+    return model.model(
+        input_ids=ids,
+        pixel_values=pixels,
+        image_grid_thw=prompt.image_grid_thw,
+        use_cache=False,
+        mm_token_type_ids=(ids == processor.image_token_id).int(),
+        attention_mask=torch.ones_like(ids),
+    ).last_hidden_state[0]
 
 
 def our_hidden(discriminator, pack):
-    out = discriminator.model(input_ids=pack.input_ids, position_ids=pack.position_ids, pixel_values=pack.pixel_values,
-                              image_grid_thw=pack.image_grid_thw, use_cache=False, layout=PackAttention(pack))
+    out = discriminator.model(
+        input_ids=pack.input_ids,
+        position_ids=pack.position_ids,
+        pixel_values=pack.pixel_values,
+        image_grid_thw=pack.image_grid_thw,
+        use_cache=False,
+        layout=PackAttention(pack),
+    )
     return out.last_hidden_state[0]
 
 
@@ -361,8 +490,12 @@ def sequences(packed, groups_of_pack):
     for segment, prompt in zip(packed.segments, groups_of_pack):
         at = segment.start + segment.prompt
         for length in segment.branches:
-            yield (prompt, packed.input_ids[0, at:at + length], slice(segment.start, segment.start + segment.prompt),
-                   slice(at, at + length))
+            yield (
+                prompt,
+                packed.input_ids[0, at : at + length],
+                slice(segment.start, segment.start + segment.prompt),
+                slice(at, at + length),
+            )
             at += length
 
 
@@ -370,13 +503,15 @@ def test_backbone_is_transformers_mixture_of_experts(sparse, reference):
     """Hidden states of a pack with images against each sequence alone."""
     discriminator, processor, _ = sparse
     pairs = comparisons(processor)
-    pack, = (v.pack for v in view_packs(pairs, processor))
+    (pack,) = (v.pack for v in view_packs(pairs, processor))
     compared = 0
     with torch.no_grad():
         ours = our_hidden(discriminator, pack)
         for prompt, branch, before, own in sequences(pack, [c.prompt for c in pairs]):
             theirs = their_hidden(reference, prompt, branch, processor).float()
-            torch.testing.assert_close(torch.cat([ours[before], ours[own]]), theirs, atol=1e-4, rtol=1e-4)
+            torch.testing.assert_close(
+                torch.cat([ours[before], ours[own]]), theirs, atol=1e-4, rtol=1e-4
+            )
             compared += 1
     assert compared == sum(map(len, (s.branches for s in pack.segments))) > 8
     used = torch.cat([m.chosen for m in discriminator.sparse]).unique()
@@ -390,12 +525,16 @@ def test_judge_gives_the_papers_scores_loss_and_gradient(sparse, reference):
     pairs = comparisons(processor)
     head = load_file(f"{path}/model.safetensors")["score.weight"].double().requires_grad_()
     discriminator.train().zero_grad()
-    judgement = judge(discriminator, pairs, processor, torch.device("cpu"), 100_000, score_l2=0.05, balance=0.1)
+    judgement = judge(
+        discriminator, pairs, processor, torch.device("cpu"), 100_000, score_l2=0.05, balance=0.1
+    )
     assert not discriminator.sparse[0].allowed and discriminator.sparse[0].chosen is None
 
     routed: list[list[torch.Tensor]] = [[], []]
-    hooks = [layer.mlp.gate.register_forward_hook(lambda m, a, out, i=i: routed[i].append(out[0]))
-             for i, layer in enumerate(reference.model.language_model.layers)]
+    hooks = [
+        layer.mlp.gate.register_forward_hook(lambda m, a, out, i=i: routed[i].append(out[0]))
+        for i, layer in enumerate(reference.model.language_model.layers)
+    ]
     reference.zero_grad()
     loss, rows, logits = 0.0, [], [[], []]
     for comparison in pairs:
@@ -408,7 +547,7 @@ def test_judge_gives_the_papers_scores_loss_and_gradient(sparse, reference):
                     some.clear()
                 hidden = their_hidden(reference, prompt, tokens, processor)[-1]
                 for i, some in enumerate(routed):
-                    logits[i].append(some[0][len(prompt.input_ids) if seen else 0:])
+                    logits[i].append(some[0][len(prompt.input_ids) if seen else 0 :])
                 seen[key] = hidden @ head[view]
             return seen[key]
 
@@ -416,7 +555,9 @@ def test_judge_gives_the_papers_scores_loss_and_gradient(sparse, reference):
             if student is None:
                 rows.append(None)
                 continue
-            teacher = [score(k, v) for k, v in enumerate(encode_views(processor, comparison.teacher))]
+            teacher = [
+                score(k, v) for k, v in enumerate(encode_views(processor, comparison.teacher))
+            ]
             mine = [score(k, v) for k, v in enumerate(encode_views(processor, student))]
             rows.append((teacher, mine))
             for t, s in zip(teacher, mine):
@@ -434,7 +575,9 @@ def test_judge_gives_the_papers_scores_loss_and_gradient(sparse, reference):
             close(judgement.student[i], [float(x.detach()) for x in row[1]], 1e-4)
             assert judgement.differs[i].tolist() == [bool(t != s) for t, s in zip(*row)]
     close(judgement.sums["discriminator_loss"][0], loss.item(), 1e-4)
-    theirs = {name: p.grad for name, p in reference.named_parameters()} | {"score.weight": head.grad}
+    theirs = {name: p.grad for name, p in reference.named_parameters()} | {
+        "score.weight": head.grad
+    }
     compared = 0
     for name, parameter in discriminator.named_parameters():
         expected = theirs[name]
@@ -442,15 +585,20 @@ def test_judge_gives_the_papers_scores_loss_and_gradient(sparse, reference):
             assert (parameter.grad - expected).norm() <= 2e-3 * expected.norm(), name
             compared += 1
     assert compared > 60
-    assert judgement.expert_tokens.sum() == 2 * 2 * sum(len(k[1]) for k in unique_views(pairs, processor))
+    assert judgement.expert_tokens.sum() == 2 * 2 * sum(
+        len(k[1]) for k in unique_views(pairs, processor)
+    )
     discriminator.zero_grad()
 
 
 def unique_views(pairs, processor):
     for comparison in pairs:
         valid = [s for s in comparison.students if s is not None]
-        yield from {(k, tuple(v.tolist())) for r in [comparison.teacher] * bool(valid) + valid
-                    for k, v in enumerate(encode_views(processor, r))}
+        yield from {
+            (k, tuple(v.tolist()))
+            for r in [comparison.teacher] * bool(valid) + valid
+            for k, v in enumerate(encode_views(processor, r))
+        }
 
 
 def test_judge_does_not_depend_on_how_views_are_packed(sparse):
@@ -459,17 +607,37 @@ def test_judge_does_not_depend_on_how_views_are_packed(sparse):
     results = []
     for max_tokens in (100_000, 250, 10):
         discriminator.zero_grad()
-        judgement = judge(discriminator, pairs, processor, torch.device("cpu"), max_tokens, balance=0.0)
-        results.append((judgement, {n: p.grad.clone() for n, p in discriminator.named_parameters() if p.grad is not None}))
-    assert len(view_packs(pairs, processor, 10)) == 6 and 1 < len(view_packs(pairs, processor, 250)) < 6
+        judgement = judge(
+            discriminator, pairs, processor, torch.device("cpu"), max_tokens, balance=0.0
+        )
+        results.append(
+            (
+                judgement,
+                {
+                    n: p.grad.clone()
+                    for n, p in discriminator.named_parameters()
+                    if p.grad is not None
+                },
+            )
+        )
+    assert (
+        len(view_packs(pairs, processor, 10)) == 6
+        and 1 < len(view_packs(pairs, processor, 250)) < 6
+    )
     (first, gradient), *others = results
     for judgement, other in others:
-        torch.testing.assert_close(judgement.student, first.student, equal_nan=True, atol=1e-4, rtol=1e-4)
-        torch.testing.assert_close(judgement.teacher, first.teacher, equal_nan=True, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(
+            judgement.student, first.student, equal_nan=True, atol=1e-4, rtol=1e-4
+        )
+        torch.testing.assert_close(
+            judgement.teacher, first.teacher, equal_nan=True, atol=1e-4, rtol=1e-4
+        )
         assert torch.equal(judgement.differs, first.differs)
         close(judgement.sums["discriminator_loss"][0], first.sums["discriminator_loss"][0], 1e-5)
         for name in gradient:
-            assert (gradient[name] - other[name]).norm() <= 1e-3 * gradient[name].norm() + 1e-7, name
+            assert (gradient[name] - other[name]).norm() <= 1e-3 * gradient[name].norm() + 1e-7, (
+                name
+            )
     discriminator.zero_grad()
 
 
@@ -479,8 +647,12 @@ def test_balance_of_several_packs_is_their_mean_over_tokens(sparse):
     totals, tokens = [], []
     for v in view_packs(pairs, processor, 250):
         logits = []
-        hooks = [m.register_forward_hook(lambda m, a, out, logits=logits: logits.append(a[0][0] @ m.gate.weight.T))
-                 for m in discriminator.sparse]
+        hooks = [
+            m.register_forward_hook(
+                lambda m, a, out, logits=logits: logits.append(a[0][0] @ m.gate.weight.T)
+            )
+            for m in discriminator.sparse
+        ]
         with torch.no_grad():
             discriminator(v.pack, v.views)
         for hook in hooks:
@@ -489,7 +661,10 @@ def test_balance_of_several_packs_is_their_mean_over_tokens(sparse):
         tokens.append(len(logits[0]))
     expected = np.average(totals, weights=tokens)
     assert len(tokens) > 1 and np.ptp(totals) > 0.01
-    judgements = [judge(discriminator, pairs, processor, torch.device("cpu"), 250, balance=b, learn=False) for b in (0.0, 0.7)]
+    judgements = [
+        judge(discriminator, pairs, processor, torch.device("cpu"), 250, balance=b, learn=False)
+        for b in (0.0, 0.7)
+    ]
     close(judgements[0].sums["balance_loss"][0], expected, 1e-5)
     losses = [judgement.sums["discriminator_loss"][0] for judgement in judgements]
     close(losses[1] - losses[0], 0.7 * expected, 1e-5)
@@ -520,22 +695,35 @@ def test_judge_without_a_valid_student(sparse):
     only = [Comparison(encode_prompts(processor, [example(0, 1)])[0], TEACHER, [None, None])]
     judgement = judge(discriminator, only, processor, torch.device("cpu"), 1000)
     assert judgement.student.isnan().all() and judgement.student.shape == (2, 2)
-    assert judgement.sums["pair_accuracy_perception"] == (0, 0) and judgement.sums["discriminator_loss"][1] == 0
+    assert (
+        judgement.sums["pair_accuracy_perception"] == (0, 0)
+        and judgement.sums["discriminator_loss"][1] == 0
+    )
     assert all(p.grad is None or (p.grad == 0).all() for p in discriminator.parameters())
 
 
 def test_equal_texts_score_exactly_alike(sparse):
     """The same response on both sides: the very same number, so neither side wins and nothing can be learned from it."""
     discriminator, processor, _ = sparse
-    same = [Comparison(encode_prompts(processor, [example(0, 1)])[0], TEACHER, [TEACHER, Response("x", "y", "z")])]
+    same = [
+        Comparison(
+            encode_prompts(processor, [example(0, 1)])[0],
+            TEACHER,
+            [TEACHER, Response("x", "y", "z")],
+        )
+    ]
     judgement = judge(discriminator, same, processor, torch.device("cpu"), 1000, learn=False)
-    assert torch.equal(judgement.teacher[0], judgement.student[0]) and not judgement.differs[0].any()
-    assert judgement.sums["pair_accuracy_perception"][1] == 1  # of the two pairs one can be told apart
+    assert (
+        torch.equal(judgement.teacher[0], judgement.student[0]) and not judgement.differs[0].any()
+    )
+    assert (
+        judgement.sums["pair_accuracy_perception"][1] == 1
+    )  # of the two pairs one can be told apart
 
 
 def test_scores_are_clamped_and_dropout_is_for_the_loss_alone(sparse):
     discriminator, processor, _ = sparse
-    v, = view_packs(comparisons(processor), processor)
+    (v,) = view_packs(comparisons(processor), processor)
     weight = discriminator.score.weight.data.clone()
     try:
         with torch.no_grad():
@@ -549,11 +737,20 @@ def test_scores_are_clamped_and_dropout_is_for_the_loss_alone(sparse):
         assert plain.abs().max() < 10
         discriminator.score.weight.data *= 8 / plain.abs().max() * 4  # the largest would be 32
         scores = discriminator.train()(v.pack, v.views)
-        close(scores[1].detach(), [min(max(float(x) * 32 / float(plain.abs().max()), -10), 10) for x in plain[1]], 1e-4)
+        close(
+            scores[1].detach(),
+            [min(max(float(x) * 32 / float(plain.abs().max()), -10), 10) for x in plain[1]],
+            1e-4,
+        )
         outside = scores[0].abs() == 10
         assert outside.any() and not outside.all()
-        for chosen, still in ((outside, True), (~outside, False)):  # beyond the clamp nothing pulls a score further
-            gradient, = torch.autograd.grad(scores[0][chosen].sum(), discriminator.score.weight, retain_graph=True)
+        for chosen, still in (
+            (outside, True),
+            (~outside, False),
+        ):  # beyond the clamp nothing pulls a score further
+            (gradient,) = torch.autograd.grad(
+                scores[0][chosen].sum(), discriminator.score.weight, retain_graph=True
+            )
             assert (gradient == 0).all() == still
     finally:
         discriminator.score.weight.data.copy_(weight)
@@ -564,7 +761,7 @@ def test_scores_are_clamped_and_dropout_is_for_the_loss_alone(sparse):
 def test_dedicated_experts_serve_their_view_alone(dense):
     discriminator, processor = randomised(dense, "dedicated")
     pairs = comparisons(processor)
-    v, = view_packs(pairs, processor)
+    (v,) = view_packs(pairs, processor)
     owner = []
     views = iter(v.views.tolist())
     for segment in v.pack.segments:
@@ -575,11 +772,21 @@ def test_dedicated_experts_serve_their_view_alone(dense):
     with torch.no_grad():
         discriminator(v.pack, v.views)
     for block in discriminator.sparse:
-        taken = {view: {e for o, chosen in zip(owner, block.chosen.tolist()) if o == view for e in chosen}
-                 for view in (-1, 0, 1)}
+        taken = {
+            view: {
+                e for o, chosen in zip(owner, block.chosen.tolist()) if o == view for e in chosen
+            }
+            for view in (-1, 0, 1)
+        }
         assert taken == {-1: {0, 1, 2, 3}, 0: {0, 1}, 1: {2, 3}}
-    counts = judge(discriminator, pairs, processor, torch.device("cpu"), 100_000, learn=False).expert_tokens
-    assert (counts[:, 0, 2:] == 0).all() and (counts[:, 1, :2] == 0).all() and (counts.sum(-1) > 0).all()
+    counts = judge(
+        discriminator, pairs, processor, torch.device("cpu"), 100_000, learn=False
+    ).expert_tokens
+    assert (
+        (counts[:, 0, 2:] == 0).all()
+        and (counts[:, 1, :2] == 0).all()
+        and (counts.sum(-1) > 0).all()
+    )
 
 
 def test_text_only_discriminator_never_sees_the_image(dense, tmp_path):
@@ -588,12 +795,22 @@ def test_text_only_discriminator_never_sees_the_image(dense, tmp_path):
     theirs = opened(tmp_path / "text")
     pairs = comparisons(processor)[:1]
     judgement = judge(discriminator, pairs, processor, torch.device("cpu"), 1000, learn=False)
-    special = {processor.image_token_id, processor.vision_start_token_id, processor.vision_end_token_id}
+    special = {
+        processor.image_token_id,
+        processor.vision_start_token_id,
+        processor.vision_end_token_id,
+    }
     ids = torch.tensor([i for i in pairs[0].prompt.input_ids.tolist() if i not in special])
     with torch.no_grad():
         for k, view in enumerate(encode_views(processor, TEACHER)):
-            hidden = theirs.model(input_ids=torch.cat([ids, view])[None], use_cache=False).last_hidden_state[0, -1]
-            close(judgement.teacher[0, k], float(hidden @ discriminator.score.weight[k].double()), 1e-4)
+            hidden = theirs.model(
+                input_ids=torch.cat([ids, view])[None], use_cache=False
+            ).last_hidden_state[0, -1]
+            close(
+                judgement.teacher[0, k],
+                float(hidden @ discriminator.score.weight[k].double()),
+                1e-4,
+            )
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -601,8 +818,17 @@ def test_text_only_discriminator_never_sees_the_image(dense, tmp_path):
 
 
 def test_upcycling_copies_with_the_papers_noise(dense):
-    defaults = {k: p.default for k, p in inspect.signature(upcycle).parameters.items() if p.default is not p.empty}
-    assert (defaults["num_experts"], defaults["top_k"], defaults["noise_std"], defaults["router_std"]) == (4, 2, 0.01, 0.02)
+    defaults = {
+        k: p.default
+        for k, p in inspect.signature(upcycle).parameters.items()
+        if p.default is not p.empty
+    }
+    assert (
+        defaults["num_experts"],
+        defaults["top_k"],
+        defaults["noise_std"],
+        defaults["router_std"],
+    ) == (4, 2, 0.01, 0.02)
     before = Qwen3VLForConditionalGeneration.from_pretrained(dense).model
     model = Qwen3VLForConditionalGeneration.from_pretrained(dense).model
     upcycle(model, seed=3)
@@ -610,18 +836,35 @@ def test_upcycling_copies_with_the_papers_noise(dense):
     for layer, old in zip(model.language_model.layers, before.language_model.layers):
         experts = layer.mlp.experts
         copy = torch.cat([old.mlp.gate_proj.weight, old.mlp.up_proj.weight])
-        assert experts.gate_up_proj.shape == (4, 160, 48) and experts.down_proj.shape == (4, 48, 80) and layer.mlp.top_k == 2
+        assert (
+            experts.gate_up_proj.shape == (4, 160, 48)
+            and experts.down_proj.shape == (4, 48, 80)
+            and layer.mlp.top_k == 2
+        )
         for noise in (experts.gate_up_proj - copy, experts.down_proj - old.mlp.down_proj.weight):
             assert abs(noise.std() / 0.01 - 1) < 0.03 and abs(noise.mean()) < 3e-4
             flat = noise.flatten(1)
             assert (torch.corrcoef(flat) - torch.eye(4)).abs().max() < 0.06  # each expert its own
             noises.append(flat[:, :2000])
         routers.append(layer.mlp.gate.weight)
-    assert torch.corrcoef(torch.cat(noises)).sub(torch.eye(16)).abs().max() < 0.12  # each layer its own
+    assert (
+        torch.corrcoef(torch.cat(noises)).sub(torch.eye(16)).abs().max() < 0.12
+    )  # each layer its own
     routers = torch.cat(routers)
-    assert routers.shape == (8, 48) and abs(routers.std() / 0.02 - 1) < 0.15 and abs(routers.mean()) < 0.004
-    rest, old = ({n: p for n, p in m.state_dict().items() if ".mlp." not in n or "visual" in n} for m in (model, before))
-    assert rest.keys() == old.keys() and all(torch.equal(rest[n], old[n]) for n in rest) and len(rest) > 50
+    assert (
+        routers.shape == (8, 48)
+        and abs(routers.std() / 0.02 - 1) < 0.15
+        and abs(routers.mean()) < 0.004
+    )
+    rest, old = (
+        {n: p for n, p in m.state_dict().items() if ".mlp." not in n or "visual" in n}
+        for m in (model, before)
+    )
+    assert (
+        rest.keys() == old.keys()
+        and all(torch.equal(rest[n], old[n]) for n in rest)
+        and len(rest) > 50
+    )
 
 
 def test_upcycling_is_reproducible_and_depends_on_the_seed(dense):
@@ -642,8 +885,12 @@ def test_upcycled_without_noise_is_the_dense_model(dense):
     with torch.no_grad():
         expected = their_hidden(model, prompt, branch, processor)
         upcycle(model.model, noise_std=0.0, router_std=1.0)
-        torch.testing.assert_close(their_hidden(model, prompt, branch, processor), expected, atol=2e-5, rtol=1e-4)
-        upcycle_changes = max(float(m.probabilities.max()) for m in Discriminator(model.model, "learned").sparse)
+        torch.testing.assert_close(
+            their_hidden(model, prompt, branch, processor), expected, atol=2e-5, rtol=1e-4
+        )
+        upcycle_changes = max(
+            float(m.probabilities.max()) for m in Discriminator(model.model, "learned").sparse
+        )
     assert upcycle_changes > 0.9  # the routers did have opinions
 
 
@@ -663,13 +910,19 @@ def test_upcycling_names_what_it_cannot_turn():
 
 def test_transformers_opens_what_is_saved(sparse):
     discriminator, processor, path = sparse
-    model, info = Qwen3VLMoeForConditionalGeneration.from_pretrained(path, output_loading_info=True, dtype=torch.float32)
+    model, info = Qwen3VLMoeForConditionalGeneration.from_pretrained(
+        path, output_loading_info=True, dtype=torch.float32
+    )
     assert set(info["unexpected_keys"]) == {"score.weight"}
     assert not info["missing_keys"] and not info["mismatched_keys"] and not info.get("error_msgs")
     ours, theirs = discriminator.model.state_dict(), model.model.state_dict()
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[n], theirs[n]) for n in ours)
     config = model.config.text_config
-    assert (config.num_experts, config.num_experts_per_tok, config.moe_intermediate_size) == (4, 2, 80)
+    assert (config.num_experts, config.num_experts_per_tok, config.moe_intermediate_size) == (
+        4,
+        2,
+        80,
+    )
     assert (config.decoder_sparse_step, list(config.mlp_only_layers)) == (1, [])
     again = load_processor(path)
     a, b = (encode_prompts(p, [example(0, 1)])[0] for p in (processor, again))
@@ -680,7 +933,9 @@ def test_transformers_opens_what_is_saved(sparse):
 def test_round_trip_is_exact(dense, tmp_path, kind):
     discriminator, processor = randomised(dense, kind)
     save_discriminator(discriminator, processor, str(tmp_path / "one"))
-    again, _ = load_discriminator("--model", str(tmp_path / "one"), seed=9)  # the directory knows what it is
+    again, _ = load_discriminator(
+        "--model", str(tmp_path / "one"), seed=9
+    )  # the directory knows what it is
     save_discriminator(again, processor, str(tmp_path / "two"))
     twice, _ = load_discriminator("--model", str(tmp_path / "two"), seed=10)
     expected = discriminator.state_dict()
@@ -690,7 +945,7 @@ def test_round_trip_is_exact(dense, tmp_path, kind):
         assert other.kind == kind and state.keys() == expected.keys()
         assert all(torch.equal(state[n], expected[n]) for n in expected)
     with torch.no_grad():
-        v, = view_packs(comparisons(processor), processor, text_only=kind == "text")
+        (v,) = view_packs(comparisons(processor), processor, text_only=kind == "text")
         assert torch.equal(discriminator.eval()(v.pack, v.views), again.eval()(v.pack, v.views))
 
 
@@ -704,12 +959,16 @@ def test_a_single_headed_checkpoint_fills_both_heads(sparse, tmp_path, name):
     save_file(weights | {name: row}, tmp_path / "model.safetensors", {"format": "pt"})
     again, _ = load_discriminator("--model", str(tmp_path))
     assert torch.equal(again.score.weight, row.expand(2, -1))
-    assert torch.equal(again.model.language_model.layers[1].mlp.experts.down_proj,
-                       discriminator.model.language_model.layers[1].mlp.experts.down_proj)
+    assert torch.equal(
+        again.model.language_model.layers[1].mlp.experts.down_proj,
+        discriminator.model.language_model.layers[1].mlp.experts.down_proj,
+    )
 
 
 def test_a_fresh_head_is_drawn_as_in_the_paper(dense):
-    heads = torch.cat([load_discriminator("--model", dense, seed=seed)[0].score.weight for seed in range(3)])
+    heads = torch.cat(
+        [load_discriminator("--model", dense, seed=seed)[0].score.weight for seed in range(3)]
+    )
     assert heads.shape == (6, 48) and abs(heads.std() / 0.02 - 1) < 0.2
     assert len({tuple(row.tolist()) for row in heads}) == 6  # a head a view, and a seed a pair
     assert Discriminator(load_discriminator("--model", dense)[0].model, "learned").dropout.p == 0.1
@@ -735,18 +994,52 @@ def test_a_wrong_kind_is_refused(dense, sparse, tmp_path):
 
 def test_defaults_are_the_papers():
     config = AlignConfig()
-    assert (config.learning_rate, config.discriminator_learning_rate, config.lr_scheduler_type) == (1e-6, 1e-6, "constant")
-    assert (config.weight_decay, config.max_steps, config.num_generations, config.temperature) == (0.01, 500, 16, 1.0)
+    assert (config.learning_rate, config.discriminator_learning_rate, config.lr_scheduler_type) == (
+        1e-6,
+        1e-6,
+        "constant",
+    )
+    assert (config.weight_decay, config.max_steps, config.num_generations, config.temperature) == (
+        0.01,
+        500,
+        16,
+        1.0,
+    )
     assert (config.max_prompt_length, config.max_completion_length) == (2048, 6144)
-    assert (config.alpha, config.format_penalty, config.epsilon, config.score_l2) == (0.5, 1.5, 0.2, 0.001)
-    assert (config.router_aux_loss_coef, config.length_beta_perception, config.length_beta_reasoning) == (0.01, 0, 0)
+    assert (config.alpha, config.format_penalty, config.epsilon, config.score_l2) == (
+        0.5,
+        1.5,
+        0.2,
+        0.001,
+    )
+    assert (
+        config.router_aux_loss_coef,
+        config.length_beta_perception,
+        config.length_beta_reasoning,
+    ) == (0.01, 0, 0)
     signature = inspect.signature(alignment_advantage).parameters
     assert (signature["alpha"].default, signature["format_penalty"].default) == (0.5, 1.5)
 
     config = DiscriminatorConfig()
-    assert (config.learning_rate, config.lr_scheduler_type, config.warmup_ratio) == (1e-5, "cosine", 0.1)
+    assert (config.learning_rate, config.lr_scheduler_type, config.warmup_ratio) == (
+        1e-5,
+        "cosine",
+        0.1,
+    )
     assert config.weight_decay == 0.01
     assert 8 * config.per_device_train_batch_size * config.gradient_accumulation_steps == 128
-    assert (config.num_train_epochs, config.max_grad_norm, config.max_length, config.dropout) == (1, 1.0, 8192, 0.1)
-    assert (config.score_l2, config.router_aux_loss_coef, config.experts) == (0.001, 0.01, "learned")
-    assert AlignConfig().warmup_steps == math.ceil(120_000 / 128) and AlignConfig().warmup_learning_rate == 1e-5
+    assert (config.num_train_epochs, config.max_grad_norm, config.max_length, config.dropout) == (
+        1,
+        1.0,
+        8192,
+        0.1,
+    )
+    assert (config.score_l2, config.router_aux_loss_coef, config.experts) == (
+        0.001,
+        0.01,
+        "learned",
+    )
+    assert (
+        AlignConfig().warmup_steps == math.ceil(120_000 / 128)
+        and AlignConfig().warmup_learning_rate == 1e-5
+    )

@@ -3,6 +3,7 @@ what they say, that what cannot be compared is left out in the open, and that, t
 
 Formulas, and parity with transformers' own mixture of experts, are in test_align.py.
 """
+
 import dataclasses
 import json
 import os
@@ -11,24 +12,63 @@ import time
 
 import pytest
 import torch
-from transformers import (AutoModelForImageTextToText, CLIPVisionConfig, GenerationConfig, LlamaConfig, LlavaConfig,
-                          LlavaForConditionalGeneration, LlavaProcessor, PhiConfig, Qwen2_5_VLConfig,
-                          Qwen2_5_VLForConditionalGeneration)
+from transformers import (
+    AutoModelForImageTextToText,
+    CLIPVisionConfig,
+    GenerationConfig,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaProcessor,
+    PhiConfig,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+)
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 import digits
-from data import Example, Response, decode, encode_prompts, encode_response, encode_views, load_data, load_processor
+from data import (
+    Example,
+    Response,
+    decode,
+    encode_prompts,
+    encode_response,
+    encode_views,
+    load_data,
+    load_processor,
+)
 from data import Group, UserError, make_packs, parse_response, save_processor
-from discriminator import Comparison, SparseMLP, judge, load_discriminator, save_discriminator, upcycle, view_packs
-from model import generate, learning_rate_at, load_policy, optimizer_step, save_policy, token_logprobs
+from discriminator import (
+    Comparison,
+    SparseMLP,
+    judge,
+    load_discriminator,
+    save_discriminator,
+    upcycle,
+    view_packs,
+)
+from model import (
+    generate,
+    learning_rate_at,
+    load_policy,
+    optimizer_step,
+    save_policy,
+    token_logprobs,
+)
 from tests.conftest import launch
 from tests.test_pipeline import fails, lines
 
 CPU = torch.device("cpu")
 KINDS = ("learned", "dedicated", "dense", "text")
-TEACHER = Response("From left to right the digits are 1, 2 and 3.", "1 + 2 = 3, 3 + 3 = 6. So the answer is 6.", "6")
+TEACHER = Response(
+    "From left to right the digits are 1, 2 and 3.",
+    "1 + 2 = 3, 3 + 3 = 6. So the answer is 6.",
+    "6",
+)
 SHORT = Response("x", "y", "z")
-LONG = Response("Digits 7, 2 and 8. " * 9 + "Digits 4.", "7 + 2 = 9, 9 + 8 = 17. " * 7 + "So it is 17.", "17")
+LONG = Response(
+    "Digits 7, 2 and 8. " * 9 + "Digits 4.", "7 + 2 = 9, 9 + 8 = 17. " * 7 + "So it is 17.", "17"
+)
 OTHER = Response("Digits 7, 2 and 8.", "7 + 2 = 9, 9 + 8 = 17.", "17")
 
 
@@ -42,7 +82,13 @@ def build(world, kind: str = "learned", dropout: float = 0.0):
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for name, parameter in discriminator.named_parameters():
-            std = 0.2 if ".mlp." in name and "language_model" in name else 0.2 if name == "score.weight" else 0.0
+            std = (
+                0.2
+                if ".mlp." in name and "language_model" in name
+                else 0.2
+                if name == "score.weight"
+                else 0.0
+            )
             parameter.add_(std * torch.randn(parameter.shape, generator=generator))
     return discriminator.eval(), processor
 
@@ -55,7 +101,12 @@ def learned(world):
 @pytest.fixture(scope="module")
 def prompts(world, learned):
     """Two prompts with an image, and one without."""
-    without = Example(7, "text", [{"role": "user", "content": [{"type": "text", "text": "What is 1 + 2 + 3?"}]}], [])
+    without = Example(
+        7,
+        "text",
+        [{"role": "user", "content": [{"type": "text", "text": "What is 1 + 2 + 3?"}]}],
+        [],
+    )
     return encode_prompts(learned[1], [*load_data(world["prompts"])[:2], without])
 
 
@@ -82,12 +133,27 @@ def test_identical_text_has_no_gap(world, prompts, kind, mode, max_tokens):
     """Exactly none, in both views: however it was spaced, whatever stands beside it, wherever the packs are cut."""
     discriminator, processor = build(world, kind, dropout=0.5)
     discriminator.train(mode == "train")
-    spaced = f" \n{written(TEACHER)}\n".replace("\n", "\n\n \t").replace(">", ">  ").replace("</", "\n</")
-    texts = [written(TEACHER), written(LONG), spaced, written(SHORT), written(TEACHER), None, written(OTHER), spaced]
+    spaced = (
+        f" \n{written(TEACHER)}\n".replace("\n", "\n\n \t")
+        .replace(">", ">  ")
+        .replace("</", "\n</")
+    )
+    texts = [
+        written(TEACHER),
+        written(LONG),
+        spaced,
+        written(SHORT),
+        written(TEACHER),
+        None,
+        written(OTHER),
+        spaced,
+    ]
     same = torch.tensor([text is not None and parse_response(text) == TEACHER for text in texts])
     assert same.sum() == 4 and spaced != written(TEACHER)
     students = [parse_response(text) if text else None for text in texts]
-    scores, packs = both_scores(discriminator, processor, [Comparison(p, TEACHER, students) for p in prompts], max_tokens)
+    scores, packs = both_scores(
+        discriminator, processor, [Comparison(p, TEACHER, students) for p in prompts], max_tokens
+    )
     assert packs > 1 or max_tokens is None
     gap = (scores[..., :2] - scores[..., 2:]).view(2, len(prompts), len(texts), 2)
     assert (gap[:, :, same] == 0).all()  # not nearly: identical
@@ -103,7 +169,7 @@ def test_one_character_makes_a_gap_in_its_view_alone(learned, prompts, block, vi
     discriminator, processor = learned
     text = getattr(TEACHER, block)
     at = next(i for i, c in enumerate(text) if c.isdigit())
-    student = dataclasses.replace(TEACHER, **{block: text[:at] + "9" + text[at + 1:]})
+    student = dataclasses.replace(TEACHER, **{block: text[:at] + "9" + text[at + 1 :]})
     comparisons = [Comparison(p, TEACHER, [SHORT, student]) for p in prompts]
     for max_tokens in (None, 1):
         (_, scores), _ = both_scores(discriminator, processor, comparisons, max_tokens)
@@ -131,14 +197,18 @@ def test_no_shortcut_by_padding(learned, prompts):
     """Siblings that are much longer or shorter change nothing."""
     discriminator, processor = learned
     _, alone = both_scores(discriminator, processor, [Comparison(prompts[0], TEACHER, [OTHER])])[0]
-    beside = both_scores(discriminator, processor, [Comparison(prompts[0], TEACHER, [LONG, OTHER, SHORT])])[0][1]
+    beside = both_scores(
+        discriminator, processor, [Comparison(prompts[0], TEACHER, [LONG, OTHER, SHORT])]
+    )[0][1]
     torch.testing.assert_close(beside[1], alone[0], atol=1e-5, rtol=0)
 
 
 def test_no_shortcut_by_truncation(learned, prompts):
     """Long responses (the release cuts the supervision to 512 tokens): all their tokens are there, and the last word counts."""
     discriminator, processor = learned
-    long = Response("Digits 7, 2, 8. " * 100 + "End 1.", "7 + 2 = 9, 9 + 8 = 17. " * 60 + "So it is 17.", "17")
+    long = Response(
+        "Digits 7, 2, 8. " * 100 + "End 1.", "7 + 2 = 9, 9 + 8 = 17. " * 60 + "So it is 17.", "17"
+    )
     views = encode_views(processor, long)
     assert min(map(len, views)) > 600
     assert processor.tokenizer.decode(torch.cat([views[0][:-1], views[1][:-1]])) == written(long)
@@ -155,13 +225,18 @@ def test_no_shortcut_by_position_or_side(learned, prompts):
     """A text's scores are its own: as teacher or as student, as the first branch or the last, in this pack or in another."""
     discriminator, processor = learned
     texts = [TEACHER, LONG, OTHER, SHORT]
-    orders = [[texts[i] for i in order] for order in ((0, 1, 2, 3), (3, 2, 1, 0), (1, 3, 0, 2), (2, 0, 3, 1))]
+    orders = [
+        [texts[i] for i in order]
+        for order in ((0, 1, 2, 3), (3, 2, 1, 0), (1, 3, 0, 2), (2, 0, 3, 1))
+    ]
     for prompt in prompts:
         for max_tokens in (None, 250):
             comparisons = [Comparison(prompt, first, rest) for first, *rest in orders]
             (_, scores), _ = both_scores(discriminator, processor, comparisons, max_tokens)
             found = {text: [] for text in texts}
-            for row, (teacher, student) in zip(scores, [(c.teacher, s) for c in comparisons for s in c.students]):
+            for row, (teacher, student) in zip(
+                scores, [(c.teacher, s) for c in comparisons for s in c.students]
+            ):
                 found[teacher].append(row[:2])
                 found[student].append(row[2:])
             for some in found.values():
@@ -181,20 +256,31 @@ def alone(discriminator, prompt, view: torch.Tensor, which: int, processor) -> f
     ids = prompt.input_ids
     image = {}
     if discriminator.kind == "text":
-        special = {processor.image_token_id, processor.vision_start_token_id, processor.vision_end_token_id}
+        special = {
+            processor.image_token_id,
+            processor.vision_start_token_id,
+            processor.vision_end_token_id,
+        }
         ids = torch.tensor([i for i in ids.tolist() if i not in special])
     elif prompt.pixel_values is not None:
         image = {"pixel_values": prompt.pixel_values, "image_grid_thw": prompt.image_grid_thw}
     both = torch.cat([ids, view])[None]
     for block in discriminator.sparse if discriminator.kind == "dedicated" else []:
         block.allowed = torch.ones(both.shape[1], 4, dtype=torch.bool)
-        block.allowed[len(ids):] = torch.tensor([which == 0, which == 0, which == 1, which == 1])
+        block.allowed[len(ids) :] = torch.tensor([which == 0, which == 0, which == 1, which == 1])
     discriminator.model.set_attn_implementation({"text_config": "sdpa", "vision_config": "sdpa"})
     try:
-        hidden = discriminator.model(input_ids=both, attention_mask=torch.ones_like(both), use_cache=False, **image,
-                                     mm_token_type_ids=(both == processor.image_token_id).int()).last_hidden_state[0, -1]
+        hidden = discriminator.model(
+            input_ids=both,
+            attention_mask=torch.ones_like(both),
+            use_cache=False,
+            **image,
+            mm_token_type_ids=(both == processor.image_token_id).int(),
+        ).last_hidden_state[0, -1]
     finally:
-        discriminator.model.set_attn_implementation({"text_config": "layout", "vision_config": "sdpa"})
+        discriminator.model.set_attn_implementation(
+            {"text_config": "layout", "vision_config": "sdpa"}
+        )
         for block in discriminator.sparse:
             block.allowed = None
     return float(hidden @ discriminator.score.weight[which])
@@ -203,12 +289,28 @@ def alone(discriminator, prompt, view: torch.Tensor, which: int, processor) -> f
 @pytest.mark.parametrize("kind", KINDS)
 def test_packed_views_are_separate_forwards(world, prompts, kind):
     discriminator, processor = build(world, kind)
-    comparisons = [Comparison(prompts[0], TEACHER, [OTHER, LONG, None, dataclasses.replace(OTHER, caption=TEACHER.caption)]),
-                   Comparison(prompts[2], OTHER, [TEACHER, SHORT]), Comparison(prompts[1], LONG, [SHORT])]
+    comparisons = [
+        Comparison(
+            prompts[0],
+            TEACHER,
+            [OTHER, LONG, None, dataclasses.replace(OTHER, caption=TEACHER.caption)],
+        ),
+        Comparison(prompts[2], OTHER, [TEACHER, SHORT]),
+        Comparison(prompts[1], LONG, [SHORT]),
+    ]
     with torch.no_grad():
-        expected = torch.tensor([[alone(discriminator, c.prompt, view, k, processor) for side in (c.teacher, student)
-                                  for k, view in enumerate(encode_views(processor, side))]
-                                 for c in comparisons for student in c.students if student is not None])
+        expected = torch.tensor(
+            [
+                [
+                    alone(discriminator, c.prompt, view, k, processor)
+                    for side in (c.teacher, student)
+                    for k, view in enumerate(encode_views(processor, side))
+                ]
+                for c in comparisons
+                for student in c.students
+                if student is not None
+            ]
+        )
     assert expected.std(0).min() > 0.1 and expected.abs().max() < 10  # real scores, unclamped
     counts = []
     for max_tokens in (None, 500, 200, 1):
@@ -222,13 +324,20 @@ def test_packed_views_are_separate_forwards(world, prompts, kind):
 def test_the_image_counts_unless_the_kind_is_text(world, prompts, kind):
     discriminator, processor = build(world, kind)
     mine, other = prompts[:2]
-    assert torch.equal(mine.image_grid_thw, other.image_grid_thw) and not torch.equal(mine.pixel_values, other.pixel_values)
+    assert torch.equal(mine.image_grid_thw, other.image_grid_thw) and not torch.equal(
+        mine.pixel_values, other.pixel_values
+    )
     swapped = dataclasses.replace(mine, pixel_values=other.pixel_values)
-    a, b = (both_scores(discriminator, processor, [Comparison(p, TEACHER, [OTHER])])[0][1] for p in (mine, swapped))
+    a, b = (
+        both_scores(discriminator, processor, [Comparison(p, TEACHER, [OTHER])])[0][1]
+        for p in (mine, swapped)
+    )
     if kind == "text":
         assert torch.equal(a, b)
         (v,) = view_packs([Comparison(mine, TEACHER, [OTHER])], processor, text_only=True)
-        assert v.pack.pixel_values is None and not (v.pack.input_ids == processor.image_token_id).any()
+        assert (
+            v.pack.pixel_values is None and not (v.pack.input_ids == processor.image_token_id).any()
+        )
     else:
         assert ((a - b).abs() > 1e-3).all()
 
@@ -236,13 +345,18 @@ def test_the_image_counts_unless_the_kind_is_text(world, prompts, kind):
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_gradient_does_not_depend_on_the_cut(world, prompts, kind):
     discriminator, processor = build(world, kind)
-    comparisons = [Comparison(prompts[0], TEACHER, [OTHER, LONG, None, TEACHER]),
-                   Comparison(prompts[2], OTHER, [TEACHER, SHORT]), Comparison(prompts[1], LONG, [SHORT, OTHER])]
+    comparisons = [
+        Comparison(prompts[0], TEACHER, [OTHER, LONG, None, TEACHER]),
+        Comparison(prompts[2], OTHER, [TEACHER, SHORT]),
+        Comparison(prompts[1], LONG, [SHORT, OTHER]),
+    ]
     gradients, losses = [], []
     for max_tokens in (100_000, 300, 1):
         discriminator.zero_grad(set_to_none=True)
         judged = judge(discriminator, comparisons, processor, CPU, max_tokens, balance=0.0)
-        gradients.append(torch.cat([p.grad.flatten() for p in discriminator.parameters() if p.grad is not None]))
+        gradients.append(
+            torch.cat([p.grad.flatten() for p in discriminator.parameters() if p.grad is not None])
+        )
         losses.append(judged.sums["discriminator_loss"][0])
     assert gradients[0].norm() > 0.1
     for gradient, loss in zip(gradients[1:], losses[1:]):
@@ -262,9 +376,12 @@ def test_dedicated_experts(world, prompts):
         discriminator(v.pack, v.views)
         at, views = 0, iter(v.views.tolist())
         for segment in v.pack.segments:
-            for length, view in [(segment.prompt, -1), *((n, next(views)) for n in segment.branches)]:
+            for length, view in [
+                (segment.prompt, -1),
+                *((n, next(views)) for n in segment.branches),
+            ]:
                 for block in discriminator.sparse:
-                    reached[view] |= set(block.chosen[at:at + length].flatten().tolist())
+                    reached[view] |= set(block.chosen[at : at + length].flatten().tolist())
                 at += length
         assert at == v.pack.input_ids.shape[1]
     assert reached == {0: {0, 1}, 1: {2, 3}, -1: {0, 1, 2, 3}}
@@ -302,7 +419,11 @@ def pair_rows(world) -> tuple[list[dict], int]:
         if number == 9:
             student = student.replace("<think>", "<think>" + "1 + 1 = 2. " * 80)  # too long
         if number % 2:
-            pair |= {"question": row["question"], "teacher_response": teacher, "student_response": student}
+            pair |= {
+                "question": row["question"],
+                "teacher_response": teacher,
+                "student_response": student,
+            }
         else:
             pair |= {"prompt": row["question"]}
             for side, text in (("teacher", teacher), ("student", student)):
@@ -317,10 +438,27 @@ def test_pairs_in_both_schemas_and_those_that_are_left_out(world, tmp_path, shar
     rows, bad = pair_rows(world)
     data, out = tmp_path / "pairs.jsonl", tmp_path / "d"
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    done = launch("discriminator.py", "--model", world["init"], "--data", data, "--output_dir", out, "--max_length", 400,
-                  "--per_device_train_batch_size", 2, "--gradient_accumulation_steps", 2, "--validation_share", share)
+    done = launch(
+        "discriminator.py",
+        "--model",
+        world["init"],
+        "--data",
+        data,
+        "--output_dir",
+        out,
+        "--max_length",
+        400,
+        "--per_device_train_batch_size",
+        2,
+        "--gradient_accumulation_steps",
+        2,
+        "--validation_share",
+        share,
+    )
     left = {row["row"]: row["why"] for row in lines(out / "left_out.jsonl")}
-    assert set(left) == {f"{data}:4", f"{data}:7", f"{data}:10"} and all(where in done.stderr for where in left)
+    assert set(left) == {f"{data}:4", f"{data}:7", f"{data}:10"} and all(
+        where in done.stderr for where in left
+    )
     assert "student" in left[f"{data}:4"] and "format" in left[f"{data}:4"]
     assert "teacher" in left[f"{data}:7"] and "format" in left[f"{data}:7"]
     assert "--max_length 400" in left[f"{data}:10"]
@@ -329,7 +467,9 @@ def test_pairs_in_both_schemas_and_those_that_are_left_out(world, tmp_path, shar
     if share:  # only pairs that were compared count as held out
         assert steps[-1]["validation_pairs"] == 8 - len(set(left) & held_out(rows, data, 8))
         assert 0 <= steps[-1]["validation_pair_accuracy_perception"] <= 1
-        assert steps[-1]["validation_pair_accuracy_reasoning"] is None or not set(left)  # reasoning is the same on both sides
+        assert steps[-1]["validation_pair_accuracy_reasoning"] is None or not set(
+            left
+        )  # reasoning is the same on both sides
 
 
 def held_out(rows, data, count: int, seed: int = 0) -> set[str]:
@@ -344,7 +484,9 @@ def test_a_pair_file_with_missing_fields_is_one_line(world, tmp_path):
     del rows[1]["student_response"]
     data = tmp_path / "pairs.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    said = fails("discriminator.py", "--model", world["init"], "--data", data, "--output_dir", tmp_path / "d")
+    said = fails(
+        "discriminator.py", "--model", world["init"], "--data", data, "--output_dir", tmp_path / "d"
+    )
     assert f"{data}:2" in said
     for found in ("image", "question", "teacher_response"):
         assert found in said
@@ -355,16 +497,38 @@ def test_a_pair_file_with_missing_fields_is_one_line(world, tmp_path):
 
 def test_a_model_without_gated_mlps_is_one_line(world, tmp_path):
     """A LLaVA on Phi, whose MLPs are fc1 and fc2."""
-    text = PhiConfig(vocab_size=600, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4)
-    vision = CLIPVisionConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, image_size=32,
-                              patch_size=8)
-    model = LlavaForConditionalGeneration(LlavaConfig(text_config=text, vision_config=vision, image_token_index=5))
+    text = PhiConfig(
+        vocab_size=600,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+    )
+    vision = CLIPVisionConfig(
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        image_size=32,
+        patch_size=8,
+    )
+    model = LlavaForConditionalGeneration(
+        LlavaConfig(text_config=text, vision_config=vision, image_token_index=5)
+    )
     model.save_pretrained(tmp_path / "phi")
     save_processor(load_processor(world["init"]), tmp_path / "phi")
     rows, _ = pair_rows(world)
     data = tmp_path / "pairs.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    said = fails("discriminator.py", "--model", tmp_path / "phi", "--data", data, "--output_dir", tmp_path / "d")
+    said = fails(
+        "discriminator.py",
+        "--model",
+        tmp_path / "phi",
+        "--data",
+        data,
+        "--output_dir",
+        tmp_path / "d",
+    )
     assert "--model" in said and "PhiMLP" in said and "fc1" in said  # what was found
     assert "gate_proj" in said and "up_proj" in said and "down_proj" in said  # what was expected
 
@@ -381,19 +545,47 @@ def test_a_prompt_without_a_valid_rollout_adds_nothing(learned, prompts):
     (one, g1), (two, g2) = results
     assert all(torch.equal(a, b) for a, b in zip(g1, g2))
     assert one.sums == two.sums and torch.equal(one.expert_tokens, two.expert_tokens)
-    assert torch.equal(two.student[2], one.student[0]) and two.student[[0, 1, 3, 4, 5]].isnan().all()
+    assert (
+        torch.equal(two.student[2], one.student[0]) and two.student[[0, 1, 3, 4, 5]].isnan().all()
+    )
 
 
 def test_align_counts_prompts_without_a_valid_rollout(world, tmp_path):
     """A policy of random weights never meets the format: no discriminator loss, the rewards by the rule, all counted."""
     out = tmp_path / "a"
-    launch("align.py", "--ckpt", world["init"], "--data", world["prompts"], "--output_dir", out, "--num_generations", 3,
-           "--max_steps", 1, "--warmup_steps", 1, "--max_completion_length", 8, "--per_device_train_batch_size", 2)
+    launch(
+        "align.py",
+        "--ckpt",
+        world["init"],
+        "--data",
+        world["prompts"],
+        "--output_dir",
+        out,
+        "--num_generations",
+        3,
+        "--max_steps",
+        1,
+        "--warmup_steps",
+        1,
+        "--max_completion_length",
+        8,
+        "--per_device_train_batch_size",
+        2,
+    )
     for step in lines(out / "metrics.jsonl"):
-        assert step["prompts_without_valid"] == 2 and step["ranks_without_valid"] == 1 and step["format_valid"] == 0
+        assert (
+            step["prompts_without_valid"] == 2
+            and step["ranks_without_valid"] == 1
+            and step["format_valid"] == 0
+        )
         assert step["d_grad_norm"] == 0
-        for name in ("discriminator_loss", "score_gap_perception", "pair_accuracy_reasoning", "score_student_perception",
-                     "score_teacher_reasoning"):
+        for name in (
+            "discriminator_loss",
+            "score_gap_perception",
+            "pair_accuracy_reasoning",
+            "score_student_perception",
+            "score_teacher_reasoning",
+        ):
             assert step[name] is None, name  # nothing stands in for what was not measured
     assert {row["advantage"] for row in lines(out / "rollouts.jsonl")} == {-1.5}
     assert all(row["score_perception"] is None for row in lines(out / "rollouts.jsonl"))
@@ -406,13 +598,35 @@ def test_align_counts_prompts_without_a_valid_rollout(world, tmp_path):
 def qwen2_5_vl(world, path) -> None:
     """Another member of the family: mrope and patches with grids, its vision attending in windows."""
     processor = load_processor(world["init"])
-    text = dict(vocab_size=len(processor.tokenizer), hidden_size=32, intermediate_size=48, num_hidden_layers=2,
-                num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=True, initializer_range=0.1,
-                rope_parameters={"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]})
-    vision = dict(depth=2, hidden_size=32, num_heads=4, intermediate_size=48, patch_size=8, out_hidden_size=32, window_size=32,
-                  fullatt_block_indexes=[1], initializer_range=0.1)
-    ids = {name: getattr(processor, name) for name in ("image_token_id", "vision_start_token_id", "vision_end_token_id")}
-    config = Qwen2_5_VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=True, **ids)
+    text = dict(
+        vocab_size=len(processor.tokenizer),
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        tie_word_embeddings=True,
+        initializer_range=0.1,
+        rope_parameters={"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]},
+    )
+    vision = dict(
+        depth=2,
+        hidden_size=32,
+        num_heads=4,
+        intermediate_size=48,
+        patch_size=8,
+        out_hidden_size=32,
+        window_size=32,
+        fullatt_block_indexes=[1],
+        initializer_range=0.1,
+    )
+    ids = {
+        name: getattr(processor, name)
+        for name in ("image_token_id", "vision_start_token_id", "vision_end_token_id")
+    }
+    config = Qwen2_5_VLConfig(
+        text_config=text, vision_config=vision, tie_word_embeddings=True, **ids
+    )
     model = Qwen2_5_VLForConditionalGeneration(config)
     model.generation_config = GenerationConfig(eos_token_id=processor.tokenizer.eos_token_id)
     model.save_pretrained(path)
@@ -423,14 +637,40 @@ def llava(world, path) -> None:
     """Another family: one position a token, images of one size, no grid."""
     qwen = load_processor(world["init"])
     image = CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
-    processor = LlavaProcessor(image, qwen.tokenizer, patch_size=8, vision_feature_select_strategy="default",
-                               num_additional_image_tokens=1, image_token="<|image_pad|>", chat_template=qwen.chat_template)
-    text = LlamaConfig(vocab_size=len(qwen.tokenizer), hidden_size=32, intermediate_size=48, num_hidden_layers=2,
-                       num_attention_heads=4, num_key_value_heads=2, initializer_range=0.1)
-    vision = CLIPVisionConfig(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, image_size=32,
-                              patch_size=8)
-    model = LlavaForConditionalGeneration(LlavaConfig(text_config=text, vision_config=vision, vision_feature_layer=-1,
-                                                      image_token_index=processor.image_token_id))
+    processor = LlavaProcessor(
+        image,
+        qwen.tokenizer,
+        patch_size=8,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+        image_token="<|image_pad|>",
+        chat_template=qwen.chat_template,
+    )
+    text = LlamaConfig(
+        vocab_size=len(qwen.tokenizer),
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        initializer_range=0.1,
+    )
+    vision = CLIPVisionConfig(
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        image_size=32,
+        patch_size=8,
+    )
+    model = LlavaForConditionalGeneration(
+        LlavaConfig(
+            text_config=text,
+            vision_config=vision,
+            vision_feature_layer=-1,
+            image_token_index=processor.image_token_id,
+        )
+    )
     model.generation_config = GenerationConfig(eos_token_id=qwen.tokenizer.eos_token_id)
     model.save_pretrained(path)
     processor.save_pretrained(path)
@@ -446,7 +686,11 @@ def other_model(request, world, tmp_path_factory):
 
 def by_itself(model, prompt, ids):
     """transformers' own call for one sequence."""
-    images = {name: getattr(prompt, name) for name in ("pixel_values", "image_grid_thw") if getattr(prompt, name) is not None}
+    images = {
+        name: getattr(prompt, name)
+        for name in ("pixel_values", "image_grid_thw")
+        if getattr(prompt, name) is not None
+    }
     if "image_grid_thw" in images:
         images["mm_token_type_ids"] = (ids == model.config.image_token_id).int()
     return dict(input_ids=ids, attention_mask=torch.ones_like(ids), **images)
@@ -457,28 +701,49 @@ def test_another_model_as_policy(world, other_model, tmp_path):
     policy, processor = load_policy("--ckpt", other_model)
     theirs = AutoModelForImageTextToText.from_pretrained(other_model).eval()
     rows = load_data(world["prompts"])[:3]
-    text = Example(7, "text", [{"role": "user", "content": [{"type": "text", "text": "What is 1 + 2 + 3?"}]}], [])
+    text = Example(
+        7,
+        "text",
+        [{"role": "user", "content": [{"type": "text", "text": "What is 1 + 2 + 3?"}]}],
+        [],
+    )
     prompts = encode_prompts(processor, [*rows[:2], text])
-    groups = [Group(p, [encode_response(processor, t) for t in (written(TEACHER), written(SHORT), "x")]) for p in prompts]
+    groups = [
+        Group(p, [encode_response(processor, t) for t in (written(TEACHER), written(SHORT), "x")])
+        for p in prompts
+    ]
     policy.eval()
     for max_tokens in (None, 60):
         for pack in make_packs(groups, max_tokens):
             ours = token_logprobs(policy, pack)[0].detach().split(pack.lengths)
             for (g, i), logp in zip(pack.members, ours):
                 ids = torch.cat([prompts[g].input_ids, groups[g].branches[i]])[None]
-                logits = theirs(**by_itself(theirs, prompts[g], ids)).logits[0, len(prompts[g].input_ids) - 1:-1].detach()
+                logits = (
+                    theirs(**by_itself(theirs, prompts[g], ids))
+                    .logits[0, len(prompts[g].input_ids) - 1 : -1]
+                    .detach()
+                )
                 logits[:, policy.forbidden] = -torch.inf
                 expected = logits.log_softmax(-1).gather(1, groups[g].branches[i][:, None])[:, 0]
                 torch.testing.assert_close(logp, expected, atol=1e-5, rtol=0)
     sampled = generate(policy, prompts, 1, 12, temperature=0.0)
     for prompt, group in zip(prompts, sampled):
-        out = theirs.generate(**by_itself(theirs, prompt, prompt.input_ids[None]), do_sample=False, max_new_tokens=12,
-                              suppress_tokens=policy.forbidden.tolist())
-        assert out[0, len(prompt.input_ids):].tolist() == group.branches[0].tolist()
+        out = theirs.generate(
+            **by_itself(theirs, prompt, prompt.input_ids[None]),
+            do_sample=False,
+            max_new_tokens=12,
+            suppress_tokens=policy.forbidden.tolist(),
+        )
+        assert out[0, len(prompt.input_ids) :].tolist() == group.branches[0].tolist()
     save_policy(policy, processor, str(tmp_path / "saved"))
     again, its_processor = load_policy("--ckpt", str(tmp_path / "saved"))
-    assert all(torch.equal(a, b) for a, b in zip(policy.state_dict().values(), again.state_dict().values()))
-    assert all(torch.equal(a.input_ids, b.input_ids) for a, b in zip(prompts, encode_prompts(its_processor, [*rows[:2], text])))
+    assert all(
+        torch.equal(a, b) for a, b in zip(policy.state_dict().values(), again.state_dict().values())
+    )
+    assert all(
+        torch.equal(a.input_ids, b.input_ids)
+        for a, b in zip(prompts, encode_prompts(its_processor, [*rows[:2], text]))
+    )
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -494,16 +759,22 @@ def test_another_model_as_discriminator(world, other_model, tmp_path, kind):
     split = judge(discriminator, whole, processor, CPU, 1, learn=False)
     torch.testing.assert_close(split.student, judged.student, atol=1e-5, rtol=0, equal_nan=True)
     assert torch.equal(judged.student[[3, 7]], judged.teacher[[3, 7]])
-    assert torch.equal(judged.teacher[0], judged.teacher[4]) == (kind == "text" and rows_ask_the_same(prompts))
+    assert torch.equal(judged.teacher[0], judged.teacher[4]) == (
+        kind == "text" and rows_ask_the_same(prompts)
+    )
     save_discriminator(discriminator, processor, str(tmp_path / "d"))
     again, its_processor = load_discriminator("--model", str(tmp_path / "d"))
     assert again.kind == kind
     repeated = judge(again.eval(), whole, its_processor, CPU, 4096, learn=False)
-    assert torch.equal(repeated.student[judged.student.isfinite()], judged.student[judged.student.isfinite()])
+    assert torch.equal(
+        repeated.student[judged.student.isfinite()], judged.student[judged.student.isfinite()]
+    )
     with pytest.raises(UserError, match="discriminator"):
         load_policy("--ckpt", str(tmp_path / "d"))
     with pytest.raises(UserError, match=f"--experts {kind}"):
-        load_discriminator("--model", str(tmp_path / "d"), "learned" if kind != "learned" else "dedicated")
+        load_discriminator(
+            "--model", str(tmp_path / "d"), "learned" if kind != "learned" else "dedicated"
+        )
 
 
 def rows_ask_the_same(prompts) -> bool:
@@ -513,8 +784,11 @@ def rows_ask_the_same(prompts) -> bool:
 def test_windows_are_refused(world, tmp_path):
     qwen2_5_vl(world, tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
-    config["text_config"] |= {"use_sliding_window": True, "sliding_window": 8,
-                              "layer_types": ["full_attention", "sliding_attention"]}
+    config["text_config"] |= {
+        "use_sliding_window": True,
+        "sliding_window": 8,
+        "layer_types": ["full_attention", "sliding_attention"],
+    }
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(UserError, match="sliding_attention"):
         load_policy("--ckpt", str(tmp_path))
@@ -530,15 +804,18 @@ LOOKALIKE = {a: b for pair in ("38", "71", "94", "56", "02") for a, b in (pair, 
 def misread(text: str, rng: random.Random) -> str:
     """One digit becomes its look-alike, and as often the other way round: which of the two it is, only the image tells."""
     at = rng.choice([i for i, c in enumerate(text) if c.isdigit()])
-    return text[:at] + LOOKALIKE[text[at]] + text[at + 1:]
+    return text[:at] + LOOKALIKE[text[at]] + text[at + 1 :]
 
 
 def corrupted(exact: Response, rng: random.Random) -> list[Response]:
     """Only the caption wrong, only the reasoning (the digit that it looks at, not its answer), both."""
     caption, (digit, rest) = misread(exact.caption, rng), exact.think.split(" ", 1)
     think = f"{misread(digit, rng)} {rest}"
-    return [Response(caption, exact.think, exact.answer), Response(exact.caption, think, exact.answer),
-            Response(caption, think, exact.answer)]
+    return [
+        Response(caption, exact.think, exact.answer),
+        Response(exact.caption, think, exact.answer),
+        Response(caption, think, exact.answer),
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -546,12 +823,36 @@ def trained_judge(tmp_path_factory):
     """A discriminator upcycled from a policy that reads a digit, trained on corrupted responses; and held-out comparisons
     (CAPTION, REASONING, BOTH are the students of each), of scans that neither has seen."""
     folder = tmp_path_factory.mktemp("one")
-    paths = digits.build(folder / "world", digits.World(
-        digits=1, kinds=["count"], train_share=0.9, validation_share=0.05, pretrain_rows=1350, sft_rows=20, prompt_rows=200,
-        validation_rows=4, test_rows=4))
+    paths = digits.build(
+        folder / "world",
+        digits.World(
+            digits=1,
+            kinds=["count"],
+            train_share=0.9,
+            validation_share=0.05,
+            pretrain_rows=1350,
+            sft_rows=20,
+            prompt_rows=200,
+            validation_rows=4,
+            test_rows=4,
+        ),
+    )
     policy = folder / "policy"
-    launch("sft.py", "--model", paths["init"], "--data", paths["pretrain"], "--output_dir", policy, "--max_steps", 150,
-           "--learning_rate", 4e-3, "--per_device_train_batch_size", 32)
+    launch(
+        "sft.py",
+        "--model",
+        paths["init"],
+        "--data",
+        paths["pretrain"],
+        "--output_dir",
+        policy,
+        "--max_steps",
+        150,
+        "--learning_rate",
+        4e-3,
+        "--per_device_train_batch_size",
+        32,
+    )
     discriminator, processor = load_discriminator("--model", str(policy))
     start = time.perf_counter()
     optimizer = torch.optim.AdamW(discriminator.parameters(), lr=1e-3, weight_decay=0.01)
@@ -559,7 +860,9 @@ def trained_judge(tmp_path_factory):
 
     def encoded(name):
         examples = load_data(paths[name])
-        return list(zip(encode_prompts(processor, examples), (parse_response(e.response) for e in examples)))
+        return list(
+            zip(encode_prompts(processor, examples), (parse_response(e.response) for e in examples))
+        )
 
     def comparisons(rows):
         return [Comparison(prompt, exact, corrupted(exact, rng)) for prompt, exact in rows]
@@ -568,7 +871,9 @@ def trained_judge(tmp_path_factory):
     discriminator.train()
     for step in range(1, steps + 1):
         judge(discriminator, comparisons(rng.sample(rows, 24)), processor, CPU, 16384)
-        optimizer_step(discriminator, optimizer, learning_rate_at(step, steps, rate, 0.1, "cosine"), 1.0)
+        optimizer_step(
+            discriminator, optimizer, learning_rate_at(step, steps, rate, 0.1, "cosine"), 1.0
+        )
     print(f"trained in {time.perf_counter() - start:.0f} s")
     return discriminator.eval(), processor, comparisons(encoded("prompts"))
 
@@ -598,10 +903,16 @@ def test_a_trained_discriminator_keeps_causes_apart(trained_judge):
         assert count == 2 * len(held) and right / count > 0.9
 
     # Nor by being computed once: beside other texts, in another pack, on the other side, the spared view scores the same.
-    spoiled = [Comparison(c.prompt, c.students[CAPTION], [SHORT, c.students[REASONING]]) for c in held]
+    spoiled = [
+        Comparison(c.prompt, c.students[CAPTION], [SHORT, c.students[REASONING]]) for c in held
+    ]
     again = judge(discriminator, spoiled, processor, CPU, 700, learn=False)
-    torch.testing.assert_close(again.teacher.view(-1, 2, 2)[:, 0, 1], exact[:, 0, 1], atol=1e-4, rtol=0)
-    torch.testing.assert_close(again.student.view(-1, 2, 2)[:, 1, 0], exact[:, 0, 0], atol=1e-4, rtol=0)
+    torch.testing.assert_close(
+        again.teacher.view(-1, 2, 2)[:, 0, 1], exact[:, 0, 1], atol=1e-4, rtol=0
+    )
+    torch.testing.assert_close(
+        again.student.view(-1, 2, 2)[:, 1, 0], exact[:, 0, 0], atol=1e-4, rtol=0
+    )
 
 
 def test_a_trained_discriminator_judges_texts_and_not_sides(trained_judge):
@@ -617,8 +928,12 @@ def test_a_trained_discriminator_judges_texts_and_not_sides(trained_judge):
 def test_a_trained_discriminator_looks_at_the_image(trained_judge):
     """With the images of other prompts the caption's score says nothing any more."""
     discriminator, processor, held = trained_judge
-    moved = [dataclasses.replace(c, prompt=dataclasses.replace(c.prompt, pixel_values=d.prompt.pixel_values))
-             for c, d in zip(held, held[1:] + held[:1])]
+    moved = [
+        dataclasses.replace(
+            c, prompt=dataclasses.replace(c.prompt, pixel_values=d.prompt.pixel_values)
+        )
+        for c, d in zip(held, held[1:] + held[:1])
+    ]
     judged = judge(discriminator, moved, processor, CPU, 4000, learn=False)
     right, count = judged.sums["pair_accuracy_perception"]
     print(f"with other images: pair accuracy {right / count:.3f}")

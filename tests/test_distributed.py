@@ -1,4 +1,5 @@
 """The same global batch on 1, 2 and 4 gloo ranks gives the same numbers."""
+
 import json
 
 import pytest
@@ -14,9 +15,26 @@ def metrics(path, name="loss"):
 def test_sft_loss_is_the_same_on_any_number_of_ranks(world, tmp_path):
     losses = {}
     for ranks in (1, 2, 4):
-        launch("sft.py", "--model", world["init"], "--data", world["sft"], "--output_dir", tmp_path / str(ranks),
-               "--max_steps", 5, "--learning_rate", 1e-3, "--warmup_ratio", 0, "--per_device_train_batch_size", 8 // ranks,
-               "--max_tokens_per_pack", 300, ranks=ranks)
+        launch(
+            "sft.py",
+            "--model",
+            world["init"],
+            "--data",
+            world["sft"],
+            "--output_dir",
+            tmp_path / str(ranks),
+            "--max_steps",
+            5,
+            "--learning_rate",
+            1e-3,
+            "--warmup_ratio",
+            0,
+            "--per_device_train_batch_size",
+            8 // ranks,
+            "--max_tokens_per_pack",
+            300,
+            ranks=ranks,
+        )
         losses[ranks] = metrics(tmp_path / str(ranks))
     assert len(losses[1]) == 5 and losses[1][0] - losses[1][-1] > 0.1  # it moves
     assert losses[2] == pytest.approx(losses[1], rel=1e-5)
@@ -31,7 +49,9 @@ def test_policy_and_discriminator_are_the_same_on_any_number_of_ranks(world, tra
         results[ranks] = json.loads(out.read_text())
     one = results[1]
     assert abs(one["grpo_loss"] - one["gspo_loss"]) > 1e-3 and one["d_grad_norm"] > 0
-    assert one["scores"].count(-99.0) == 3 * 4  # the invalid students have no score; their teacher neither
+    assert (
+        one["scores"].count(-99.0) == 3 * 4
+    )  # the invalid students have no score; their teacher neither
     for ranks in (2, 4):
         other = results[ranks]
         for name in ("grpo_loss", "gspo_loss", "grad_norm", "d_grad_norm"):
@@ -39,7 +59,9 @@ def test_policy_and_discriminator_are_the_same_on_any_number_of_ranks(world, tra
         # A row's tokens are the same too, unless rounding moves a boundary across its random number: one row in twelve may.
         rows = [torch.tensor(x["sampled"]).view(12, 40) for x in (one, other)]
         assert (rows[0] == rows[1]).all(1).sum() >= 11
-        torch.testing.assert_close(torch.tensor(other["scores"]), torch.tensor(one["scores"]), atol=1e-5, rtol=0)
+        torch.testing.assert_close(
+            torch.tensor(other["scores"]), torch.tensor(one["scores"]), atol=1e-5, rtol=0
+        )
         for part in ("grpo_grads", "gspo_grads", "weights"):
             assert other[part].keys() == one[part].keys()
             for name, norm in one[part].items():

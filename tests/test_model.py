@@ -1,4 +1,5 @@
 """The policy's computations: packed equals separate, sampled equals scored, and both equal transformers' own."""
+
 import copy
 
 import pytest
@@ -8,11 +9,31 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForImageTextToText
 
-from data import (Example, Group, Prompt, encode_prompts, encode_response, load_data, load_processor, make_packs,
-                  parse_response)
+from data import (
+    Example,
+    Group,
+    Prompt,
+    encode_prompts,
+    encode_response,
+    load_data,
+    load_processor,
+    make_packs,
+    parse_response,
+)
 from discriminator import Comparison, judge, load_discriminator
-from model import (Head, Linear, Patches, _LogProbs, generate, learning_rate_at, load_policy, packed, setup, shard,
-                   token_logprobs)
+from model import (
+    Head,
+    Linear,
+    Patches,
+    _LogProbs,
+    generate,
+    learning_rate_at,
+    load_policy,
+    packed,
+    setup,
+    shard,
+    token_logprobs,
+)
 
 
 @pytest.fixture(scope="module")
@@ -24,32 +45,58 @@ def example(index: int, images: int, text: str, size=(48, 16)) -> Example:
     """A question with `images` images of noise, of different sizes."""
     content, pictures = [{"type": "text", "text": "Look. "}], []
     for i in range(images):
-        noise = torch.randint(0, 255, (size[1] * (i + 1), size[0], 3), generator=torch.Generator().manual_seed(index * 7 + i))
+        noise = torch.randint(
+            0,
+            255,
+            (size[1] * (i + 1), size[0], 3),
+            generator=torch.Generator().manual_seed(index * 7 + i),
+        )
         import io
 
         buffer = io.BytesIO()
         Image.fromarray(noise.to(torch.uint8).numpy()).save(buffer, "PNG")
         pictures.append(buffer.getvalue())
         content += [{"type": "image"}, {"type": "text", "text": f" and {i}"}]
-    return Example(index, f"row {index}", [{"role": "user", "content": [*content, {"type": "text", "text": text}]}], pictures)
+    return Example(
+        index,
+        f"row {index}",
+        [{"role": "user", "content": [*content, {"type": "text", "text": text}]}],
+        pictures,
+    )
 
 
 def mixed_groups(processor) -> list[Group]:
     """Prompts without an image, with one and with two; branches of very different lengths, one of a single token."""
-    prompts = encode_prompts(processor, [example(0, 1, "One image?"), example(1, 0, "No image at all, and a longer question?"),
-                                         example(2, 2, "Two?")])
-    texts = [["<caption>a</caption>", "seven words and then some more of them", ""], ["only one branch"],
-             ["x", "a much longer branch " * 6, "yy", "z z z"]]
-    return [Group(p, [encode_response(processor, t) for t in some]) for p, some in zip(prompts, texts)]
+    prompts = encode_prompts(
+        processor,
+        [
+            example(0, 1, "One image?"),
+            example(1, 0, "No image at all, and a longer question?"),
+            example(2, 2, "Two?"),
+        ],
+    )
+    texts = [
+        ["<caption>a</caption>", "seven words and then some more of them", ""],
+        ["only one branch"],
+        ["x", "a much longer branch " * 6, "yy", "z z z"],
+    ]
+    return [
+        Group(p, [encode_response(processor, t) for t in some]) for p, some in zip(prompts, texts)
+    ]
 
 
 def reference_logprobs(policy, prompt: Prompt, branch, temperature, forbidden):
     """One sequence alone, by transformers' own forward (its attention, its positions) and full logits, in float64."""
     ids = torch.cat([prompt.input_ids, branch])[None]
     types = (ids == policy.config.image_token_id).int()
-    out = policy(input_ids=ids, pixel_values=None if prompt.pixel_values is None else prompt.pixel_values.double(),
-                 image_grid_thw=prompt.image_grid_thw, mm_token_type_ids=types, attention_mask=torch.ones_like(ids))
-    logits = out.logits[0, len(prompt.input_ids) - 1:-1].double() / temperature
+    out = policy(
+        input_ids=ids,
+        pixel_values=None if prompt.pixel_values is None else prompt.pixel_values.double(),
+        image_grid_thw=prompt.image_grid_thw,
+        mm_token_type_ids=types,
+        attention_mask=torch.ones_like(ids),
+    )
+    logits = out.logits[0, len(prompt.input_ids) - 1 : -1].double() / temperature
     logits[:, forbidden] = -torch.inf
     logp = logits.log_softmax(-1)
     p = logp.exp()
@@ -62,7 +109,11 @@ def test_packed_equals_separate(world, policy_processor, temperature, max_tokens
     """Log-probabilities, entropies and gradients of packs against separate sequences, for every cut."""
     policy, processor = policy_processor
     groups = mixed_groups(processor)
-    weights = {(g, i): torch.linspace(-1, 2, len(b)) for g, group in enumerate(groups) for i, b in enumerate(group.branches)}
+    weights = {
+        (g, i): torch.linspace(-1, 2, len(b))
+        for g, group in enumerate(groups)
+        for i, b in enumerate(group.branches)
+    }
 
     packs = make_packs(groups, max_tokens)
     assert sorted(m for p in packs for m in p.members) == sorted(weights)
@@ -73,14 +124,16 @@ def test_packed_equals_separate(world, policy_processor, temperature, max_tokens
         logp, entropy = token_logprobs(policy, pack, temperature, chunk=7)
         at = 0
         for member, length in zip(pack.members, pack.lengths):
-            got[member] = logp[at:at + length].detach(), entropy[at:at + length]
+            got[member] = logp[at : at + length].detach(), entropy[at : at + length]
             at += length
         assert torch.equal(pack.rows(logp)[pack.mask], logp)
         (logp * torch.cat([weights[m] for m in pack.members])).sum().backward()
 
     reference = AutoModelForImageTextToText.from_pretrained(world["init"], dtype=torch.float64)
     for (g, i), weight in weights.items():
-        logp, entropy = reference_logprobs(reference, groups[g].prompt, groups[g].branches[i], temperature, policy.forbidden)
+        logp, entropy = reference_logprobs(
+            reference, groups[g].prompt, groups[g].branches[i], temperature, policy.forbidden
+        )
         torch.testing.assert_close(got[g, i][0], logp.float(), atol=1e-5, rtol=0)
         torch.testing.assert_close(got[g, i][1], entropy.float(), atol=1e-5, rtol=1e-5)
         (logp * weight).sum().backward()
@@ -101,7 +154,7 @@ def test_a_branch_sees_no_sibling(policy_processor):
     after = token_logprobs(policy, make_packs(groups)[0])[0]
     changed, at = [], 0
     for member, length in zip(pack.members, pack.lengths):
-        if not torch.allclose(before[at:at + length], after[at:at + length], atol=1e-6):
+        if not torch.allclose(before[at : at + length], after[at : at + length], atol=1e-6):
             changed.append(member)
         at += length
     assert changed == [(2, 1)]
@@ -111,14 +164,18 @@ def test_positions_are_those_of_transformers(policy_processor):
     policy, processor = policy_processor
     for prompt in [g.prompt for g in mixed_groups(processor)]:
         types = (prompt.input_ids == processor.image_token_id).int()[None]
-        theirs, _ = policy.model.get_rope_index(prompt.input_ids[None], types, prompt.image_grid_thw)
+        theirs, _ = policy.model.get_rope_index(
+            prompt.input_ids[None], types, prompt.image_grid_thw
+        )
         assert torch.equal(prompt.position_ids, theirs[:, 0])
 
 
 def test_logprobs_function_by_gradcheck():
     torch.manual_seed(0)
     hidden = torch.randn(6, 5, dtype=torch.float64, requires_grad=True)
-    predictors = torch.tensor([0, 1, 2, 2, 0, 4, 5, 2, 2])  # rows that repeat, within a chunk and across, and one unused
+    predictors = torch.tensor(
+        [0, 1, 2, 2, 0, 4, 5, 2, 2]
+    )  # rows that repeat, within a chunk and across, and one unused
     weight = torch.randn(11, 5, dtype=torch.float64, requires_grad=True)
     targets = torch.tensor([0, 1, 2, 4, 5, 7, 8, 9, 10])
     forbidden = torch.tensor([3, 6])
@@ -128,7 +185,9 @@ def test_logprobs_function_by_gradcheck():
 
     assert torch.autograd.gradcheck(logp, (hidden, weight))
     logits = (hidden[predictors] @ weight.T / 0.6).index_fill(1, forbidden, -torch.inf)
-    torch.testing.assert_close(logp(hidden, weight), logits.log_softmax(-1).gather(1, targets[:, None])[:, 0])
+    torch.testing.assert_close(
+        logp(hidden, weight), logits.log_softmax(-1).gather(1, targets[:, None])[:, 0]
+    )
 
 
 class RepeatedSums(TorchDispatchMode):
@@ -163,9 +222,20 @@ def test_gradients_are_summed_in_a_fixed_order(world, policy_processor):
         for kind in ("learned", "dedicated"):
             discriminator, _ = load_discriminator("--model", world["init"], kind)
             responses = [parse_response(row.response) for row in rows]
-            judge(discriminator, [Comparison(prompts[0], responses[0], responses[1:4]),
-                                  Comparison(prompts[1], responses[1], responses[4:])], processor, torch.device("cpu"), 4096)
-            assert max(p.grad.abs().max() for p in discriminator.parameters() if p.grad is not None) > 0
+            judge(
+                discriminator,
+                [
+                    Comparison(prompts[0], responses[0], responses[1:4]),
+                    Comparison(prompts[1], responses[1], responses[4:]),
+                ],
+                processor,
+                torch.device("cpu"),
+                4096,
+            )
+            assert (
+                max(p.grad.abs().max() for p in discriminator.parameters() if p.grad is not None)
+                > 0
+            )
     assert seen.calls > 10 and seen.repeated == 0
 
 
@@ -174,8 +244,12 @@ def test_sampled_is_scored(world, trained, rollouts, max_rows):
     """What the sampler records is what token_logprobs says of the same tokens; ragged lengths, several prompts, few rows and as
     many as make products large (see model.packed)."""
     policy, processor = load_policy("--ckpt", trained)
-    prompts = encode_prompts(processor, load_data(world["validation"])[:3] + [example(99, 0, "And without an image?")])
-    groups = generate(policy, prompts, rollouts, 60, temperature=1.3, seed=5, step=2, max_rollout_rows=max_rows)
+    prompts = encode_prompts(
+        processor, load_data(world["validation"])[:3] + [example(99, 0, "And without an image?")]
+    )
+    groups = generate(
+        policy, prompts, rollouts, 60, temperature=1.3, seed=5, step=2, max_rollout_rows=max_rows
+    )
     assert (4 * rollouts * policy.lm_head.weight.numel() >= 2**20) == (rollouts == 40)
     lengths = [len(b) for g in groups for b in g.branches]
     assert len(set(lengths)) > 3 and max(lengths) <= 60
@@ -195,8 +269,12 @@ def test_a_row_depends_on_itself_alone(world, trained):
     queued = generate(policy, prompts, 5, 50, seed=1, step=3, max_rollout_rows=4)
     other = generate(policy, prompts, 5, 50, seed=1, step=4)
     assert all(torch.equal(a, b) for a, b in zip(whole[2].branches, alone[0].branches))
-    assert all(torch.equal(a, b) for x, y in zip(whole, queued) for a, b in zip(x.branches, y.branches))
-    assert any(not torch.equal(a, b) for x, y in zip(whole, other) for a, b in zip(x.branches, y.branches))
+    assert all(
+        torch.equal(a, b) for x, y in zip(whole, queued) for a, b in zip(x.branches, y.branches)
+    )
+    assert any(
+        not torch.equal(a, b) for x, y in zip(whole, other) for a, b in zip(x.branches, y.branches)
+    )
 
 
 class Recorded(TorchDispatchMode):
@@ -212,8 +290,13 @@ class Recorded(TorchDispatchMode):
         Recorded.made += 1
 
     def __torch_dispatch__(self, op, types, args=(), kwargs=None):
-        masks = any(isinstance(a, torch.Tensor) and a.dtype == torch.bool for a in tree_leaves((args, kwargs)))
-        waits = torch.Tag.data_dependent_output in op.tags or torch.Tag.dynamic_output_shape in op.tags
+        masks = any(
+            isinstance(a, torch.Tensor) and a.dtype == torch.bool
+            for a in tree_leaves((args, kwargs))
+        )
+        waits = (
+            torch.Tag.data_dependent_output in op.tags or torch.Tag.dynamic_output_shape in op.tags
+        )
         if masks if "index" in str(op) else waits:
             raise RuntimeError(f"{op} is not permitted while a stream is recorded")
         out = op(*args, **(kwargs or {}))
@@ -242,7 +325,9 @@ def recorded(monkeypatch) -> type[Recorded]:
 def test_fixed_places_and_recorded_steps(world, trained, recorded, max_rows, temperature):
     """The GPU's way of sampling, idle places and steps that are replayed, gives the same branches as the CPU's."""
     policy, processor = load_policy("--ckpt", trained)
-    prompts = encode_prompts(processor, load_data(world["validation"])[:3] + [example(99, 0, "And without an image?")])
+    prompts = encode_prompts(
+        processor, load_data(world["validation"])[:3] + [example(99, 0, "And without an image?")]
+    )
     args = policy, prompts, 4, 150, temperature, 5, 2, max_rows
     plain, fixed = generate(*args), generate(*args, fixed=True)
     lengths = [len(b) for g in plain for b in g.branches]
@@ -259,7 +344,9 @@ def test_a_step_that_cannot_be_recorded(world, trained, recorded):
     policy, processor = load_policy("--ckpt", trained)
     args = policy, encode_prompts(processor, load_data(world["validation"])[:3]), 4, 60, 1.3, 5
     plain = generate(*args)
-    handle = policy.lm_head.register_forward_hook(lambda module, inputs, logits: logits * logits.isfinite().all().item())
+    handle = policy.lm_head.register_forward_hook(
+        lambda module, inputs, logits: logits * logits.isfinite().all().item()
+    )
     with pytest.warns(UserWarning, match="without CUDA graphs: .*not permitted"):
         fixed = generate(*args, fixed=True)
     handle.remove()
@@ -296,10 +383,16 @@ def test_greedy_equals_transformers_generate(world, trained):
     ours = generate(policy, prompts, 1, 48, temperature=0.0)
     for prompt, group in zip(prompts, ours):
         ids = prompt.input_ids[None]
-        out = theirs.generate(input_ids=ids, attention_mask=torch.ones_like(ids), pixel_values=prompt.pixel_values,
-                              image_grid_thw=prompt.image_grid_thw, do_sample=False, max_new_tokens=48,
-                              mm_token_type_ids=(ids == processor.image_token_id).int())
-        assert out[0, ids.shape[1]:].tolist() == group.branches[0].tolist()
+        out = theirs.generate(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            pixel_values=prompt.pixel_values,
+            image_grid_thw=prompt.image_grid_thw,
+            do_sample=False,
+            max_new_tokens=48,
+            mm_token_type_ids=(ids == processor.image_token_id).int(),
+        )
+        assert out[0, ids.shape[1] :].tolist() == group.branches[0].tolist()
 
 
 def test_forbidden_tokens_have_no_probability(policy_processor):
@@ -325,7 +418,12 @@ def test_patches_are_the_convolution(policy_processor):
     for shape in ((7, *size), (2, size[0], *(2 * n for n in size[1:]))):
         results = []
         for module in (product, convolution):
-            x = torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64, requires_grad=True)
+            x = torch.randn(
+                shape,
+                generator=torch.Generator().manual_seed(0),
+                dtype=torch.float64,
+                requires_grad=True,
+            )
             module.zero_grad()
             out = module(x)
             out.square().sum().backward()
@@ -334,7 +432,9 @@ def test_patches_are_the_convolution(policy_processor):
             torch.testing.assert_close(a, b)
 
 
-@pytest.mark.parametrize("rows, out, bias", [(3, 40, True), (200, 400, True), (200, 400, False), (1, 70000, True)])
+@pytest.mark.parametrize(
+    "rows, out, bias", [(3, 40, True), (200, 400, True), (200, 400, False), (1, 70000, True)]
+)
 def test_packed_weights(policy_processor, rows, out, bias):
     """Small and large products, of rows that do not lie one after the other, are those of float64; afterwards, and in float64,
     nothing is packed, and there is a gradient."""
@@ -368,15 +468,23 @@ def test_the_largest_random_number(policy_processor, monkeypatch):
 
 def test_learning_rate_schedule():
     rates = [learning_rate_at(s, 100, 2.0, 0.1, "cosine") for s in range(1, 101)]
-    assert rates[4] == pytest.approx(1.0) and max(rates) == rates[9] == rates[10] == pytest.approx(2.0)
+    assert rates[4] == pytest.approx(1.0) and max(rates) == rates[9] == rates[10] == pytest.approx(
+        2.0
+    )
     assert rates == sorted(rates[:10]) + sorted(rates[10:], reverse=True) and 0 < rates[-1] < 0.01
-    assert learning_rate_at(1, 10, 3.0, 0.0, "constant") == learning_rate_at(10, 10, 3.0, 0.0, "constant") == 3.0
+    assert (
+        learning_rate_at(1, 10, 3.0, 0.0, "constant")
+        == learning_rate_at(10, 10, 3.0, 0.0, "constant")
+        == 3.0
+    )
 
 
 def test_special_tokens_in_text_stay_text(world):
     processor = load_processor(world["init"])
     ids = encode_response(processor, "a<|im_end|>b<|image_pad|>")
-    assert (ids == processor.tokenizer.eos_token_id).sum() == 1 and processor.image_token_id not in ids
+    assert (
+        ids == processor.tokenizer.eos_token_id
+    ).sum() == 1 and processor.image_token_id not in ids
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -384,7 +492,9 @@ def test_special_tokens_in_text_stay_text(world):
 # checks with the CPU in the GPU's place show that they can pass; a machine without a GPU skips the rest.
 
 
-GPU = pytest.param("cuda", 0.05, marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"))
+GPU = pytest.param(
+    "cuda", 0.05, marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+)
 devices = pytest.mark.parametrize("device, tolerance", [("cpu", 1e-5), GPU])
 
 

@@ -3,6 +3,7 @@
 The references decide by cases (which side of which clip a ratio is on) and carry their own analytic gradients; the
 implementation decides by max and min and leaves gradients to autograd. So one is no copy of the other.
 """
+
 import math
 import statistics
 
@@ -15,10 +16,23 @@ from hypothesis import strategies as st
 import digits
 from data import Example, Group, encode_prompts, encode_response
 from model import load_policy
-from rlvr import ALGORITHMS, RLVRConfig, group_advantage, kl_k3, overlong_penalty, policy_loss, spread, update_policy
+from rlvr import (
+    ALGORITHMS,
+    RLVRConfig,
+    group_advantage,
+    kl_k3,
+    overlong_penalty,
+    policy_loss,
+    spread,
+    update_policy,
+)
 
 NAMES = ("grpo", "dapo", "gspo")
-CLIPS = {"grpo": (0.2, 0.2, 3.0), "dapo": (0.2, 0.28, 10.0), "gspo": (0.0003, 0.0004, 10.0)}  # the paper's
+CLIPS = {
+    "grpo": (0.2, 0.2, 3.0),
+    "dapo": (0.2, 0.28, 10.0),
+    "gspo": (0.0003, 0.0004, 10.0),
+}  # the paper's
 repeatable = settings(derandomize=True, deadline=None, database=None, max_examples=50)
 
 
@@ -26,7 +40,9 @@ repeatable = settings(derandomize=True, deadline=None, database=None, max_exampl
 # The references
 
 
-def ratio_term(log_ratio: float, a: float, low: float, high: float, dual: float | None) -> tuple[float, float]:
+def ratio_term(
+    log_ratio: float, a: float, low: float, high: float, dual: float | None
+) -> tuple[float, float]:
     """The loss at one importance ratio, and its derivative with respect to the log-ratio, case by case."""
     inside = -20 <= log_ratio <= 20
     r = math.exp(min(max(log_ratio, -20.0), 20.0))
@@ -39,7 +55,9 @@ def ratio_term(log_ratio: float, a: float, low: float, high: float, dual: float 
     return -a * r, -a * r * inside
 
 
-def reference_loss(logp, old, advantage, mask, algorithm, low, high, dual, num_tokens=None, num_sequences=None):
+def reference_loss(
+    logp, old, advantage, mask, algorithm, low, high, dual, num_tokens=None, num_sequences=None
+):
     """(loss, gradient with respect to logp) as a float and a nested list."""
     rows = range(len(mask))
     places = [[t for t in range(len(mask[b])) if mask[b][t]] for b in rows]
@@ -48,8 +66,12 @@ def reference_loss(logp, old, advantage, mask, algorithm, low, high, dual, num_t
     loss, gradient = 0.0, [[0.0] * len(mask[b]) for b in rows]
     for b in rows:
         a = float(advantage[b])
-        if algorithm == "gspo" and places[b]:  # GSPO, eq. 6 and 7: one ratio, the geometric mean of the tokens' ratios
-            mean = math.fsum(float(logp[b][t]) - float(old[b][t]) for t in places[b]) / len(places[b])
+        if (
+            algorithm == "gspo" and places[b]
+        ):  # GSPO, eq. 6 and 7: one ratio, the geometric mean of the tokens' ratios
+            mean = math.fsum(float(logp[b][t]) - float(old[b][t]) for t in places[b]) / len(
+                places[b]
+            )
             value, slope = ratio_term(mean, a, low, high, dual)
             loss += value / num_sequences
             for t in places[b]:
@@ -79,7 +101,12 @@ def batch_of(lengths: list[int], seed: int, dtype=torch.float64):
     scale = rng.permutation(np.resize([3e-4, 0.15, 1.5, 30.0], len(lengths)))[:, None]
     old = logp - scale * (rng.standard_normal((len(lengths), 1)) + rng.standard_normal(mask.shape))
     advantage = rng.standard_normal(len(lengths)) * 2
-    return torch.tensor(logp, dtype=dtype), torch.tensor(old, dtype=dtype), torch.tensor(advantage, dtype=dtype), mask
+    return (
+        torch.tensor(logp, dtype=dtype),
+        torch.tensor(old, dtype=dtype),
+        torch.tensor(advantage, dtype=dtype),
+        mask,
+    )
 
 
 def close(got, expected, tolerance=1e-10):
@@ -95,8 +122,12 @@ def close(got, expected, tolerance=1e-10):
 
 @pytest.mark.parametrize("algorithm", NAMES)
 @pytest.mark.parametrize("dual", ["paper", None, 1.5])
-@given(lengths=st.lists(st.sampled_from([0, 1, 1, 2, 5, 17]), min_size=1, max_size=9), seed=st.integers(0, 10**6),
-       tokens=st.none() | st.integers(1, 500), sequences=st.none() | st.integers(1, 40))
+@given(
+    lengths=st.lists(st.sampled_from([0, 1, 1, 2, 5, 17]), min_size=1, max_size=9),
+    seed=st.integers(0, 10**6),
+    tokens=st.none() | st.integers(1, 500),
+    sequences=st.none() | st.integers(1, 40),
+)
 @repeatable
 def test_loss_and_gradient_of_any_batch(algorithm, dual, lengths, seed, tokens, sequences):
     low, high, c = CLIPS[algorithm]
@@ -109,8 +140,35 @@ def test_loss_and_gradient_of_any_batch(algorithm, dual, lengths, seed, tokens, 
 
 
 # Log-ratios on each side of each border: +-20, the dual clip, both clips, between them and 1.
-LOG_RATIOS = [-300, -25, -20.5, -19.5, -3, -0.3, -0.21, -0.1, -5e-4, -3.5e-4, -2e-4, 2e-4, 3.5e-4, 4.5e-4, 0.1, 0.2, 0.26,
-              0.5, 1.0, 1.2, 2.2, 2.4, 5, 19.5, 20.5, 25, 300]
+LOG_RATIOS = [
+    -300,
+    -25,
+    -20.5,
+    -19.5,
+    -3,
+    -0.3,
+    -0.21,
+    -0.1,
+    -5e-4,
+    -3.5e-4,
+    -2e-4,
+    2e-4,
+    3.5e-4,
+    4.5e-4,
+    0.1,
+    0.2,
+    0.26,
+    0.5,
+    1.0,
+    1.2,
+    2.2,
+    2.4,
+    5,
+    19.5,
+    20.5,
+    25,
+    300,
+]
 
 
 @pytest.mark.parametrize("algorithm", NAMES)
@@ -123,15 +181,22 @@ def test_every_side_of_every_clip(algorithm, dual, a):
     logp = torch.full((len(LOG_RATIOS), 1), -1.5, dtype=torch.float64)
     old = logp - torch.tensor(LOG_RATIOS, dtype=torch.float64)[:, None]
     for count in (1, 3):  # three equal tokens a row are still one ratio
-        batch = (logp.expand(-1, count), old.expand(-1, count), torch.full((len(logp),), a, dtype=torch.float64),
-                 torch.ones(len(logp), count, dtype=torch.bool))
+        batch = (
+            logp.expand(-1, count),
+            old.expand(-1, count),
+            torch.full((len(logp),), a, dtype=torch.float64),
+            torch.ones(len(logp), count, dtype=torch.bool),
+        )
         loss, gradient = loss_and_gradient(*batch, algorithm, low, high, c)
         expected_loss, expected_gradient = reference_loss(*batch, algorithm, low, high, c)
         close(loss, expected_loss)
         close(gradient, expected_gradient, 1e-12)
     moved = {x for x, g in zip(LOG_RATIOS, gradient[:, 0]) if g != 0}
-    stops = {1.7: lambda x: x > math.log1p(high) or x < -20,
-             -0.6: lambda x: x < math.log1p(-low) or x > (20 if c is None else math.log(c)), 0.0: lambda x: True}[a]
+    stops = {
+        1.7: lambda x: x > math.log1p(high) or x < -20,
+        -0.6: lambda x: x < math.log1p(-low) or x > (20 if c is None else math.log(c)),
+        0.0: lambda x: True,
+    }[a]
     assert moved == {x for x in LOG_RATIOS if not stops(x)}
 
 
@@ -155,7 +220,11 @@ def test_the_numbers_of_one_small_batch():
 def test_gradcheck_away_from_kinks(algorithm):
     """Finite differences of the very function, in float64; every row at least 1e-4 away from where a clip begins."""
     low, high, c = CLIPS[algorithm]
-    targets = [-19, -2, -0.5, -0.05, 0.05, 0.15, 0.5, 2, 5] if algorithm != "gspo" else [-2, -0.01, -1e-4, 1e-4, 2e-4, 0.01, 2]
+    targets = (
+        [-19, -2, -0.5, -0.05, 0.05, 0.15, 0.5, 2, 5]
+        if algorithm != "gspo"
+        else [-2, -0.01, -1e-4, 1e-4, 2e-4, 0.01, 2]
+    )
     rng = np.random.default_rng(3)
     rows = [(x, a) for x in targets for a in (0.8, -1.1)]
     logp = torch.tensor(-rng.exponential(1.0, (len(rows), 4)))
@@ -163,12 +232,18 @@ def test_gradcheck_away_from_kinks(algorithm):
     lengths = torch.tensor([1 + i % 4 for i in range(len(rows))])
     mask = torch.arange(4) < lengths[:, None]
     wobble = np.where(mask, wobble, 0)
-    wobble -= wobble.sum(1, keepdims=True) / lengths.numpy()[:, None]  # the mean log-ratio stays at its target
+    wobble -= (
+        wobble.sum(1, keepdims=True) / lengths.numpy()[:, None]
+    )  # the mean log-ratio stays at its target
     old = logp - torch.tensor([[x] for x, _ in rows]) - torch.tensor(wobble)
     advantage = torch.tensor([a for _, a in rows], dtype=torch.float64)
     assert torch.autograd.gradcheck(
-        lambda x: policy_loss(x, old, advantage, mask, algorithm, low, high, c) * 10, (logp.requires_grad_(),),
-        eps=1e-7, atol=1e-5, rtol=1e-4)
+        lambda x: policy_loss(x, old, advantage, mask, algorithm, low, high, c) * 10,
+        (logp.requires_grad_(),),
+        eps=1e-7,
+        atol=1e-5,
+        rtol=1e-4,
+    )
 
 
 def test_gspo_gradient_is_the_sequence_formula():
@@ -181,13 +256,18 @@ def test_gspo_gradient_is_the_sequence_formula():
     logp_of = lambda w: (inputs @ w).log_softmax(-1).gather(2, tokens[..., None])[..., 0]  # noqa: E731
     advantage = torch.tensor([0.7, -1.3, 2.0, -0.2], dtype=torch.float64)
     mask = torch.arange(9) < torch.tensor(lengths)[:, None]
-    loss = policy_loss(logp_of(weight), logp_of(old_weight), advantage, mask, "gspo", 0.9, 9.0, None)
-    got, = torch.autograd.grad(loss, weight)
+    loss = policy_loss(
+        logp_of(weight), logp_of(old_weight), advantage, mask, "gspo", 0.9, 9.0, None
+    )
+    (got,) = torch.autograd.grad(loss, weight)
 
     expected = torch.zeros_like(weight)
     for i, length in enumerate(lengths):
         with torch.no_grad():
-            s = math.exp(sum(float(logp_of(weight)[i, t] - logp_of(old_weight)[i, t]) for t in range(length)) / length)
+            s = math.exp(
+                sum(float(logp_of(weight)[i, t] - logp_of(old_weight)[i, t]) for t in range(length))
+                / length
+            )
         assert abs(s - 1) > 1e-3
         for t in range(length):
             score = torch.autograd.grad(logp_of(weight)[i, t], weight)[0]
@@ -200,7 +280,9 @@ def test_gspo_tokens_of_a_sequence_share_one_ratio_exactly():
     logp, old, _, mask = batch_of([200] * 4, 5, torch.float32)
     logp = logp * 8  # improbable tokens, down to log-probabilities of -100
     old = logp - 1e-4 * torch.randn(logp.shape, generator=torch.Generator().manual_seed(0))
-    _, gradient = loss_and_gradient(logp, old, torch.tensor([1.0, -1.0, 0.5, 2.0]), mask, "gspo", 0.0003, 0.0004, 10.0)
+    _, gradient = loss_and_gradient(
+        logp, old, torch.tensor([1.0, -1.0, 0.5, 2.0]), mask, "gspo", 0.0003, 0.0004, 10.0
+    )
     for row in gradient:
         assert len(row.unique()) == 1 and row[0] != 0
 
@@ -211,7 +293,9 @@ def test_on_policy_is_the_plain_policy_gradient(algorithm, dtype):
     """old = logp: the gradient is -A / (number of tokens), or -A / |y| / (number of sequences), whatever the clips."""
     lengths = [4, 1, 0, 7]
     logp, _, advantage, mask = batch_of(lengths, 11, dtype)
-    loss, gradient = loss_and_gradient(logp, logp.clone(), advantage, mask, algorithm, *CLIPS[algorithm])
+    loss, gradient = loss_and_gradient(
+        logp, logp.clone(), advantage, mask, algorithm, *CLIPS[algorithm]
+    )
     for b, length in enumerate(lengths):
         share = 1 / 12 if algorithm != "gspo" else 1 / max(length, 1) / 4
         expected = [-float(advantage[b]) * share] * length + [0.0] * (7 - length)
@@ -227,13 +311,26 @@ def test_padding_never_leaks(algorithm, garbage):
     mask[3, 4] = False  # a hole inside a response is as good as padding behind it
     clips = CLIPS[algorithm]
     expected, expected_gradient = loss_and_gradient(logp, old, advantage, mask, algorithm, *clips)
-    for dirty_logp, dirty_old in ((garbage, 0.0), (0.0, garbage), (garbage, garbage), (garbage, -garbage)):
-        loss, gradient = loss_and_gradient(logp.masked_fill(~mask, dirty_logp), old.masked_fill(~mask, dirty_old),
-                                           advantage, mask, algorithm, *clips)
+    for dirty_logp, dirty_old in (
+        (garbage, 0.0),
+        (0.0, garbage),
+        (garbage, garbage),
+        (garbage, -garbage),
+    ):
+        loss, gradient = loss_and_gradient(
+            logp.masked_fill(~mask, dirty_logp),
+            old.masked_fill(~mask, dirty_old),
+            advantage,
+            mask,
+            algorithm,
+            *clips,
+        )
         assert loss == expected and torch.equal(gradient, expected_gradient)
         assert (gradient[~mask] == 0).all()
     # nor does the advantage of a response without a token
-    loss, gradient = loss_and_gradient(logp, old, advantage.index_fill(0, torch.tensor([1]), garbage), mask, algorithm, *clips)
+    loss, gradient = loss_and_gradient(
+        logp, old, advantage.index_fill(0, torch.tensor([1]), garbage), mask, algorithm, *clips
+    )
     assert loss == expected and torch.equal(gradient, expected_gradient)
 
 
@@ -242,8 +339,14 @@ def test_nothing_to_learn_from_is_zero(algorithm):
     """No token at all, no sequence at all: 0 and a zero gradient, not 0 / 0."""
     for shape in ((3, 4), (3, 0), (0, 0)):
         logp = torch.randn(shape, dtype=torch.float64)
-        loss, gradient = loss_and_gradient(logp, logp - 1, torch.ones(shape[0], dtype=torch.float64),
-                                           torch.zeros(shape, dtype=torch.bool), algorithm, *CLIPS[algorithm])
+        loss, gradient = loss_and_gradient(
+            logp,
+            logp - 1,
+            torch.ones(shape[0], dtype=torch.float64),
+            torch.zeros(shape, dtype=torch.bool),
+            algorithm,
+            *CLIPS[algorithm],
+        )
         assert loss == 0 and (gradient == 0).all()
 
 
@@ -259,20 +362,35 @@ def test_long_responses_in_float32(algorithm):
 
 
 @pytest.mark.parametrize("algorithm", NAMES)
-@given(lengths=st.lists(st.sampled_from([0, 1, 3, 8, 40]), min_size=2, max_size=12), seed=st.integers(0, 10**6), data=st.data())
+@given(
+    lengths=st.lists(st.sampled_from([0, 1, 3, 8, 40]), min_size=2, max_size=12),
+    seed=st.integers(0, 10**6),
+    data=st.data(),
+)
 @repeatable
 def test_no_cut_of_a_batch_changes_loss_or_gradient(algorithm, lengths, seed, data):
     """Any assignment of the rows to parts, each padded to its own longest, with the global denominators."""
     logp, old, advantage, mask = batch_of(lengths, seed)
-    whole, whole_gradient = loss_and_gradient(logp, old, advantage, mask, algorithm, *CLIPS[algorithm])
-    part_of = torch.tensor(data.draw(st.lists(st.integers(0, 4), min_size=len(lengths), max_size=len(lengths))))
+    whole, whole_gradient = loss_and_gradient(
+        logp, old, advantage, mask, algorithm, *CLIPS[algorithm]
+    )
+    part_of = torch.tensor(
+        data.draw(st.lists(st.integers(0, 4), min_size=len(lengths), max_size=len(lengths)))
+    )
     counts = (max(sum(lengths), 1), len(lengths))
     total, gradient = 0.0, torch.zeros_like(logp)
     for part in part_of.unique():
         rows = (part_of == part).nonzero()[:, 0]
         width = max(lengths[i] for i in rows)
-        loss, of_part = loss_and_gradient(logp[rows, :width], old[rows, :width], advantage[rows], mask[rows, :width],
-                                          algorithm, *CLIPS[algorithm], *counts)
+        loss, of_part = loss_and_gradient(
+            logp[rows, :width],
+            old[rows, :width],
+            advantage[rows],
+            mask[rows, :width],
+            algorithm,
+            *CLIPS[algorithm],
+            *counts,
+        )
         total += loss
         gradient[rows, :width] = of_part
     close(total, whole, 1e-12)
@@ -292,15 +410,24 @@ def test_the_three_aggregate_differently():
 def test_an_unknown_algorithm_is_refused():
     one = torch.zeros(1, 1)
     with pytest.raises(ValueError, match="grpo, dapo, gspo"):
-        policy_loss(one, one, torch.ones(1), torch.ones(1, 1, dtype=torch.bool), "ppo", 0.2, 0.2, None)
+        policy_loss(
+            one, one, torch.ones(1), torch.ones(1, 1, dtype=torch.bool), "ppo", 0.2, 0.2, None
+        )
 
 
 # --------------------------------------------------------------------------------------------------------------------
 # group_advantage
 
 
-@given(groups=st.integers(2, 16).flatmap(lambda n: st.lists(
-    st.lists(st.floats(-10, 10).map(lambda x: round(x, 2)), min_size=n, max_size=n), min_size=1, max_size=4)))
+@given(
+    groups=st.integers(2, 16).flatmap(
+        lambda n: st.lists(
+            st.lists(st.floats(-10, 10).map(lambda x: round(x, 2)), min_size=n, max_size=n),
+            min_size=1,
+            max_size=4,
+        )
+    )
+)
 @repeatable
 def test_advantage_of_any_group(groups):
     got = group_advantage(torch.tensor(groups, dtype=torch.float64))
@@ -311,20 +438,31 @@ def test_advantage_of_any_group(groups):
 
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.float64, 1e-12)])
 def test_advantage_of_small_and_full_groups(dtype, tolerance):
-    close(group_advantage(torch.tensor([[0.0, 1.0], [1.0, 0.2]], dtype=dtype)),
-          [[-0.5 / (math.sqrt(0.5) + 1e-6), 0.5 / (math.sqrt(0.5) + 1e-6)],
-           [0.4 / (math.sqrt(0.32) + 1e-6), -0.4 / (math.sqrt(0.32) + 1e-6)]], tolerance)
+    close(
+        group_advantage(torch.tensor([[0.0, 1.0], [1.0, 0.2]], dtype=dtype)),
+        [
+            [-0.5 / (math.sqrt(0.5) + 1e-6), 0.5 / (math.sqrt(0.5) + 1e-6)],
+            [0.4 / (math.sqrt(0.32) + 1e-6), -0.4 / (math.sqrt(0.32) + 1e-6)],
+        ],
+        tolerance,
+    )
     one_right = [1.0] + [0.2] * 15
     std = 0.8 * math.sqrt(15 / 16 * 1 / 15)  # sum of squares 0.8^2 * 15/16, over 15
-    close(group_advantage(torch.tensor([one_right], dtype=dtype))[0],
-          [0.75 / (std + 1e-6)] + [-0.05 / (std + 1e-6)] * 15, tolerance)
+    close(
+        group_advantage(torch.tensor([one_right], dtype=dtype))[0],
+        [0.75 / (std + 1e-6)] + [-0.05 / (std + 1e-6)] * 15,
+        tolerance,
+    )
 
 
 def test_epsilon_stands_beside_the_standard_deviation():
     """Where the spread is as small as eps itself: 1e-6 is added to the std, not to the variance and not under the root."""
     d = 1e-6
-    close(group_advantage(torch.tensor([[0.0, d]], dtype=torch.float64)), [[-0.5 * d / (d * math.sqrt(0.5) + 1e-6),
-                                                                            0.5 * d / (d * math.sqrt(0.5) + 1e-6)]], 1e-12)
+    close(
+        group_advantage(torch.tensor([[0.0, d]], dtype=torch.float64)),
+        [[-0.5 * d / (d * math.sqrt(0.5) + 1e-6), 0.5 * d / (d * math.sqrt(0.5) + 1e-6)]],
+        1e-12,
+    )
 
 
 @pytest.mark.parametrize("dtype, most", [(torch.float32, 0.0), (torch.float64, 1e-8)])
@@ -340,7 +478,11 @@ def test_a_group_without_spread_has_no_advantage(dtype, most, size):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_a_group_of_one_has_mean_0_and_std_1(dtype):
     got = group_advantage(torch.tensor([[0.7], [-2.0], [0.0]], dtype=dtype))
-    close(got, [[0.7 / (1 + 1e-6)], [-2 / (1 + 1e-6)], [0.0]], 1e-6 if dtype == torch.float32 else 1e-12)
+    close(
+        got,
+        [[0.7 / (1 + 1e-6)], [-2 / (1 + 1e-6)], [0.0]],
+        1e-6 if dtype == torch.float32 else 1e-12,
+    )
 
 
 @pytest.mark.filterwarnings("ignore:std")
@@ -352,24 +494,39 @@ def test_no_groups():
 # KL, overlong penalty, spread
 
 
-@given(logp=st.lists(st.floats(-19, 0), min_size=1, max_size=20), seed=st.integers(0, 1000),
-       scale=st.sampled_from([1e-3, 0.3, 3.0]))
+@given(
+    logp=st.lists(st.floats(-19, 0), min_size=1, max_size=20),
+    seed=st.integers(0, 1000),
+    scale=st.sampled_from([1e-3, 0.3, 3.0]),
+)
 @repeatable
 def test_kl_k3(logp, seed, scale):
     logp = torch.tensor(logp, dtype=torch.float64, requires_grad=True)
-    ref = (logp + scale * torch.randn(logp.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)).detach()
+    ref = (
+        logp
+        + scale
+        * torch.randn(
+            logp.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
+        )
+    ).detach()
     kl = kl_k3(logp, ref)
     ratio = [math.exp(r - p) for p, r in zip(logp.tolist(), ref.tolist())]  # ref / pi
     close(kl.detach(), [x - 1 - math.log(x) for x in ratio], 1e-9)
     assert (kl >= 0).all()
-    gradient, = torch.autograd.grad(kl.sum(), logp)
+    (gradient,) = torch.autograd.grad(kl.sum(), logp)
     close(gradient, [1 - x for x in ratio], 1e-9)
 
 
 def test_kl_k3_is_the_kl_on_average():
     """Over samples of pi its mean is KL(pi | ref), not KL(ref | pi): the direction counts."""
-    pi, ref = torch.tensor([0.7, 0.2, 0.1], dtype=torch.float64), torch.tensor([0.2, 0.3, 0.5], dtype=torch.float64)
-    close((pi * kl_k3(pi.log(), ref.log())).sum(), sum(p * math.log(p / q) for p, q in zip(pi.tolist(), ref.tolist())))
+    pi, ref = (
+        torch.tensor([0.7, 0.2, 0.1], dtype=torch.float64),
+        torch.tensor([0.2, 0.3, 0.5], dtype=torch.float64),
+    )
+    close(
+        (pi * kl_k3(pi.log(), ref.log())).sum(),
+        sum(p * math.log(p / q) for p, q in zip(pi.tolist(), ref.tolist())),
+    )
 
 
 def test_kl_k3_stays_finite():
@@ -391,7 +548,10 @@ def test_overlong_penalty(limit, share, length):
     buffer = max(1, round(share * limit))
     over = length - (limit - buffer)
     expected = 0 if over <= 0 else -1 if over >= buffer else -over / buffer
-    close(overlong_penalty(torch.tensor([float(length)], dtype=torch.float64), limit, buffer), [expected])
+    close(
+        overlong_penalty(torch.tensor([float(length)], dtype=torch.float64), limit, buffer),
+        [expected],
+    )
 
 
 def test_overlong_penalty_without_a_buffer_is_none():
@@ -424,21 +584,36 @@ def tiny(tmp_path_factory):
 def rollouts(policy, processor, temperature: float):
     """Groups with log-probabilities that another policy recorded, and for each branch the current ones, computed from one
     plain forward and full logits."""
-    chats = [[{"role": "user", "content": [{"type": "text", "text": t}]}] for t in ("What is the sum?", "A or B, which one?")]
-    prompts = encode_prompts(processor, [Example(i, f"row {i}", chat, []) for i, chat in enumerate(chats)])
-    texts = [["<caption>1</caption>", "", "a good deal longer than the others are"], ["x", "yes, it is", "no", "2 + 2"]]
+    chats = [
+        [{"role": "user", "content": [{"type": "text", "text": t}]}]
+        for t in ("What is the sum?", "A or B, which one?")
+    ]
+    prompts = encode_prompts(
+        processor, [Example(i, f"row {i}", chat, []) for i, chat in enumerate(chats)]
+    )
+    texts = [
+        ["<caption>1</caption>", "", "a good deal longer than the others are"],
+        ["x", "yes, it is", "no", "2 + 2"],
+    ]
     drift = np.random.default_rng(0).permutation([2e-4, 0.2, 0.2, 3e-4, 1.0, 2.0, 0.5]).tolist()
     groups, current = [], []
     for prompt, some in zip(prompts, texts):
         branches, recorded = [encode_response(processor, t) for t in some], []
         for branch in branches:
-            logits = policy(input_ids=torch.cat([prompt.input_ids, branch])[None], use_cache=False, layout=Causal()).logits[0]
-            logits = logits[len(prompt.input_ids) - 1:-1].double() / temperature
+            logits = policy(
+                input_ids=torch.cat([prompt.input_ids, branch])[None],
+                use_cache=False,
+                layout=Causal(),
+            ).logits[0]
+            logits = logits[len(prompt.input_ids) - 1 : -1].double() / temperature
             logits[:, policy.forbidden] = -torch.inf
             current.append(logits.log_softmax(-1).gather(1, branch[:, None])[:, 0])
             scale = drift.pop()
             noise = torch.randn(len(branch), generator=torch.Generator().manual_seed(len(current)))
-            recorded.append(current[-1].detach().float() + scale * (noise + (1 if len(current) // 2 % 2 else -1)))
+            recorded.append(
+                current[-1].detach().float()
+                + scale * (noise + (1 if len(current) // 2 % 2 else -1))
+            )
         groups.append(Group(prompt, branches, recorded))
     return groups, current
 
@@ -465,8 +640,12 @@ def test_update_policy(tiny, algorithm, on_policy, max_tokens, beta):
     total = sum(map(len, current))
     now = [row.detach().tolist() for row in current]
     old = now if on_policy else [row.tolist() for row in recorded]
-    loss, slopes = reference_loss(now, old, advantage, [[True] * len(row) for row in now], algorithm, low, high, dual)
-    objective = sum(slope * logp for row, some in zip(slopes, current) for slope, logp in zip(row, some))
+    loss, slopes = reference_loss(
+        now, old, advantage, [[True] * len(row) for row in now], algorithm, low, high, dual
+    )
+    objective = sum(
+        slope * logp for row, some in zip(slopes, current) for slope, logp in zip(row, some)
+    )
     kl = 0.0
     if beta:
         with torch.no_grad():
@@ -483,8 +662,20 @@ def test_update_policy(tiny, algorithm, on_policy, max_tokens, beta):
 
     policy.zero_grad()
     config = RLVRConfig(temperature=0.7, max_tokens_per_pack=max_tokens, beta=beta)
-    update = update_policy(policy, groups, torch.tensor(advantage), processor, torch.device("cpu"), config, algorithm,
-                           low, high, dual, on_policy, reference=other if beta else None)
+    update = update_policy(
+        policy,
+        groups,
+        torch.tensor(advantage),
+        processor,
+        torch.device("cpu"),
+        config,
+        algorithm,
+        low,
+        high,
+        dual,
+        on_policy,
+        reference=other if beta else None,
+    )
     close(update.loss, loss, 1e-5)
     for name, gradient in expected.items():
         got = dict(policy.named_parameters())[name].grad
@@ -503,7 +694,11 @@ def test_update_policy(tiny, algorithm, on_policy, max_tokens, beta):
     assert update.clipped_high == sum(r > 1 + high and a > 0 for r, a in ratios)
     assert on_policy == (update.clipped_low + update.clipped_high == 0)
     close([update.ratio_min, update.ratio_max], [min(ratios)[0], max(ratios)[0]], 1e-5)
-    close(update.gap, max(abs(p - q) for a, b in zip(now, recorded) for p, q in zip(a, b.tolist())), 1e-4)
+    close(
+        update.gap,
+        max(abs(p - q) for a, b in zip(now, recorded) for p, q in zip(a, b.tolist())),
+        1e-4,
+    )
     close(update.kl_ref, kl, 1e-4)
 
 
@@ -511,8 +706,17 @@ def test_update_policy(tiny, algorithm, on_policy, max_tokens, beta):
 # Does it learn
 
 
-def optimise(algorithm: str, steps: int, minibatches: int, epochs: int, rate: float, reward, length: int, arms: int,
-             seed: int) -> torch.Tensor:
+def optimise(
+    algorithm: str,
+    steps: int,
+    minibatches: int,
+    epochs: int,
+    rate: float,
+    reward,
+    length: int,
+    arms: int,
+    seed: int,
+) -> torch.Tensor:
     """A tabular policy of `length` steps (logits (length, arms)); 4 groups of 16 a batch, several updates on each batch.
     Returns the probabilities that it ends with."""
     torch.manual_seed(seed)
@@ -528,7 +732,14 @@ def optimise(algorithm: str, steps: int, minibatches: int, epochs: int, rate: fl
             for part in torch.randperm(64).chunk(minibatches):
                 mask = torch.ones(len(part), length, dtype=torch.bool)
                 optimizer.zero_grad()
-                policy_loss(logp_of(actions[part]), old[part], advantage[part], mask, algorithm, *CLIPS[algorithm]).backward()
+                policy_loss(
+                    logp_of(actions[part]),
+                    old[part],
+                    advantage[part],
+                    mask,
+                    algorithm,
+                    *CLIPS[algorithm],
+                ).backward()
                 optimizer.step()
     return logits.detach().softmax(-1)
 
@@ -550,7 +761,11 @@ def test_three_steps_reach_the_only_right_sequence(algorithm):
 
     def reward(actions):
         hit = actions == best
-        return 0.2 * (hit[:, 0] & hit[:, 2]).float() + 0.8 * hit.all(1).float() + 0.05 * hit.float().sum(1)
+        return (
+            0.2 * (hit[:, 0] & hit[:, 2]).float()
+            + 0.8 * hit.all(1).float()
+            + 0.05 * hit.float().sum(1)
+        )
 
     probabilities = optimise(algorithm, 120, 2, 2, 0.05, reward, 3, 5, seed=2)
     assert probabilities[torch.arange(3), best].prod() > 0.9
@@ -572,7 +787,9 @@ def test_clips_hold_the_policy_near_the_one_that_sampled(algorithm):
         for _ in range(50):
             optimizer.zero_grad()
             logp = logits.log_softmax(-1)[actions][:, None]
-            policy_loss(logp, old, advantage, torch.ones(32, 1, dtype=torch.bool), algorithm, *clips).backward()
+            policy_loss(
+                logp, old, advantage, torch.ones(32, 1, dtype=torch.bool), algorithm, *clips
+            ).backward()
             optimizer.step()
         ratios = (logits.detach().log_softmax(-1)[actions] - old[:, 0]).exp()
         ends[clips] = (ratios[advantage > 0] - 1).max().item()
@@ -586,16 +803,30 @@ def test_clips_hold_the_policy_near_the_one_that_sampled(algorithm):
 
 
 def test_defaults_are_the_papers():
-    assert ALGORITHMS == {"grpo": {"epsilon": 0.2, "epsilon_high": 0.2, "dual_clip": 3.0},
-                          "dapo": {"epsilon": 0.2, "epsilon_high": 0.28, "dual_clip": 10.0},
-                          "gspo": {"epsilon": 0.0003, "epsilon_high": 0.0004, "dual_clip": 10.0}}
+    assert ALGORITHMS == {
+        "grpo": {"epsilon": 0.2, "epsilon_high": 0.2, "dual_clip": 3.0},
+        "dapo": {"epsilon": 0.2, "epsilon_high": 0.28, "dual_clip": 10.0},
+        "gspo": {"epsilon": 0.0003, "epsilon_high": 0.0004, "dual_clip": 10.0},
+    }
     config = RLVRConfig()
-    assert (config.learning_rate, config.lr_scheduler_type, config.warmup_ratio) == (1e-6, "constant", 0.05)
+    assert (config.learning_rate, config.lr_scheduler_type, config.warmup_ratio) == (
+        1e-6,
+        "constant",
+        0.05,
+    )
     assert config.weight_decay == 0.01
     assert (config.max_steps, config.num_generations, config.temperature) == (1500, 16, 1.0)
     assert (config.max_prompt_length, config.max_completion_length) == (2048, 8192)
     assert 8 * config.per_device_train_batch_size * config.gradient_accumulation_steps == 32
     assert config.num_minibatches * config.num_epochs == 1  # one optimiser step a batch
     assert (config.beta, config.algorithm) == (0.0, "grpo")
-    assert 32 * config.gen_batch_factor == 96 and config.max_gen_batches == 10 and config.overlong_buffer == 4096
-    assert (config.epsilon, config.epsilon_high, config.dual_clip) == (None, None, None)  # taken from ALGORITHMS
+    assert (
+        32 * config.gen_batch_factor == 96
+        and config.max_gen_batches == 10
+        and config.overlong_buffer == 4096
+    )
+    assert (config.epsilon, config.epsilon_high, config.dual_clip) == (
+        None,
+        None,
+        None,
+    )  # taken from ALGORITHMS

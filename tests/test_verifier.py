@@ -1,4 +1,5 @@
 """The verifier: right by the table, hard to fool, impossible to hang. `python tests/test_verifier.py` prints counts."""
+
 import logging
 import os
 import re
@@ -25,27 +26,71 @@ QUICK = settings(deadline=None, database=None, derandomize=True)
 
 # False negatives we accept: the rule that would take them in would let wrong answers in as well.
 KNOWN_FALSE_NEGATIVES = {
-    ("50%", "0.5"), ("100 cm", "1 m"), ("5m", "5"), ("N/A", "n/a"), ("Yes, they are similar.", "Yes")}
+    ("50%", "0.5"),
+    ("100 cm", "1 m"),
+    ("5m", "5"),
+    ("N/A", "n/a"),
+    ("Yes, they are similar.", "Yes"),
+}
 
 IN_CHILD = [  # formulas that reach the parser
-    "9^{9^{9^{9^9}}}x", r"10^{999999999}\pi", r"\frac{1}{" * 80 + "x" + "}" * 80, "9^9^9^9^9",
-    r"\sqrt{" * 140 + "x" + "}" * 140, "x^" * 500 + "x", "(x+y+z)^{99999}", "1+" * 500 + "x",
+    "9^{9^{9^{9^9}}}x",
+    r"10^{999999999}\pi",
+    r"\frac{1}{" * 80 + "x" + "}" * 80,
+    "9^9^9^9^9",
+    r"\sqrt{" * 140 + "x" + "}" * 140,
+    "x^" * 500 + "x",
+    "(x+y+z)^{99999}",
+    "1+" * 500 + "x",
     r"\cos(10^{10^{10}}x)",
 ]
 HOSTILE = IN_CHILD + [
-    "(" * 500 + "x" + ")" * 500, "{" * 500 + "x" + "}" * 500, "((((((9!)!)!)!)!)!)x", "x" + "!" * 1000, r"\left" * 200,
-    r"\int_0^1 x^{x^{x^x}} dx", r"\sum_{n=1}^{10^{12}} \frac{1}{n^2}", r"\prod_{n=1}^{10^9} n", r"\binom{10^9}{10^8}",
-    "\\" * 1024, "$" * 1023 + "x", "^" * 1024, " " * 1000 + "x" * 20, r"\text{" * 200 + "x", "x=" * 500 + "1",
-    "x," * 512, "[" * 512 + "]" * 512, r"\boxed{" * 140 + "x" + "}" * 140, "1e999999999", "9" * 1024, "1/" * 500 + "1",
-    "A or " * 200, "\0" * 999, "\ufe0f" * 1024, r"\{" * 99 + r"\}" * 99, "^ " * 512, "½" * 1024, "√" * 1024, "½" * 180,
-    "√" * 300, "$a" * 512, "the " * 256, "The answer is " * 70, "(1) " * 256, "A, " * 341, "{1," * 300, r"\{1," * 200,
-    "a" * 1023 + "!", "1," * 512,
+    "(" * 500 + "x" + ")" * 500,
+    "{" * 500 + "x" + "}" * 500,
+    "((((((9!)!)!)!)!)!)x",
+    "x" + "!" * 1000,
+    r"\left" * 200,
+    r"\int_0^1 x^{x^{x^x}} dx",
+    r"\sum_{n=1}^{10^{12}} \frac{1}{n^2}",
+    r"\prod_{n=1}^{10^9} n",
+    r"\binom{10^9}{10^8}",
+    "\\" * 1024,
+    "$" * 1023 + "x",
+    "^" * 1024,
+    " " * 1000 + "x" * 20,
+    r"\text{" * 200 + "x",
+    "x=" * 500 + "1",
+    "x," * 512,
+    "[" * 512 + "]" * 512,
+    r"\boxed{" * 140 + "x" + "}" * 140,
+    "1e999999999",
+    "9" * 1024,
+    "1/" * 500 + "1",
+    "A or " * 200,
+    "\0" * 999,
+    "\ufe0f" * 1024,
+    r"\{" * 99 + r"\}" * 99,
+    "^ " * 512,
+    "½" * 1024,
+    "√" * 1024,
+    "½" * 180,
+    "√" * 300,
+    "$a" * 512,
+    "the " * 256,
+    "The answer is " * 70,
+    "(1) " * 256,
+    "A, " * 341,
+    "{1," * 300,
+    r"\{1," * 200,
+    "a" * 1023 + "!",
+    "1," * 512,
 ]
 
 
 def bare_math_verify(answer: str, truth: str) -> bool:
     from math_verify import parse
     from math_verify import verify as compare
+
     return bool(compare(parse(truth), parse(answer)))
 
 
@@ -64,10 +109,18 @@ def confusion(judge) -> tuple[dict[str, Counter], list[tuple[str, str, str]]]:
 def report() -> None:
     logging.disable(logging.WARNING)
     ours, theirs = confusion(verify), confusion(bare_math_verify)
-    print(f"{'':14}{'verify':^24}{'math-verify':^24}\n{'kind':14}" + f"{'TP':>6}{'FP':>6}{'FN':>6}{'TN':>6}" * 2)
+    print(
+        f"{'':14}{'verify':^24}{'math-verify':^24}\n{'kind':14}"
+        + f"{'TP':>6}{'FP':>6}{'FN':>6}{'TN':>6}" * 2
+    )
     rows = [(kind, ours[0][kind], theirs[0][kind]) for kind in TABLE]
-    for kind, a, b in rows + [("all", *(sum((side[0][k] for k in TABLE), Counter()) for side in (ours, theirs)))]:
-        print(f"{kind:14}" + "".join(f"{side[cell]:6}" for side in (a, b) for cell in ("TP", "FP", "FN", "TN")))
+    for kind, a, b in rows + [
+        ("all", *(sum((side[0][k] for k in TABLE), Counter()) for side in (ours, theirs)))
+    ]:
+        print(
+            f"{kind:14}"
+            + "".join(f"{side[cell]:6}" for side in (a, b) for cell in ("TP", "FP", "FN", "TN"))
+        )
     for error in ours[1]:
         print("verify:", *error, sep="  ")
 
@@ -82,7 +135,9 @@ def test_table_is_large_and_balanced():
 
 def test_no_false_positive_and_only_known_false_negatives():
     _, errors = confusion(verify)
-    assert {(answer, truth) for kind, answer, truth in errors if kind == "FN"} == KNOWN_FALSE_NEGATIVES
+    assert {
+        (answer, truth) for kind, answer, truth in errors if kind == "FN"
+    } == KNOWN_FALSE_NEGATIVES
     assert not [error for error in errors if error[0] == "FP"]
 
 
@@ -94,15 +149,38 @@ def test_fewer_errors_of_both_kinds_than_math_verify():
 
 
 def test_a_number_has_to_be_written_as_a_number():
-    for work in ("17*23", r"17 \times 23", r"\int_0^1 782x dx", r"\sum_{n=1}^{1} 391", "400-9", r"\sqrt{152881}"):
+    for work in (
+        "17*23",
+        r"17 \times 23",
+        r"\int_0^1 782x dx",
+        r"\sum_{n=1}^{1} 391",
+        "400-9",
+        r"\sqrt{152881}",
+    ):
         assert not verify(work, "391")
     assert not verify(r"\int_0^{1} 2\pi dx", r"2\pi")
 
 
 def test_list_of_truths_and_other_types():
-    assert verify("0.5", ["50%", "1/2"]) and verify(r"\sqrt{12}", ("4", r"2\sqrt{3}")) and not verify("3", ["1", "2"])
+    assert (
+        verify("0.5", ["50%", "1/2"])
+        and verify(r"\sqrt{12}", ("4", r"2\sqrt{3}"))
+        and not verify("3", ["1", "2"])
+    )
     assert verify("3", 3) and verify("3", 3.0) and verify("2.5", [2.5]) and verify(3, "3")
-    for odd in (None, [], [None], {}, b"3", float("nan"), float("inf"), True, object(), [[]], 10**5000):
+    for odd in (
+        None,
+        [],
+        [None],
+        {},
+        b"3",
+        float("nan"),
+        float("inf"),
+        True,
+        object(),
+        [[]],
+        10**5000,
+    ):
         assert not verify("3", odd) and not verify(odd, "3")
     assert not verify(str(float("nan")), float("nan")) and not verify("True", True)
 
@@ -118,26 +196,54 @@ GOOD = "<caption>a</caption>\n<think>b</think> <answer>c</answer>"
 
 def test_format():
     assert parse_response(GOOD) == Response("a", "b", "c") == parse_response(f"\n {GOOD} \n")
-    assert parse_response("<caption>\na\n</caption><think>x < 1 <b></think><answer> c\nd </answer>").answer == "c\nd"
-    for bad in ("", GOOD + ".", "x" + GOOD, GOOD + GOOD, GOOD.replace("\n", ","), GOOD.replace(">c<", "> <"), None, 3,
-                GOOD.replace("think", "Think"), GOOD.replace("b", "<think>b"), GOOD.replace("c<", "<answer>c<"),
-                "<caption>a<think>b</think></caption><answer>c</answer>",
-                "<think>b</think><caption>a</caption><answer>c</answer>",
-                GOOD.replace("<caption>a</caption>", ""), GOOD[:-1], GOOD.replace("</think>", "")):
+    assert (
+        parse_response(
+            "<caption>\na\n</caption><think>x < 1 <b></think><answer> c\nd </answer>"
+        ).answer
+        == "c\nd"
+    )
+    for bad in (
+        "",
+        GOOD + ".",
+        "x" + GOOD,
+        GOOD + GOOD,
+        GOOD.replace("\n", ","),
+        GOOD.replace(">c<", "> <"),
+        None,
+        3,
+        GOOD.replace("think", "Think"),
+        GOOD.replace("b", "<think>b"),
+        GOOD.replace("c<", "<answer>c<"),
+        "<caption>a<think>b</think></caption><answer>c</answer>",
+        "<think>b</think><caption>a</caption><answer>c</answer>",
+        GOOD.replace("<caption>a</caption>", ""),
+        GOOD[:-1],
+        GOOD.replace("</think>", ""),
+    ):
         assert parse_response(bad) is None and reward(bad, "c") == 0.0
 
 
 TAGS = ["<caption>", "</caption>", "<think>", "</think>", "<answer>", "</answer>"]
 
 
-@given(st.lists(st.sampled_from([*TAGS, "a", " "]), max_size=12), st.permutations(TAGS), st.integers(0, 5))
+@given(
+    st.lists(st.sampled_from([*TAGS, "a", " "]), max_size=12),
+    st.permutations(TAGS),
+    st.integers(0, 5),
+)
 @settings(QUICK, max_examples=300)
 def test_format_of_mutated_tags(tokens, order, place):
-    assert parse_response("".join(tokens)) is None or [token for token in tokens if token in TAGS] == TAGS
+    assert (
+        parse_response("".join(tokens)) is None
+        or [token for token in tokens if token in TAGS] == TAGS
+    )
     assert (parse_response("a".join(order)) is None) or order == TAGS
     right = [*TAGS[:1], "a", *TAGS[1:3], "b", *TAGS[3:5], "c", *TAGS[5:]]
     assert parse_response("".join(right)) == Response("a", "b", "c")
-    for mutated in (right[:place] + tokens[:1] + right[place + 1:], right[:place] + [TAGS[place]] + right[place:]):
+    for mutated in (
+        right[:place] + tokens[:1] + right[place + 1 :],
+        right[:place] + [TAGS[place]] + right[place:],
+    ):
         response = parse_response("".join(mutated))
         assert response is None or [token for token in mutated if token in TAGS] == TAGS
 
@@ -146,7 +252,13 @@ def test_format_is_linear():
     start = time.monotonic()
     for piece in ("<caption>", "</caption>", "<", " ", "<think></think>", "\n<answer>"):
         parse_response("<caption>" + piece * 100_000), parse_response(piece * 100_000 + GOOD)
-    parse_response("<caption>a" + " " * 10**6 + "</caption><think>b</think><answer>c</answer>" + " " * 10**6 + "x")
+    parse_response(
+        "<caption>a"
+        + " " * 10**6
+        + "</caption><think>b</think><answer>c</answer>"
+        + " " * 10**6
+        + "x"
+    )
     assert time.monotonic() - start < 2
 
 
@@ -173,20 +285,29 @@ def test_random_formulas_never_raise(answer, truth):
 
 
 ROWS = [row for rows in TABLE.values() for row in rows]
-PLAIN = [row for row in ROWS if not isinstance(verifier._compare(*map(verifier._clean, row[:2])), list)]
+PLAIN = [
+    row for row in ROWS if not isinstance(verifier._compare(*map(verifier._clean, row[:2])), list)
+]
 
 
 @given(st.sampled_from(PLAIN), st.text(" \n\t", max_size=4), st.text(" \n\t", max_size=4))
 @settings(QUICK, max_examples=200)
 def test_outer_white_space_does_not_matter(row, before, after):
     answer, truth, _ = row
-    assert verify(before + answer + after, truth) == verify(answer, before + truth + after) == verify(answer, truth)
+    assert (
+        verify(before + answer + after, truth)
+        == verify(answer, before + truth + after)
+        == verify(answer, truth)
+    )
 
 
 SIMPLE = st.one_of(
-    st.integers(-10**6, 10**6).map(str), st.decimals(-1000, 1000, places=2).map(str),
-    st.from_regex(r"-?[0-9]{1,3}/[1-9][0-9]{0,2}", fullmatch=True), st.from_regex(r"[a-z]{2,8}", fullmatch=True),
-    st.sampled_from(["Yes", "no", "TRUE", "5 cm", "5 m", "5", "50%", "$5", "1e3", "1,000", "30°"]))
+    st.integers(-(10**6), 10**6).map(str),
+    st.decimals(-1000, 1000, places=2).map(str),
+    st.from_regex(r"-?[0-9]{1,3}/[1-9][0-9]{0,2}", fullmatch=True),
+    st.from_regex(r"[a-z]{2,8}", fullmatch=True),
+    st.sampled_from(["Yes", "no", "TRUE", "5 cm", "5 m", "5", "50%", "$5", "1e3", "1,000", "30°"]),
+)
 
 
 @given(SIMPLE, SIMPLE)
@@ -195,8 +316,13 @@ def test_numbers_and_words_are_reflexive_and_symmetric(a, b):
     assert verify(a, a) == (a.lower() not in ("nan", "inf")) and verify(a, b) == verify(b, a)
 
 
-NUMERIC = [row[:2] for kind, rows in TABLE.items() if kind != "unit"  # cm^2 and cm^3 both match a truth without unit
-           for row in rows if row[2] and re.search("[0-9]", row[0])]
+NUMERIC = [
+    row[:2]
+    for kind, rows in TABLE.items()
+    if kind != "unit"  # cm^2 and cm^3 both match a truth without unit
+    for row in rows
+    if row[2] and re.search("[0-9]", row[0])
+]
 
 
 @given(st.sampled_from(NUMERIC), st.integers(1, 9), st.data())
@@ -204,7 +330,7 @@ NUMERIC = [row[:2] for kind, rows in TABLE.items() if kind != "unit"  # cm^2 and
 def test_a_changed_digit_makes_a_right_answer_wrong(row, shift, data):
     answer, truth = row
     place = data.draw(st.sampled_from([i for i, c in enumerate(answer) if c in "0123456789"]))
-    changed = answer[:place] + str((int(answer[place]) + shift) % 10) + answer[place + 1:]
+    changed = answer[:place] + str((int(answer[place]) + shift) % 10) + answer[place + 1 :]
     if verifier._choice(verifier._clean(truth)):  # the letter is the answer there
         return
     assert not verify(changed, truth)
@@ -213,8 +339,11 @@ def test_a_changed_digit_makes_a_right_answer_wrong(row, shift, data):
 RIGHT = [row[:2] for row in ROWS if row[2] and row[:2] not in KNOWN_FALSE_NEGATIVES]
 
 
-@given(st.sampled_from(RIGHT), st.sampled_from(ROWS),
-       st.sampled_from([" or ", ", ", "; ", " / ", "\n", " and "]))
+@given(
+    st.sampled_from(RIGHT),
+    st.sampled_from(ROWS),
+    st.sampled_from([" or ", ", ", "; ", " / ", "\n", " and "]),
+)
 @settings(QUICK, max_examples=100)
 def test_a_second_candidate_makes_a_right_answer_wrong(row, other, joint):
     answer, truth = row
@@ -254,14 +383,18 @@ def test_hostile_answers_are_wrong_within_the_limit():
     assert worst < 1.2 and not any(verdicts)
     worst, _ = slowest([("x+1", text) for text in IN_CHILD[:1]])
     assert worst < 1.2
-    worst, verdicts = slowest([(r"\sqrt{12}", [r"3^{3^{3^{33}}}x", r"2\sqrt{3}"])])  # all truths share one limit
+    worst, verdicts = slowest(
+        [(r"\sqrt{12}", [r"3^{3^{3^{33}}}x", r"2\sqrt{3}"])]
+    )  # all truths share one limit
     assert worst < 1.2
     assert slowest([(r"\sqrt{12}", r"2\sqrt{3}")])[0] < 1.2
 
 
 def test_threads_share_the_child():
     with ThreadPoolExecutor(4) as pool:
-        assert all(pool.map(lambda n: verify(rf"\sqrt{{{4 * n}}}", rf"2\sqrt{{{n}}}"), range(2, 14)))
+        assert all(
+            pool.map(lambda n: verify(rf"\sqrt{{{4 * n}}}", rf"2\sqrt{{{n}}}"), range(2, 14))
+        )
     found = []
     pairs = [("9^{9^{9^9}}x", "x+1"), (r"\sqrt{12}", r"2\sqrt{3}")]
     thread = threading.Thread(target=lambda: found.append(slowest(pairs)))
@@ -281,7 +414,10 @@ class Pairs:
 
 def test_dataloader_worker():
     from torch.utils.data import DataLoader
-    for worst, verdicts in DataLoader(Pairs(), batch_size=None, num_workers=1, multiprocessing_context="fork"):
+
+    for worst, verdicts in DataLoader(
+        Pairs(), batch_size=None, num_workers=1, multiprocessing_context="fork"
+    ):
         assert worst < 1.2 and verdicts == [False, True]
     assert verify(r"\sqrt{12}", r"2\sqrt{3}")
 
@@ -293,19 +429,34 @@ def test_child_survives_kills():
         os.kill(server.pid, number)
         time.sleep(0.05)
         first = verify(r"\sqrt{12}", r"2\sqrt{3}")
-        assert first or number == signal.SIGSTOP  # one that hangs costs the answer in hand its verdict, no more
-        assert verify(r"\sqrt{12}", r"2\sqrt{3}") and verifier._server is not server and server.returncode is not None
+        assert (
+            first or number == signal.SIGSTOP
+        )  # one that hangs costs the answer in hand its verdict, no more
+        assert (
+            verify(r"\sqrt{12}", r"2\sqrt{3}")
+            and verifier._server is not server
+            and server.returncode is not None
+        )
 
 
 def test_child_ends_with_its_parent():
     import subprocess
-    code = ("import os, verifier as v; v.verify(r'\\sqrt{12}', r'2\\sqrt{3}');"
-            "print(v._server.pid, flush=True); os._exit(0)")
-    pid = int(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
+
+    code = (
+        "import os, verifier as v; v.verify(r'\\sqrt{12}', r'2\\sqrt{3}');"
+        "print(v._server.pid, flush=True); os._exit(0)"
+    )
+    pid = int(
+        subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, check=True
+        ).stdout
+    )
     for _ in range(50):
         try:
             with open(f"/proc/{pid}/stat") as stat:
-                if stat.read().rpartition(")")[2].split()[0] == "Z":  # dead; reaping it is init's part
+                if (
+                    stat.read().rpartition(")")[2].split()[0] == "Z"
+                ):  # dead; reaping it is init's part
                     return
         except OSError:
             return
@@ -316,8 +467,14 @@ def test_child_ends_with_its_parent():
 def test_nothing_is_evaluated_as_python(tmp_path):
     trace = tmp_path / "trace"
     code = f"__import__('os').system('touch {trace}')"
-    answers = [code, f"${code}$", rf"\boxed{{{code}}}", rf"\text{{{code}}}", rf"x + \operatorname{{{code}}}",
-               rf"\frac{{{code}}}{{2}}"]
+    answers = [
+        code,
+        f"${code}$",
+        rf"\boxed{{{code}}}",
+        rf"\text{{{code}}}",
+        rf"x + \operatorname{{{code}}}",
+        rf"\frac{{{code}}}{{2}}",
+    ]
     for answer in answers + [f"lambda: {code}", f"x_{{{code}}}", f"[{code} for x in (1,)]"]:
         assert not verify(answer, "x+1") and verify(answer, answer) in (True, False)
     # Past the plain rules, straight to the child, where the lock is.
