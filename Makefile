@@ -1,7 +1,7 @@
 # make demo   the whole pipeline on handwritten digits, into out/demo
-# make test   the tests
-# make lint   ruff
-# Both make .venv from requirements.txt where it is missing. PYTHON=python3.11 picks the interpreter it is made with.
+# make test   ruff, then the tests
+# Both make .venv from requirements.txt where it is missing. PYTHON=python3.11 picks the interpreter
+# that it is made with.
 
 SHELL := bash
 PYTHON ?= python3
@@ -17,14 +17,15 @@ export TOKENIZERS_PARALLELISM := false
 	$(PY) -m pip install --disable-pip-version-check --progress-bar off -r requirements.txt
 	touch $@
 
-test: .venv/installed
+test: lint
 	$(PY) -m pytest
 
 lint: .venv/installed
 	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
 
-# base -> SFT -> alignment -> RLVR, and RLVR straight from SFT beside it, two commands at a time. Nothing here is special to
-# the digits but that --data is left out: with it, the same commands run on anything.
+# base -> SFT -> alignment -> RLVR, and RLVR straight from SFT beside it, two commands at a time.
+# Without `--data digits` the same commands run the published stages.
 # Each has one thread: of a model this small a second one computes nothing sooner.
 demo: export OMP_NUM_THREADS := 1
 demo: .venv/installed
@@ -36,22 +37,22 @@ $(DEMO)/base/model.safetensors:
 	mkdir -p $(DEMO) && cp -r out/digits/base $(DEMO)/base
 
 $(DEMO)/sft/model.safetensors: $(DEMO)/base/model.safetensors
-	$(PY) sft.py --model $(DEMO)/base --output_dir $(DEMO)/sft
+	$(PY) sft.py --model $(DEMO)/base --data digits --output_dir $(DEMO)/sft
 
 $(DEMO)/discriminator/model.safetensors: $(DEMO)/sft/model.safetensors
-	$(PY) discriminator.py --model $(DEMO)/base --policy $(DEMO)/sft --output_dir $(DEMO)/discriminator
+	$(PY) discriminator.py --model $(DEMO)/base --policy $(DEMO)/sft --data digits --output_dir $(DEMO)/discriminator
 
 $(DEMO)/align/model.safetensors: $(DEMO)/discriminator/model.safetensors
-	$(PY) align.py --ckpt $(DEMO)/sft --discriminator $(DEMO)/discriminator --output_dir $(DEMO)/align
+	$(PY) align.py --ckpt $(DEMO)/sft --discriminator $(DEMO)/discriminator --data digits --output_dir $(DEMO)/align
 
 $(DEMO)/align_grpo/model.safetensors: $(DEMO)/align/model.safetensors
-	$(PY) rlvr.py --ckpt $(DEMO)/align --output_dir $(DEMO)/align_grpo
+	$(PY) rlvr.py --ckpt $(DEMO)/align --data digits --output_dir $(DEMO)/align_grpo
 
 $(DEMO)/sft_grpo/model.safetensors: $(DEMO)/sft/model.safetensors
-	TQDM_POSITION=1 $(PY) rlvr.py --ckpt $(DEMO)/sft --output_dir $(DEMO)/sft_grpo
+	TQDM_POSITION=1 $(PY) rlvr.py --ckpt $(DEMO)/sft --data digits --output_dir $(DEMO)/sft_grpo
 
 $(DEMO)/%/eval.json: $(DEMO)/%/model.safetensors
-	$(PY) eval.py --ckpt $(DEMO)/$*
+	$(PY) eval.py --ckpt $(DEMO)/$* --data digits
 
 $(DEMO)/results.json: $(foreach name,align_grpo sft_grpo align sft base,$(DEMO)/$(name)/eval.json)
 	$(PY) report.py $(DEMO)

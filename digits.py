@@ -1,33 +1,36 @@
-"""The embedded world: a tiny Qwen3-VL and a task on real handwritten digits, for all stages to run anywhere.
+"""The embedded world: a tiny Qwen3-VL and a task on real handwritten digits, so that every stage
+runs anywhere.
 
-The task: an image of a few digits side by side and a question about them (their sum, their spread, a count, a multiple
-choice). A right answer needs right perception (the caption names the digits) and right reasoning (the think block works
-in single steps), and either can fail alone: the two views of PRISM. The digits are scikit-learn's 8 x 8 scans of
-handwriting, split by scan: no scan seen in training returns in validation or test.
+The task: an image of a few digits side by side and a question about them (their sum, their spread,
+a count, a multiple choice). A right answer needs right perception (the caption names the digits)
+and right reasoning (the think block works in single steps). Either can fail alone: these are the
+two views of PRISM. The digits are scikit-learn's 8 x 8 scans of handwriting, split by scan: no
+scan seen in training returns in validation or test.
 
-The demonstrations come in the two kinds that the paper mixes. Curated ones are exact, dense and work step by step.
-Public ones are terse, misread some digits systematically and reason on from the misreading, slip in the arithmetic and
-skip steps. Systematic misreading is the point: independent noise hardly moves what a model decodes, a habit does.
+The demonstrations come in the two kinds that the paper mixes. Curated ones are exact, dense and
+work step by step. Public ones are terse, misread some digits systematically and reason on from the
+misreading, slip in the arithmetic and skip steps. Systematic misreading is the point: independent
+noise hardly moves what a model decodes, a habit does.
 
-Nothing is downloaded: the tokenizer is trained here, on the world's own text, and has Qwen3-VL's control tokens and
-files. What lies where, under `out`:
+Nothing is downloaded. The tokenizer is trained here, on the world's own text, and has Qwen3-VL's
+control tokens and files. What lies where, under `out`:
 
     init/               the model with random weights, a complete Hugging Face directory
-    base/               the same, pretrained on pretrain.jsonl; sft.py makes it, not this file
+    base/               the same, pretrained on pretrain.jsonl by sft.py
+    discriminator/      made from base by discriminator.py, when align.py is run with no flags
     images/*.png        one per row; rows name them relative to their own file
 
     pretrain.jsonl      exact dense responses, many: what makes the clean base
     prompts.jsonl       for alignment and RLVR; `response` is the supervision y+
     validation.jsonl, test.jsonl
-                        all four: question, answer, image, system, response, caption (the accepted texts), source (kind)
+                        all four: question, answer, image, system, response, caption (the accepted
+                        texts), source (the kind of question)
 
     public.jsonl, curated.jsonl, sft.jsonl
-                        the demonstrations, and both mixed: messages, images, source (public or curated), kind
+                        the demonstrations, and both mixed: messages, images, source, kind
 
-    python digits.py [--out out/digits] [--misread_digits 8 ...]      builds the world and shows what is in it
+    python digits.py [--out out/digits] [--misread_digits 8 ...]    builds the world and shows it
 """
-
-from data import UserError, load_processor, write_processor
 
 import contextlib
 import fcntl
@@ -57,6 +60,9 @@ from transformers import (
     Qwen3VLForConditionalGeneration,
 )
 
+from data import load_processor
+from rows import UserError
+
 
 @dataclass
 class World:
@@ -82,7 +88,7 @@ class World:
     slip_rate: float = 0.4  # the last step of the reasoning is off by one
     skip_rate: float = 0.3  # only the result is stated, not the steps to it
     # The model (0.36M parameters)
-    merges: int = 224  # of the byte-level BPE, on top of the 256 bytes; fewer where the text has no more to merge
+    merges: int = 224  # of the byte-level BPE on top of 256 bytes; fewer where there are no more
     hidden_size: int = 64
     intermediate_size: int = 128
     layers: int = 2
@@ -92,12 +98,10 @@ class World:
     vision_hidden_size: int = 64
     vision_intermediate_size: int = 128
     vision_layers: int = 2
-    initializer_range: float = (
-        0.06  # 0.02 is for models 40 times as wide: at this width it learns nothing for long
-    )
+    initializer_range: float = 0.06  # with 0.02, for wide models, this one learns nothing for long
 
 
-# What suits a model of this size, in place of the published values, where a stage is run without --data.
+# What suits this world's own model on its own data, in place of the published values.
 SETTINGS: dict[str, dict] = {
     "pretrain": dict(max_steps=600, learning_rate=4e-3, per_device_train_batch_size=32),
     "sft": dict(max_steps=150, learning_rate=1e-3, per_device_train_batch_size=32),
@@ -107,27 +111,34 @@ SETTINGS: dict[str, dict] = {
         per_device_train_batch_size=32,
         gradient_accumulation_steps=1,
         max_completion_length=96,
-        per_device_eval_batch_size=256,
     ),
     "align": dict(
         max_steps=80,
         learning_rate=1e-4,
         discriminator_learning_rate=3e-4,
-        warmup_steps=60,
-        warmup_learning_rate=3e-4,
-        per_device_train_batch_size=16,
+        prompts_per_step=16,
         num_generations=8,
         max_completion_length=96,
     ),
     "rlvr": dict(
         max_steps=100,
         learning_rate=3e-4,
-        per_device_train_batch_size=16,
+        warmup_steps=0.05,
+        weight_decay=0.01,
+        prompts_per_step=16,
         num_generations=8,
         max_completion_length=96,
         overlong_buffer=32,
     ),
     "eval": dict(max_completion_length=96, per_device_eval_batch_size=200),
+}
+# The data of each stage.
+SPLITS = {
+    "sft": "sft",
+    "discriminator": "prompts",
+    "align": "prompts",
+    "rlvr": "prompts",
+    "eval": "test",
 }
 
 # (digit, what a careless reader takes it for), the likeliest first
@@ -154,12 +165,13 @@ PATCH, MERGE = (
     2,
 )  # a digit, 8 x 8 pixels shown at 16 x 16, is 2 x 2 patches: one token of the language model
 
-# Qwen3-VL's added tokens in their order. The second lot is one token each, but not "special": decoding never drops it.
-CONTROL_TOKENS = """<|endoftext|> <|im_start|> <|im_end|> <|object_ref_start|> <|object_ref_end|> <|box_start|>
-    <|box_end|> <|quad_start|> <|quad_end|> <|vision_start|> <|vision_end|> <|vision_pad|> <|image_pad|>
-    <|video_pad|>""".split()
-PLAIN_TOKENS = """<tool_call> </tool_call> <|fim_prefix|> <|fim_middle|> <|fim_suffix|> <|fim_pad|> <|repo_name|>
-    <|file_sep|> <tool_response> </tool_response> <think> </think>""".split()
+# Qwen3-VL's added tokens in their order. Those of the second lot are not "special": decoding never
+# drops them.
+CONTROL_TOKENS = """<|endoftext|> <|im_start|> <|im_end|> <|object_ref_start|> <|object_ref_end|>
+    <|box_start|> <|box_end|> <|quad_start|> <|quad_end|> <|vision_start|> <|vision_end|>
+    <|vision_pad|> <|image_pad|> <|video_pad|>""".split()
+PLAIN_TOKENS = """<tool_call> </tool_call> <|fim_prefix|> <|fim_middle|> <|fim_suffix|> <|fim_pad|>
+    <|repo_name|> <|file_sep|> <tool_response> </tool_response> <think> </think>""".split()
 CHAT_TEMPLATE = r"""
 {%- for message in messages %}
     {{- "<|im_start|>" + message.role + "\n" }}
@@ -182,7 +194,8 @@ CHAT_TEMPLATE = r"""
 """
 
 
-# The task -------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
+# The task
 
 
 def captions(digits: Iterable[int]) -> list[str]:
@@ -195,13 +208,14 @@ def captions(digits: Iterable[int]) -> list[str]:
 
 
 def ask(kind: str, rng: random.Random) -> tuple[str, list]:
-    """A question and what in it varies: the threshold of a count, the order of the options of a choice."""
+    """A question and what varies in it: a count's threshold, the order of a choice's options."""
     details = {"count": [rng.randint(2, 6)], "choice": rng.sample(["even", "odd"], 2)}.get(kind, [])
     return rng.choice(QUESTIONS[kind]).format(*details), details
 
 
 def work(kind: str, digits: tuple[int, ...], details: list, slip: int = 0) -> tuple[str, str, str]:
-    """(the steps, the result without them, the answer). A slip of +1 or -1 enters at the last step."""
+    """(the steps, the result without them, the answer). A slip of +1 or -1 enters at the last
+    step."""
     if kind == "spread":
         largest, smallest = max(digits), min(digits)
         answer = str(abs(largest - smallest + slip))
@@ -225,7 +239,7 @@ def work(kind: str, digits: tuple[int, ...], details: list, slip: int = 0) -> tu
         return f"{steps}.", f"{result}.", str(totals[-1])
     parity = ("even", "odd")[totals[-1] % 2]
     verdict = f". {totals[-1]} is {parity}."
-    # Option by option: to go from "even" to its letter in one step takes this small a model far longer to learn.
+    # Option by option: to go from "even" to its letter in one step takes far longer to learn.
     first, second = (f"{option} {'yes' if option == parity else 'no'}" for option in details)
     return f"{steps}{verdict} A {first}, B {second}.", result + verdict, "AB"[details.index(parity)]
 
@@ -239,7 +253,7 @@ def curated_response(kind: str, digits: tuple[int, ...], details: list) -> tuple
 def public_response(
     kind: str, digits: tuple[int, ...], details: list, world: World, rng: random.Random
 ) -> str:
-    """Terse, and wrong at the world's rates. What is misread stays so to the end: the reasoning follows the caption."""
+    """Terse, and wrong at the world's rates. The reasoning goes on from what was misread."""
     look_alike = dict(CONFUSIONS[: world.misread_digits])
     read = tuple(
         look_alike[digit] if digit in look_alike and rng.random() < world.misread_rate else digit
@@ -254,7 +268,8 @@ def _response(caption: str, think: str, answer: str) -> str:
     return f"<caption>{caption}</caption>\n<think>{think}</think>\n<answer>{answer}</answer>"
 
 
-# The data -------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
+# The data
 
 
 def scans_of_digits():
@@ -266,7 +281,7 @@ def scans_of_digits():
 
 
 def split_scans(world: World) -> dict[str, dict[int, list[int]]]:
-    """Indices into load_digits: split -> digit -> scans. Every digit is split in the same proportion."""
+    """Indices into load_digits: split -> digit -> scans, each digit in the same proportion."""
     labels = scans_of_digits().target
     scans: dict[str, dict[int, list[int]]] = {"train": {}, "validation": {}, "test": {}}
     for digit in range(10):
@@ -288,10 +303,12 @@ def draw(
     root: Path,
     used: set[tuple[int, ...]],
 ) -> Iterator[tuple[str, str, list, tuple[int, ...], str]]:
-    """`rows` examples (kind, question, details, digits, image path), their images written. No picture occurs twice."""
+    """`rows` examples (kind, question, details, digits, image path), their images written. No
+    picture occurs twice."""
     if not all(scans.get(digit) for digit in range(10)):
         raise UserError(
-            f"digits: the split of {name} has no scan of some digit; change train_share or validation_share"
+            f"digits: the split of {name} has no scan of some digit; change train_share or "
+            f"validation_share"
         )
     rng = random.Random(f"{world.seed} {name}")
     pictures = scans_of_digits().images
@@ -305,7 +322,8 @@ def draw(
                 break
         else:
             raise UserError(
-                f"digits: {rows} rows of {name} are more than there are pictures; ask for fewer, or more digits"
+                f"digits: {rows} rows of {name} are more than there are pictures; ask for fewer, "
+                f"or more digits"
             )
         used.add(picture)
         path = f"images/{name}_{i:05d}.png"
@@ -316,7 +334,7 @@ def draw(
 
 
 def build_data(root: Path, world: World) -> list[str]:
-    """Write images and JSONL files; returns the training text, on which the tokenizer is trained."""
+    """Writes images and JSONL files. -> the text on which the tokenizer is trained."""
     (root / "images").mkdir()
     scans, used, texts = split_scans(world), set(), []
 
@@ -383,11 +401,12 @@ def _write_rows(path: Path, rows: list[dict]) -> None:
     )
 
 
-# The model ------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
+# The model
 
 
 def train_tokenizer(texts: list[str], merges: int) -> PreTrainedTokenizerFast:
-    """Qwen's byte-level BPE (pre-tokenizer: digits one by one) on `texts`, and Qwen3-VL's added tokens behind it."""
+    """Qwen's byte-level BPE (digits one by one) on `texts`, and Qwen3-VL's added tokens."""
     qwen = Qwen2Tokenizer().backend_tokenizer
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = qwen.pre_tokenizer
@@ -406,7 +425,7 @@ def train_tokenizer(texts: list[str], merges: int) -> PreTrainedTokenizerFast:
         merges=[tuple(merge) for merge in trained["merges"]],
         added_tokens_decoder={len(trained["vocab"]) + i: token for i, token in enumerate(added)},
     ).backend_tokenizer
-    qwen.normalizer = None  # Qwen's composes characters (NFC), so that decomposed text would not come back as it was
+    qwen.normalizer = None  # Qwen's composes characters, so decomposed text would not come back
     return PreTrainedTokenizerFast(
         tokenizer_object=qwen,
         extra_special_tokens=CONTROL_TOKENS[1:],
@@ -418,7 +437,8 @@ def train_tokenizer(texts: list[str], merges: int) -> PreTrainedTokenizerFast:
 
 
 def build_model(path: Path, tokenizer: PreTrainedTokenizerFast, world: World) -> None:
-    """A complete Hugging Face directory: random weights, configuration, generation defaults, processor."""
+    """A complete Hugging Face directory: random weights, configuration, generation defaults,
+    processor."""
     token = tokenizer.convert_tokens_to_ids
     end, pad = token("<|im_end|>"), token("<|endoftext|>")
     rotary = (
@@ -463,11 +483,12 @@ def build_model(path: Path, tokenizer: PreTrainedTokenizerFast, world: World) ->
         vision_start_token_id=token("<|vision_start|>"),
         vision_end_token_id=token("<|vision_end|>"),
         tie_word_embeddings=True,
+        embedded_world="digits",  # so that its settings are taken for no other model
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(world.seed)
         model = Qwen3VLForConditionalGeneration(config)
-    # Greedy and nothing filtered; the published models sample with top_k 20, top_p 0.8, temperature 0.7.
+    # Greedy, nothing filtered; the published models have top_k 20, top_p 0.8, temperature 0.7.
     model.generation_config = GenerationConfig(
         eos_token_id=[end, pad], pad_token_id=pad, bos_token_id=pad
     )
@@ -486,22 +507,71 @@ def build_model(path: Path, tokenizer: PreTrainedTokenizerFast, world: World) ->
     write_processor(path, tokenizer, image, CHAT_TEMPLATE)
 
 
-# The whole ------------------------------------------------------------------------------------------------------------
+def write_processor(path: Path, tokenizer, image: dict, chat_template: str) -> None:
+    """Writes a processor from its parts, in the layout of the published Qwen3-VL directories."""
+    backend = json.loads(tokenizer.backend_tokenizer.to_str())
+    vocab = dict(sorted(backend["model"]["vocab"].items(), key=lambda item: item[1]))
+    added = {str(i): t.__getstate__() for i, t in sorted(tokenizer.added_tokens_decoder.items())}
+    special = [token["content"] for token in added.values() if token["special"]]
+    qwen = {"processor_class": "Qwen3VLProcessor"}
+    shared = ("patch_size", "temporal_patch_size", "merge_size", "image_mean", "image_std")
+    video = {key: image[key] for key in shared} | {
+        "size": {"longest_edge": 25165824, "shortest_edge": 4096},  # pixels of a clip, as published
+        "video_processor_type": "Qwen3VLVideoProcessor",
+    }
+    tokenizer_config = {
+        "add_bos_token": False,
+        "add_prefix_space": False,
+        "added_tokens_decoder": added,
+        "additional_special_tokens": [token for token in special if token != tokenizer.pad_token],
+        "bos_token": None,
+        "chat_template": chat_template,
+        "clean_up_tokenization_spaces": False,
+        "eos_token": tokenizer.eos_token,
+        "errors": "replace",
+        "model_max_length": tokenizer.model_max_length,
+        "pad_token": tokenizer.pad_token,
+        "split_special_tokens": False,
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "unk_token": None,
+    }
+    files = {
+        # The name of the plain class serves every version of transformers.
+        "preprocessor_config.json": image
+        | {"image_processor_type": "Qwen2VLImageProcessor"}
+        | qwen,
+        "video_preprocessor_config.json": video | qwen,
+        "tokenizer.json": backend,
+        "tokenizer_config.json": tokenizer_config,
+        "vocab.json": vocab,
+        "chat_template.json": {"chat_template": chat_template},
+    }
+    for name, content in files.items():
+        text = json.dumps(content, indent=2, ensure_ascii=False)
+        (path / name).write_text(text + "\n", encoding="utf-8")
+    merges = (m if isinstance(m, str) else " ".join(m) for m in backend["model"]["merges"])
+    lines = "\n".join(["#version: 0.2", *merges, ""])
+    (path / "merges.txt").write_text(lines, encoding="utf-8")
+
+
+# --------------------------------------------------------------------------------------------------
+# The whole
 
 
 def build(out: str | Path = "out/digits", world: World = World()) -> dict[str, str]:
-    """Name -> path of all parts, built unless `out` holds this world already. Many processes may call it at once."""
+    """Name -> path of all parts, built unless `out` holds this world already. Many processes may
+    call it at once."""
     out = Path(out)
     names = ("pretrain", "public", "curated", "sft", "prompts", "validation", "test")
     paths = {name: str(out / f"{name}.jsonl") for name in names} | {
-        name: str(out / name) for name in ("init", "base")
+        name: str(out / name) for name in ("init", "base", "discriminator")
     }
     if _holds(out, world):
         return paths
     with _alone(out.parent / f".{out.name}.lock"):
         if _holds(out, world):
             return paths
-        # Built beside and renamed at the end: `out` is never half made. What a killed build left is cleared here.
+        # Built beside and renamed at the end: `out` is never half made.
         building = out.parent / f".{out.name}.building"
         shutil.rmtree(building, ignore_errors=True)
         building.mkdir()
@@ -521,48 +591,56 @@ def _alone(path: Path):
         yield
 
 
-def pretrain(paths: dict[str, str]) -> str:
-    """The instruct model that the pipeline starts from: `init` trained by stage 1's own code on the clean rows, once."""
-    base = Path(paths["base"])
-    with _alone(base.parent / ".base.lock"):
-        if not (base / "model.safetensors").exists():
-            shutil.rmtree(base, ignore_errors=True)
-            alone = {
-                k: v
-                for k, v in os.environ.items()
-                if k not in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_PORT")
-            }
-            settings = [f"--{name}={value}" for name, value in SETTINGS["pretrain"].items()]
-            script = str(Path(__file__).with_name("sft.py"))
-            print(f"pretraining the digits' instruct model into {base}, once", file=sys.stderr)
-            subprocess.run(
-                [
-                    sys.executable,
-                    script,
-                    "--model",
-                    paths["init"],
-                    "--data",
-                    paths["pretrain"],
-                    "--output_dir",
-                    str(base),
-                    *settings,
-                ],
-                check=True,
-                env=alone,
-            )
-    return str(base)
-
-
-def fill_in(model: str | None, data: str | None, split: str) -> tuple[str, str]:
-    """What a stage was not told: its model is the world's instruct model, its data the world's `split`."""
-    if model is not None and data is not None:
-        return model, data
+def settle(config, stage: str, given: set[str]) -> str:
+    """Fills in what a stage was not told, `given` being the flags that were: this world's data,
+    model, and, for its own model, settings. -> a line that says what was taken."""
     paths = build()
-    return model or pretrain(paths), data or paths[split]
+    source = "model" if hasattr(config, "model") else "ckpt"
+    config.data = [paths[SPLITS[stage]]]
+    if source not in given:
+        setattr(config, source, _made(paths, "base"))
+    own = _is_own(getattr(config, source))
+    for name, value in (SETTINGS[stage] | {"dataloader_num_workers": 0}).items() if own else ():
+        if name not in given and hasattr(config, name):
+            setattr(config, name, value)
+    if own and stage == "discriminator" and "policy" not in given:
+        config.policy = config.model
+    if own and stage == "align" and "discriminator" not in given:
+        config.discriminator = _made(paths, "discriminator")
+    settings = "its settings" if own else "the published settings"
+    model = f"--{source} {getattr(config, source)}"
+    return f"the embedded world of handwritten digits: {config.data[0]}, {model}, {settings}"
+
+
+def _is_own(path: str) -> bool:
+    config = Path(path) / "config.json"
+    return config.is_file() and "embedded_world" in json.loads(config.read_text())
+
+
+def _made(paths: dict[str, str], name: str) -> str:
+    """The path of the base or of its discriminator, made by the stages' own code if need be."""
+    out = Path(paths[name])
+    if name == "base":
+        flags = {"model": paths["init"], "data": paths["pretrain"]} | SETTINGS["pretrain"]
+    else:
+        base = _made(paths, "base")
+        flags = {"model": base, "policy": base, "data": "digits"}
+    with _alone(out.parent / f".{name}.lock"):
+        if not (out / "model.safetensors").exists():
+            shutil.rmtree(out, ignore_errors=True)
+            ranks = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_PORT")
+            alone = {k: v for k, v in os.environ.items() if k not in ranks}
+            flags |= {"output_dir": str(out), "dataloader_num_workers": 0}
+            stage = {"base": "sft.py"}.get(name, f"{name}.py")
+            command = [sys.executable, str(Path(__file__).with_name(stage))]
+            print(f"making {out} of the embedded world, once", file=sys.stderr)
+            command += [f"--{flag}={value}" for flag, value in flags.items()]
+            subprocess.run(command, check=True, env=alone)
+    return str(out)
 
 
 def _holds(out: Path, world: World) -> bool:
-    """Is this very world there? Anything else that is there is an error: work may hang on it, so it is not replaced."""
+    """Is this very world there? Anything else that is there is an error: work may hang on it."""
     if not out.exists() or not any(out.iterdir()):
         return False
     if not (out / "world.json").exists():
@@ -587,7 +665,8 @@ def summary(paths: dict[str, str]) -> str:
     rows = {name: read_rows(path) for name, path in paths.items() if path.endswith(".jsonl")}
     model = Qwen3VLForConditionalGeneration.from_pretrained(paths["init"])
     lines = [
-        f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(processor.tokenizer)} tokens",
+        f"{sum(p.numel() for p in model.parameters()):,} parameters, "
+        f"{len(processor.tokenizer)} tokens",
         ", ".join(f"{name} {len(content)}" for name, content in rows.items()) + " rows",
         "",
     ]
@@ -632,7 +711,7 @@ def main() -> None:
     except UserError as error:
         sys.exit(f"error: {error}")
     print(summary(paths), flush=True)
-    pretrain(paths)
+    _made(paths, "base")
 
 
 if __name__ == "__main__":

@@ -1,90 +1,110 @@
-"""The discriminator: a mixture of experts that scores perception and reasoning apart (PRISM, section on the MoE
-discriminator), and its warm-up on pairs, which is what running this file does.
+"""The discriminator: a mixture of experts that scores perception and reasoning apart, and its
+warm-up on pairs, which is what running this file does (PRISM, the MoE discriminator).
 
-    D_k(x, y) = w_k . h(x, view_k(y))         k = perception: the caption block; k = reasoning: think and answer blocks
-    L_pair = sum_k - log sigmoid( D_k(x, y+) - D_k(x, y-) )                                Bradley-Terry, y+ against y-
-    L_D    = L_pair + 0.001 * mean of the squared scores + 0.01 * L_balance
-    L_balance = E * sum_e f_e P_e             f_e: share of choices that fall on expert e, P_e: its mean router probability
+    (3)  expert_e = dense MLP + N(0, 0.01^2),  e = 1 .. 4     sparse upcycling; routers N(0, 0.02^2)
+    (4)  MLP(h)  = sum over the top 2 of  p_e / (their sum) * expert_e(h),   p = softmax(W h)
+    (5)  D_k(x, y) = w_k . h(x, view_k(y))    k = perception: the caption; reasoning: the rest
+    (6)  L_pair  = sum_k - log sigmoid(D_k(x, y+) - D_k(x, y))      Bradley-Terry, y+ against y
+    (7)  L_D     = L_pair + 0.001 * mean of the squared scores + 0.01 * L_balance
+    (8)  L_balance = E * sum_e f_e P_e        f_e: share of choices, P_e: mean router probability
 
-h is the last hidden state, read at the view's last token, of a vision-language model whose dense MLPs were turned into
-experts ("sparse upcycling"): each of the 4 starts as a copy of the dense MLP plus noise of std 0.01, the router at
-N(0, 0.02), and every token goes to its top 2 with weights renormalised. All else is copied.
+h is the last hidden state at the last token of the view. A prompt with the views of its rollouts
+and of its supervision response is one pack, so prompt and image are computed once for all views.
+Supervision and rollout go through one function (`data.encode_views`), and equal views of a prompt
+are one branch, so two sides of the same text score exactly the same. Nothing is cut.
 
-A prompt with its 2N + 2 views is one pack (data.py): prompt and image are computed once for all views. Teacher and
-student go through one function (`data.encode_views`), and equal views of a prompt are one branch, so two sides with the
-same text score exactly the same. Nothing is cut: a comparison that is too long is left out whole and counted.
+Deviations from the published run (the README lists D1 to D11 with the reasons):
+D1  Each view has a score vector of its own; the release reads both views from one.
+D2  Views keep the image's rotary positions; the release drops them.
+D3  Prompt tokens are computed once, so they enter (8) once and not once a view. (8) is taken in
+    each pack and averaged by tokens: it is the one number that depends on how a batch is cut.
+D4  The score penalty of (7) also acts in the warm-up and the balance loss also in the game; the
+    release has the penalty in the game only and the balance loss in the warm-up only.
+D5  A step of the warm-up takes both views of 64 pairs; the release shuffles the 128 single-view
+    comparisons apart from each other.
 
-Where this differs from the published run, on purpose:
-1. One score vector per view; the release reads both views from one. A single-headed checkpoint is loaded into both.
-2. Views keep the image's rotary positions; the release drops them.
-3. Prompt tokens, being computed once, enter the balance loss once a prompt and not once a view. It is taken in each pack and
-   averaged by tokens: a product of two means, it is the one number here that depends on how a batch is cut.
-
-    torchrun --nproc_per_node=8 discriminator.py --model Qwen/Qwen3-VL-2B-Instruct --data pairs.jsonl --output_dir d_out
-    python discriminator.py --policy sft_out             the digits world; the policy's own responses are the students
+    torchrun --nproc_per_node=8 discriminator.py --model Qwen/Qwen3-VL-2B-Instruct
+    python discriminator.py                                     the embedded world of digits
 """
 
-from data import (
-    Example,
-    Group,
-    Pack,
-    Prompt,
-    Response,
-    UserError,
-    batches,
-    decode,
-    encode_views,
-    load_data,
-    make_packs,
-    parse_response,
-    save_processor,
-    load_processor,
-)
-
-import dataclasses
-import json
 import math
 import os
 import random
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from huggingface_hub import snapshot_download
 from safetensors import safe_open
-from tqdm import tqdm
 from transformers import AutoModelForImageTextToText, Qwen3VLMoeConfig
 
+from data import SYSTEM_PROMPT, Group, Pack, Prompt, Response, decode, encode_views
+from data import make_packs, parse_response, save_processor
+from model import adapt, all_sum, barrier, even_packs, full_state, learning_rate_at, load_policy
 from model import (
-    adapt,
-    all_sum,
-    even_packs,
-    full_state,
-    generate,
-    inputs,
-    learning_rate_at,
-    load_policy,
+    load_pretrained,
+    model_inputs,
     optimizer_step,
     rank,
     read_config,
-    setup,
     shard,
     world_size,
 )
-from run import Run, accumulate, main, parse, ratio, say
+from rows import RowError, Unfit, UserError, load_data
+from run import Run, add, main, say
+from sampler import generate
 
 EXPERTS = ("learned", "dedicated", "dense", "text")
-PERCEPTION, REASONING = 0, 1
+VIEWS = ("perception", "reasoning")
 
 
-# --------------------------------------------------------------------------------------------------------------------
+@dataclass
+class DiscriminatorConfig:
+    model: str = "Qwen/Qwen3-VL-2B-Instruct"  # what is upcycled (paper), or a discriminator
+    data: list[str] = field(  # pairs of a supervision and a student response
+        default_factory=lambda: [
+            "hf://datasets/prism-vlm/qwen3_vl_moe_warmup_pairwise_120k/warmup_pairwise.jsonl"
+        ]
+    )
+    policy: str | None = None  # where given, it samples the students, at temperature 1
+    output_dir: str = "out/discriminator"
+    system_prompt: str = SYSTEM_PROMPT  # of rows without one; the release always inserts one
+    experts: str = "learned"  # learned (paper), dedicated, dense, text
+    dropout: float = 0.1  # paper: 0.1, before the score head
+    learning_rate: float = 1e-5  # paper: 1e-5
+    lr_scheduler_type: str = "cosine"  # paper: cosine
+    warmup_steps: float = 0.1  # paper: 0.1 of the run
+    weight_decay: float = 0.01  # paper: 0.01
+    num_train_epochs: float = 1.0  # paper: 1
+    max_steps: int = -1  # where positive, in place of the epochs
+    per_device_train_batch_size: int = 2  # pairs of two comparisons; paper: 4 comparisons
+    gradient_accumulation_steps: int = 4  # paper: 4, which with 8 GPUs makes 128 comparisons a step
+    max_grad_norm: float = 1.0  # paper: 1.0
+    max_length: int = 8192  # paper: 8192, prompt and view
+    max_image_size: int = 560  # paper: 560 px on the long side; larger ones are scaled down
+    max_completion_length: int = 6144  # of the policy's samples
+    max_bad_fraction: float = 0.01
+    score_l2: float = 0.001  # paper: 0.001, in the game (D4)
+    router_aux_loss_coef: float = 0.01  # paper: 0.01
+    validation_share: float = 0.05  # of the pairs, held out
+    max_tokens_per_pack: int = 16384
+    activation_checkpointing: bool = False
+    dataloader_num_workers: int = 2
+    save_steps: int = 500
+    save_total_limit: int = 1
+    report_to: str = "none"
+    seed: int = 0
+    resume: bool = False
+
+
+# --------------------------------------------------------------------------------------------------
 # Experts
 
 
 class Experts(torch.nn.Module):
-    """E gated MLPs in two tensors, named and shaped as transformers' `Qwen3VLMoeTextExperts`."""
+    """E gated MLPs in two tensors, named and shaped as in transformers' Qwen3VLMoeTextExperts."""
 
     def __init__(self, gate_up_proj: torch.Tensor, down_proj: torch.Tensor, act_fn):
         super().__init__()
@@ -100,10 +120,11 @@ class Router(torch.nn.Module):
 
 
 class SparseMLP(torch.nn.Module):
-    """A layer's experts and the router that chooses `top_k` of them for each token.
+    """(4): a layer's experts and the router that chooses `top_k` of them for each token.
 
-    After a forward, `probabilities` (T, E) and `chosen` (T, top_k) tell how the router decided. Where `allowed` (T, E) is
-    set, a token chooses among its allowed experts only.
+    After a forward, `probabilities` (T, E) and `chosen` (T, top_k) tell how the router decided.
+    Where `allowed` (T, E) is set, a token chooses among its allowed experts only.
+    Takes along: Experts, Router.
     """
 
     def __init__(self, gate: Router, experts: Experts, top_k: int):
@@ -120,9 +141,7 @@ class SparseMLP(torch.nn.Module):
         weights, self.chosen = self.probabilities.topk(self.top_k, -1)
         weights = (weights / weights.sum(-1, keepdim=True)).to(flat.dtype)
         out = torch.zeros_like(flat)
-        for e in range(
-            len(self.gate.weight)
-        ):  # every expert takes part in every forward, with no token if need be
+        for e in range(len(self.gate.weight)):  # every expert takes part, with no token if need be
             token, slot = (self.chosen == e).nonzero(as_tuple=True)
             gate, up = F.linear(flat[token], self.experts.gate_up_proj[e]).chunk(2, -1)
             mine = F.linear(self.experts.act_fn(gate) * up, self.experts.down_proj[e])
@@ -138,50 +157,60 @@ def upcycle(
     router_std: float = 0.02,
     seed: int = 0,
 ) -> None:
-    """Turns every dense MLP of the backbone's language model into experts, in place (PRISM's sparse upcycling)."""
+    """(3): turns every dense MLP of the backbone's language model into experts, in place. Each
+    expert is a copy of the dense MLP plus noise. UserError where an MLP is not gated.
+    Takes along: SparseMLP, rows.UserError.
+    """
     generator = torch.Generator().manual_seed(seed)
 
     def noise(like, std):
-        return (
-            torch.randn(like.shape, generator=generator, dtype=torch.float32).to(like.dtype) * std
-        )
+        drawn = torch.randn(like.shape, generator=generator, dtype=torch.float32)
+        return drawn.to(like.dtype) * std
 
     for layer in backbone.language_model.layers:
         mlp = layer.mlp
         if not all(hasattr(mlp, name) for name in ("gate_proj", "up_proj", "down_proj")):
             raise UserError(
-                f"upcycling needs MLPs with gate_proj, up_proj and down_proj, found {type(mlp).__name__} with "
-                f"{sorted(n for n, _ in mlp.named_children())}; choose another model, or --experts dense"
+                f"upcycling needs MLPs with gate_proj, up_proj and down_proj, found "
+                f"{type(mlp).__name__} with {sorted(n for n, _ in mlp.named_children())}; choose "
+                f"another model, or --experts dense"
             )
         gate_up = torch.cat([mlp.gate_proj.weight.data, mlp.up_proj.weight.data])
+        down = mlp.down_proj.weight.data
         copies = [
-            (
-                gate_up + noise(gate_up, noise_std),
-                mlp.down_proj.weight.data + noise(mlp.down_proj.weight, noise_std),
-            )
+            (gate_up + noise(gate_up, noise_std), down + noise(down, noise_std))
             for _ in range(num_experts)
         ]
         gate = noise(gate_up.new_empty(num_experts, gate_up.shape[1]), router_std)
-        layer.mlp = SparseMLP(
-            Router(gate), Experts(*map(torch.stack, zip(*copies)), mlp.act_fn), top_k
-        )
+        experts = Experts(*map(torch.stack, zip(*copies)), mlp.act_fn)
+        layer.mlp = SparseMLP(Router(gate), experts, top_k)
 
 
-# --------------------------------------------------------------------------------------------------------------------
-# The model
+def balance_loss(probabilities: list[torch.Tensor], chosen: list[torch.Tensor]) -> torch.Tensor:
+    """(8) over the tokens of all layers. About top_k when balanced, as in transformers."""
+    p, c = torch.cat(probabilities), torch.cat(chosen)
+    share = F.one_hot(c, p.shape[1]).float().sum(1).mean(0)
+    return p.shape[1] * (share * p.mean(0)).sum()
+
+
+# --------------------------------------------------------------------------------------------------
+# The model and its loss
 
 
 class Discriminator(torch.nn.Module):
-    """Backbone and two score heads. `kind` is one of EXPERTS: learned (the paper: a router over all experts), dedicated
-    (half of the experts for each view), and the ablations dense (no experts) and text (experts, no image)."""
+    """(5): a backbone and a score head for each view. `kind` is one of EXPERTS: learned (the
+    paper: a router over all experts), dedicated (half of the experts for each view), and the
+    ablations dense (no experts) and text (experts, no image).
+    Takes along: SparseMLP, view_of_tokens, VIEWS, model.adapt, model.model_inputs.
+    """
 
     def __init__(self, backbone, kind: str, dropout: float = 0.1):
         super().__init__()
         self.model, self.kind = backbone, kind
         self.dropout = torch.nn.Dropout(dropout)
         self.score = torch.nn.Linear(
-            backbone.config.get_text_config().hidden_size, 2, bias=False
-        )  # a row a view
+            backbone.config.get_text_config().hidden_size, len(VIEWS), bias=False
+        )
         torch.nn.init.normal_(self.score.weight, std=0.02)
 
     @property
@@ -189,24 +218,22 @@ class Discriminator(torch.nn.Module):
         return [m for m in self.modules() if isinstance(m, SparseMLP)]
 
     def forward(self, pack: Pack, views: torch.Tensor) -> torch.Tensor:
-        """Scores of a pack's branches, whose views are `views` (branches,): (2, branches), row 0 with dropout in the
-        head while training (for the loss), row 1 without (for rewards and metrics); one forward serves both. In [-10, 10]."""
+        """-> (2, B) scores in [-10, 10] of the pack's B branches, whose views are `views` (B,).
+        Row 0 is for the loss, with dropout while training; row 1, without, for rewards."""
+        inputs = model_inputs(self.model, pack)
         if self.kind == "dedicated":
             owner = view_of_tokens(pack, views)
             for mlp in self.sparse:
-                half = (
-                    torch.arange(len(mlp.gate.weight), device=owner.device)
-                    * 2
-                    // len(mlp.gate.weight)
-                )
+                count = len(mlp.gate.weight)
+                half = torch.arange(count, device=owner.device) * len(VIEWS) // count
                 mlp.allowed = (owner[:, None] < 0) | (owner[:, None] == half)
-        hidden = self.model(**inputs(self.model, pack)).last_hidden_state[0, pack.ends]
+        hidden = self.model(**inputs).last_hidden_state[0, pack.ends]
         both = torch.stack([self.score(self.dropout(hidden)), self.score(hidden)])
         return both.gather(2, views.expand(2, -1)[..., None])[..., 0].float().clamp(-10, 10)
 
 
 def view_of_tokens(pack: Pack, views: torch.Tensor) -> torch.Tensor:
-    """(T,): the view each token of the pack belongs to, -1 for prompts."""
+    """(T,): the view that each token of the pack belongs to, -1 for prompts."""
     out = []
     views = iter(views.tolist())
     for segment in pack.segments:
@@ -215,42 +242,30 @@ def view_of_tokens(pack: Pack, views: torch.Tensor) -> torch.Tensor:
     return torch.cat(out).to(pack.input_ids.device)
 
 
-def balance_loss(probabilities: list[torch.Tensor], chosen: list[torch.Tensor]) -> torch.Tensor:
-    """E * sum_e f_e P_e over the tokens of all layers; about top_k when balanced (as in transformers and in the paper)."""
-    p, c = torch.cat(probabilities), torch.cat(chosen)
-    share = F.one_hot(c, p.shape[1]).float().sum(1).mean(0)
-    return p.shape[1] * (share * p.mean(0)).sum()
+def pair_loss(teacher: torch.Tensor, student: torch.Tensor, num_pairs: int | None = None):
+    """(6), Bradley-Terry: the mean over pairs of -log sigmoid(D(x, y+) - D(x, y)). Two tensors of
+    one shape -> scalar. `num_pairs`, the global number, replaces this batch's as denominator."""
+    pairs = teacher.numel() if num_pairs is None else num_pairs
+    return -F.logsigmoid(teacher - student).sum() / pairs
 
 
-def pair_loss(
-    teacher: torch.Tensor, student: torch.Tensor, num_pairs: int | None = None
-) -> torch.Tensor:
-    """Bradley-Terry: mean over pairs of -log sigmoid(D(x, y+) - D(x, y-)). Two tensors of one shape; scalar.
-    `num_pairs`, the global number of pairs, replaces this batch's as denominator."""
-    return -F.logsigmoid(teacher - student).sum() / (
-        teacher.numel() if num_pairs is None else num_pairs
-    )
-
-
-def discriminator_loss(
-    scores: torch.Tensor, num_pairs: int, score_l2: float = 0.001
-) -> torch.Tensor:
-    """scores (U, 4): teacher perception, teacher reasoning, student perception, student reasoning of U pairs.
-    The pair losses of both views, summed, + score_l2 * mean square of the four scores. Denominator: `num_pairs`."""
+def discriminator_loss(scores: torch.Tensor, num_pairs: int, score_l2: float = 0.001):
+    """(7) without the balance loss. scores (U, 4): of U pairs the supervision's perception and
+    reasoning, then the student's. Both pair losses, summed, + score_l2 * the mean square of the
+    four scores. Denominator: `num_pairs`. -> scalar. Takes along: pair_loss."""
     teacher, student = scores[:, :2], scores[:, 2:]
-    return (
-        pair_loss(teacher, student, num_pairs)
-        + score_l2 * scores.square().mean(1).sum() / num_pairs
-    )
+    loss = pair_loss(teacher, student, num_pairs)
+    return loss + score_l2 * scores.square().mean(1).sum() / num_pairs
 
 
-# --------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Comparisons -> packs of views -> scores
 
 
 @dataclass
 class Comparison:
-    """A prompt, the supervision response, and what is compared with it; a student without valid format is None."""
+    """A prompt, its supervision response, and the students that are compared with it; a student
+    whose format is broken is None."""
 
     prompt: Prompt
     teacher: Response
@@ -259,72 +274,49 @@ class Comparison:
 
 @dataclass
 class ViewPack:
-    """A pack whose branches are views; `pairs` (U, 4) are branch numbers (teacher perception, teacher reasoning, student
-    perception, student reasoning), `students` (U,) number the students over all comparisons."""
+    """A pack whose B branches are views, and the U pairs that stand in it."""
 
     pack: Pack
-    views: torch.Tensor
-    pairs: torch.Tensor
-    students: torch.Tensor
+    views: torch.Tensor  # (B,) the view that each branch is
+    pairs: torch.Tensor  # (U, 4) branches: teacher perception, teacher reasoning, student's two
+    students: torch.Tensor  # (2, U) number of the comparison, number of the student in it
 
     def to(self, device) -> "ViewPack":
+        """A view pack with its tensors on `device`."""
         return ViewPack(
-            self.pack.to(device), self.views.to(device), self.pairs.to(device), self.students
+            self.pack.to(device), *(x.to(device) for x in list(vars(self).values())[1:])
         )
 
 
-def view_packs(
-    comparisons: list[Comparison], processor, max_tokens: int | None = None, text_only: bool = False
-) -> list[ViewPack]:
-    """All views of all comparisons in packs of at most `max_tokens` tokens. A comparison that goes on in another pack
-    takes its prompt and the teacher's views along, so that every pair stands in one pack."""
-    bins, used, number = [], 0, 0
-    for comparison in comparisons:
-        prompt = without_images(processor, comparison.prompt) if text_only else comparison.prompt
+def view_packs(comparisons, processor, max_tokens=None, text_only=False) -> list[ViewPack]:
+    """All views of all comparisons in packs of at most `max_tokens` tokens, as many packs on every
+    rank. The four views of a pair stand in one pack."""
+    groups, units, numbers, kinds = [], [], [], []
+    for p, comparison in enumerate(comparisons):
         teacher = encode_views(processor, comparison.teacher)
-        part = None  # the comparison's part of the current bin: branch -> its number, and the pairs
-        for student in comparison.students:
+        branches, pairs, valid = {}, [], []  # branches: (view, tokens) -> its number in the group
+        for n, student in enumerate(comparison.students):
             if student is not None:
-                views = encode_views(processor, student)
-                keys = [(k, tuple(view.tolist())) for k, view in enumerate((*teacher, *views))]
-                keys = [(k % 2, tokens) for k, tokens in keys]
-                fresh = {key for key in keys if part is None or key not in part[1]}
-                cost = sum(len(tokens) for _, tokens in fresh) + (
-                    len(prompt.input_ids) if part is None else 0
-                )
-                if not bins or (max_tokens is not None and used > 0 and used + cost > max_tokens):
-                    bins.append([])
-                    used, part = 0, None
-                    cost = len(prompt.input_ids) + sum(len(tokens) for _, tokens in set(keys))
-                if part is None:
-                    part = (prompt, {}, [], [])
-                    bins[-1].append(part)
-                for key in keys:
-                    part[1].setdefault(key, len(part[1]))
-                part[2].append([part[1][key] for key in keys])
-                part[3].append(number)
-                used += cost
-            number += 1
+                views = [tuple(v.tolist()) for v in (*teacher, *encode_views(processor, student))]
+                keys = list(zip((0, 1, 0, 1), views))
+                pairs.append([branches.setdefault(key, len(branches)) for key in keys])
+                valid.append((p, n))
+        if pairs:
+            prompt = comparison.prompt
+            prompt = without_images(processor, prompt) if text_only else prompt
+            groups.append(Group(prompt, [torch.tensor(tokens) for _, tokens in branches]))
+            units.append(pairs)
+            numbers.append(valid)
+            kinds.append([view for view, _ in branches])
     out = []
-    for parts in bins:
-        groups = [
-            Group(prompt, [torch.tensor(tokens) for _, tokens in numbers])
-            for prompt, numbers, _, _ in parts
-        ]
-        views = [view for _, numbers, _, _ in parts for view, _ in numbers]
-        offset, pairs, students = 0, [], []
-        for _, numbers, some, which in parts:
-            pairs += [[offset + i for i in pair] for pair in some]
-            students += which
-            offset += len(numbers)
-        out.append(
-            ViewPack(
-                make_packs(groups)[0],
-                torch.tensor(views),
-                torch.tensor(pairs),
-                torch.tensor(students),
-            )
-        )
+    for pack in even_packs(make_packs(groups, max_tokens, units), processor):
+        place = {member: i for i, member in enumerate(pack.members)}
+        pairs = [[place[g, i] for i in units[g][u]] for g, u in pack.units]
+        views = [kinds[g][i] for g, i in pack.members]
+        students = [numbers[g][u] for g, u in pack.units]
+        lists = views, pairs, students
+        views, pairs, students = (torch.tensor(x, dtype=torch.long) for x in lists)
+        out.append(ViewPack(pack, views, pairs.view(-1, 4), students.view(-1, 2).T))
     return out
 
 
@@ -338,169 +330,162 @@ def without_images(processor, prompt: Prompt) -> Prompt:
 
 @dataclass
 class Judgement:
-    """What the discriminator said of M students of a batch, and what its loss was. NaN where a student had no valid format."""
+    """What the discriminator said of N students each of P prompts. 0 where there is no score."""
 
-    teacher: torch.Tensor  # (M, 2): perception and reasoning score of the supervision response
-    student: torch.Tensor  # (M, 2)
-    differs: torch.Tensor  # (M, 2): the two sides' texts are not the same
-    sums: dict[str, tuple[float, float]]  # metrics, (sum, count)
-    expert_tokens: (
-        torch.Tensor
-    )  # (layers, 2, E): choices of each expert among the tokens of each view
+    perception: torch.Tensor  # (P, N) scores of the students
+    reasoning: torch.Tensor  # (P, N)
+    valid: torch.Tensor  # (P, N) boolean: the format of the student is whole
+    teacher_perception: torch.Tensor  # (P, N) scores of the supervision response, in each pair
+    teacher_reasoning: torch.Tensor  # (P, N)
+    length: torch.Tensor  # (2, P, N) tokens of the students' views
+    means: dict[str, tuple[float, float]]  # for the log, (sum, count) of this rank
+    expert_shares: dict[str, list]  # for the log, of all ranks, see expert_shares
 
 
 def judge(
     discriminator,
     comparisons: list[Comparison],
     processor,
-    device,
     max_tokens: int,
     score_l2: float = 0.001,
     balance: float = 0.01,
-    learn: bool = True,
+    *,
+    backward: bool,
 ) -> Judgement:
-    """Scores all students against their teachers and, with `learn`, adds the gradient of L_D: one forward for both."""
+    """Scores all students against their supervision and, with `backward`, adds the gradient of
+    (7). One forward serves both. Every rank calls it."""
+    device = next(discriminator.parameters()).device
     packs = view_packs(comparisons, processor, max_tokens, discriminator.kind == "text")
-    members = sum(len(c.students) for c in comparisons)
-    evened = even_packs([v.pack for v in packs], processor)
-    none = torch.zeros(0, dtype=torch.long)
-    packs = [dataclasses.replace(v, pack=p) for v, p in zip(packs, evened)]
-    packs += [ViewPack(p, none, none.view(0, 4), none) for p in evened[len(packs) :]]
-    num_pairs, num_tokens = all_sum(
-        [sum(len(v.pairs) for v in packs), sum(v.pack.input_ids.shape[1] for v in packs)]
-    ).tolist()
-    teacher, student = torch.full((members, 2), torch.nan), torch.full((members, 2), torch.nan)
-    differs = torch.zeros(members, 2, dtype=torch.bool)
+    pairs, tokens = (
+        sum(v.pairs.shape[0] for v in packs),
+        sum(v.pack.input_ids.numel() for v in packs),
+    )
+    num_pairs, num_tokens = all_sum([pairs, tokens]).tolist()
+    shape = len(comparisons), max((len(c.students) for c in comparisons), default=1)
+    scores = torch.zeros(4, *shape)  # of each pair: the supervision's two scores, the student's
+    length, valid = torch.zeros(2, *shape), torch.zeros(shape, dtype=torch.bool)
+    differs = torch.zeros(2, *shape, dtype=torch.bool)  # the two sides are not the same text
     sparse = discriminator.sparse
-    experts = torch.zeros(len(sparse), 2, len(sparse[0].gate.weight) if sparse else 0)
-    loss = balance_sum = 0.0
-    with torch.set_grad_enabled(learn):
+    expert_tokens = torch.zeros(len(sparse), 2, len(sparse[0].gate.weight) if sparse else 0)
+    total = balance_total = 0.0
+    with torch.set_grad_enabled(backward):
         for v in packs:
             v = v.to(device)
-            scores = discriminator(v.pack, v.views)
-            # (2, U, 4). Not scores[:, v.pairs]: a teacher is in many pairs, and its gradient would be summed in no fixed order.
-            pairs = scores.index_select(1, v.pairs.flatten()).view(2, -1, 4)
-            pack_loss = discriminator_loss(pairs[0], max(num_pairs, 1), score_l2)
+            # (2, U, 4). Not scores[:, pairs]: a supervision view is in many pairs, and torch sums
+            # the gradient of an index in no fixed order.
+            of_branches = discriminator(v.pack, v.views)
+            four = of_branches.index_select(1, v.pairs.flatten()).view(2, -1, 4)
+            loss = discriminator_loss(four[0], max(num_pairs, 1), score_l2)
             if sparse:
                 balanced = balance_loss(
                     [m.probabilities for m in sparse], [m.chosen for m in sparse]
                 )
-                share = v.pack.input_ids.shape[1] / num_tokens
-                pack_loss = pack_loss + balance * share * balanced * bool(num_pairs)
-                balance_sum += share * balanced.item()
+                share = v.pack.input_ids.numel() / num_tokens
+                loss = loss + balance * share * balanced * bool(num_pairs)
+                balance_total += share * balanced.item()
                 owner = view_of_tokens(v.pack, v.views)
-                for layer, m in enumerate(sparse):
-                    for view in (PERCEPTION, REASONING):
-                        experts[layer, view] += torch.bincount(
-                            m.chosen[owner == view].flatten(), minlength=experts.shape[2]
-                        ).cpu()
-            if learn:
-                pack_loss.backward()
-            loss += pack_loss.item()
-            clean, pairs_cpu = pairs[1].detach().cpu(), v.pairs.cpu()
-            teacher[v.students], student[v.students] = clean[:, :2], clean[:, 2:]
-            differs[v.students] = pairs_cpu[:, :2] != pairs_cpu[:, 2:]
-    for m in sparse:
-        m.allowed = m.probabilities = m.chosen = None
-    valid = ~student[:, 0].isnan()
-    sums = {}
-    for view, name in enumerate(("perception", "reasoning")):
-        t, s, d = teacher[valid, view], student[valid, view], differs[valid, view]
-        sums[f"score_teacher_{name}"] = ratio(t.sum(), len(t))
-        sums[f"score_student_{name}"] = ratio(s.sum(), len(s))
-        sums[f"score_gap_{name}"] = ratio((t - s).sum(), len(t))
-        sums[f"pair_accuracy_{name}"] = ratio(
-            (t > s)[d].sum(), d.sum()
-        )  # pairs that can be told apart
-    sums["discriminator_loss"] = ratio(loss, 1 / world_size() if num_pairs else 0)
+                for layer, mlp in enumerate(sparse):
+                    for view in range(len(VIEWS)):
+                        chosen = mlp.chosen[owner == view].flatten()
+                        counts = torch.bincount(chosen, minlength=expert_tokens.shape[2])
+                        expert_tokens[layer, view] += counts.cpu()
+            if backward:
+                loss.backward()
+            total += loss.item()
+            at = (slice(None), *v.students.cpu())
+            scores[at] = four[1].detach().cpu().T
+            branches = v.pairs.cpu()
+            length[at] = torch.tensor(v.pack.lengths)[branches[:, 2:]].T.float()
+            differs[at] = (branches[:, :2] != branches[:, 2:]).T
+            valid[at[1:]] = True
+    for mlp in sparse:
+        mlp.allowed = mlp.probabilities = mlp.chosen = None
+    means = {}
+    for view, name in enumerate(VIEWS):
+        t, s, d = scores[view][valid], scores[2 + view][valid], differs[view][valid]
+        means[f"score_teacher_{name}"] = t.sum(), len(t)
+        means[f"score_student_{name}"] = s.sum(), len(s)
+        means[f"score_gap_{name}"] = (t - s).sum(), len(t)
+        means[f"pair_accuracy_{name}"] = (t > s)[d].sum(), d.sum()  # pairs that can be told apart
+    means["discriminator_loss"] = total, 1 / world_size() if num_pairs else 0
     if sparse:
-        sums["balance_loss"] = ratio(balance_sum, 1 / world_size())
-    return Judgement(teacher, student, differs, sums, experts)
+        means["balance_loss"] = balance_total, 1 / world_size()
+    shares = expert_shares(expert_tokens)
+    return Judgement(scores[2], scores[3], valid, scores[0], scores[1], length, means, shares)
 
 
-def expert_shares(judgement: Judgement) -> dict[str, list]:
-    """expert_share_<view>: for each layer the share of the view's token choices that each expert took, over all ranks."""
-    counts = all_sum(judgement.expert_tokens)
-    shares = counts / counts.sum(-1, keepdim=True)
+def expert_shares(chosen: torch.Tensor) -> dict[str, list]:
+    """(layers, 2, E) choices of each expert among the tokens of each view, of this rank -> for each
+    view and layer the share of the choices that each expert took, over all ranks."""
+    counts = all_sum(chosen)
+    shares = (counts / counts.sum(-1, keepdim=True)).mul(1e4).round().div(1e4)
     return {
-        f"expert_share_{name}": [[round(x, 4) for x in layer] for layer in shares[:, view].tolist()]
-        for view, name in enumerate(("perception", "reasoning"))
+        f"expert_share_{name}": shares[:, view].tolist()
+        for view, name in enumerate(VIEWS)
         if counts.numel() and counts[:, view].sum() > 0
     }
 
 
-# --------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Hugging Face directories in and out
 
 
 def load_discriminator(
-    flag: str, path: str, kind: str | None = None, dropout: float = 0.1, seed: int = 0
+    flag: str, path: str, kind=None, dropout: float = 0.1, seed: int = 0, policy_processor=None
 ):
-    """-> (discriminator, processor). A dense vision-language model is upcycled; a discriminator, ours or the released one, is
-    loaded as it is, with its score head or heads. `kind` None: what a discriminator says it is, else learned."""
+    """-> (discriminator, processor). A dense vision-language model is upcycled. A discriminator,
+    ours or the released one, is loaded as it is, with its score head or heads. `kind` None: what a
+    discriminator says it is, else learned. UserError where it cannot be loaded, or where prompts
+    that `policy_processor` encodes would mean something else to it."""
     if kind not in (None, *EXPERTS):
         raise UserError(f"--experts {kind}: choose one of {', '.join(EXPERTS)}")
     config = read_config(flag, path)
-    saved = getattr(config, "prism_experts", None)
+    saved, ready = getattr(config, "prism_experts", None), isinstance(config, Qwen3VLMoeConfig)
     if saved and kind and saved != kind:
-        raise UserError(
-            f"{flag} {path}: a discriminator of --experts {saved}, not {kind}; pass that, or another directory"
-        )
+        raise UserError(f"{flag} {path}: a discriminator of --experts {saved}, not {kind}")
     kind = saved or kind or "learned"
-    try:
-        whole = AutoModelForImageTextToText.from_pretrained(path, dtype=torch.float32)
-        processor = load_processor(path)
-    except Exception as error:
+    if ready and kind == "dense":
+        raise UserError(f"{flag} {path}: holds experts, which --experts dense has not")
+    # Models without a class for experts have no place for them: they are read further down.
+    homeless = saved and not ready and kind != "dense"
+    head = r"score|^v_head|^value_head"
+    unused = rf"{head}|language_model.*\.mlp\." if homeless else head
+    whole, processor = load_pretrained(flag, path, unused)
+    ours = policy_processor or processor
+    same = ours.tokenizer.get_vocab() == processor.tokenizer.get_vocab()
+    if not same or str(ours.image_processor) != str(processor.image_processor):
         raise UserError(
-            f"{flag} {path}: neither a dense vision-language model nor {Qwen3VLMoeConfig.model_type}, but "
-            f"{config.model_type} ({str(error).strip().splitlines()[0][:120]})"
-        ) from None
-    backbone = whole.base_model
+            f"{flag} {path}: its tokenizer or image processor is not the policy's; prompts are "
+            f"encoded once for both"
+        )
+    backbone = adapt(whole, f"{flag} {path}").base_model
     layers = getattr(getattr(backbone, "language_model", None), "layers", None)
     if layers is None:
-        raise UserError(
-            f"{flag} {path}: {type(whole).__name__} has no language_model with layers to upcycle"
-        )
-    ready = isinstance(config, Qwen3VLMoeConfig)
-    if ready and kind == "dense":
-        raise UserError(
-            f"{flag} {path}: holds experts already, which --experts dense has not; give a dense model"
-        )
+        raise UserError(f"{flag} {path}: {type(whole).__name__} has no language_model with layers")
     if ready:
         for layer in layers:
-            block = layer.mlp
-            if not hasattr(block, "experts"):
+            if not hasattr(layer.mlp, "experts"):
                 raise UserError(
-                    f"{flag} {path}: found a dense MLP among the layers, expected experts in every one"
+                    f"{flag} {path}: found a dense MLP, expected experts in every layer"
                 )
-            layer.mlp = SparseMLP(
-                Router(block.gate.weight.data),
-                Experts(
-                    block.experts.gate_up_proj.data,
-                    block.experts.down_proj.data,
-                    block.experts.act_fn,
-                ),
-                config.text_config.num_experts_per_tok,
-            )
+            theirs = layer.mlp.experts
+            experts = Experts(theirs.gate_up_proj.data, theirs.down_proj.data, theirs.act_fn)
+            top_k = config.text_config.num_experts_per_tok
+            layer.mlp = SparseMLP(Router(layer.mlp.gate.weight.data), experts, top_k)
     elif kind != "dense":
         try:
             upcycle(backbone, seed=seed)
         except UserError as error:
             raise UserError(f"{flag} {path}: {error}") from None
-        if saved:  # their own: the dense class had no place for them
-            for name, tensor in read_tensors(path, r"layers\.\d+\.mlp\.(gate|experts)\.").items():
-                layer, _, parameter = name.rpartition("layers.")[2].partition(".")
-                layers[int(layer)].get_parameter(parameter).data.copy_(tensor)
-    adapt(backbone, f"{flag} {path}")
+    if homeless:
+        for name, tensor in read_tensors(path, r"layers\.\d+\.mlp\.(gate|experts)\.").items():
+            layer, _, parameter = name.rpartition("layers.")[2].partition(".")
+            layers[int(layer)].get_parameter(parameter).data.copy_(tensor)
     torch.manual_seed(seed)
     discriminator = Discriminator(backbone, kind, dropout)
-    heads = [
-        head for head in read_tensors(path, r"score|^v_head|^value_head").values() if head.ndim == 2
-    ]
-    if heads:
-        discriminator.score.weight.data.copy_(
-            heads[0].float()
-        )  # (1, h), one row for both views, or (2, h)
+    heads = [head for head in read_tensors(path, head).values() if head.ndim == 2]
+    if heads:  # (1, h), one row for both views, or (2, h)
+        discriminator.score.weight.data.copy_(heads[0].float())
     else:
         say(f"{flag} {path}: has no score head yet; it starts from random numbers")
     return discriminator, processor
@@ -514,289 +499,129 @@ def read_tensors(path: str, pattern: str) -> dict[str, torch.Tensor]:
     for name in sorted(os.listdir(path)):
         if name.endswith(".safetensors"):
             with safe_open(os.path.join(path, name), "pt") as file:
-                found |= {
-                    key: file.get_tensor(key) for key in file.keys() if re.search(pattern, key)
-                }
+                names = [key for key in file.keys() if re.search(pattern, key)]
+                found |= {key: file.get_tensor(key) for key in names}
     return found
 
 
 def save_discriminator(discriminator, processor, path: str) -> None:
-    """A Hugging Face directory, with `score.weight` (2, h) beside the backbone's weights. Experts of a Qwen3-VL are written as
-    `Qwen3VLMoeForConditionalGeneration` opens them. transformers has no class for other models with experts: theirs stand
-    under the same names beside the rest of the dense model, and only `load_discriminator` finds them. Called by every rank."""
+    """A Hugging Face directory, with `score.weight` (2, h) beside the backbone's weights. Experts
+    of a Qwen3-VL are written as Qwen3VLMoeForConditionalGeneration opens them. For other models
+    transformers has no class with experts: theirs stand under the same names, and only
+    `load_discriminator` finds them. Every rank calls it."""
     state = full_state(discriminator)
     if rank() == 0:
         config = discriminator.model.config.to_dict()
         sparse = discriminator.sparse
         if sparse and config["model_type"] == "qwen3_vl":
-            text = {k: v for k, v in config["text_config"].items() if k != "model_type"}
-            text |= {
-                "num_experts": len(sparse[0].gate.weight),
-                "num_experts_per_tok": sparse[0].top_k,
-                "moe_intermediate_size": sparse[0].experts.down_proj.shape[2],
-                "decoder_sparse_step": 1,
-                "mlp_only_layers": [],
-                "router_aux_loss_coef": 0.01,
-            }
+            text = {k: v for k, v in config["text_config"].items() if k != "model_type"} | dict(
+                num_experts=len(sparse[0].gate.weight),
+                num_experts_per_tok=sparse[0].top_k,
+                moe_intermediate_size=sparse[0].experts.down_proj.shape[2],
+                decoder_sparse_step=1,
+                mlp_only_layers=[],
+                router_aux_loss_coef=0.01,
+            )
             vision = {k: v for k, v in config["vision_config"].items() if k != "model_type"}
-            keep = {
-                k: config[k]
-                for k in (
-                    "image_token_id",
-                    "video_token_id",
-                    "vision_start_token_id",
-                    "vision_end_token_id",
-                )
-            }
-            config = Qwen3VLMoeConfig(text_config=text, vision_config=vision, **keep)
+            ids = {k: v for k, v in config.items() if k.endswith("_token_id")}
+            config = Qwen3VLMoeConfig(text_config=text, vision_config=vision, **ids)
         else:
             config = type(discriminator.model.config).from_dict(config)
-        config.tie_word_embeddings = config.get_text_config().tie_word_embeddings = (
-            True  # it has no language head of its own
-        )
+        # It has no language head of its own.
+        config.tie_word_embeddings = config.get_text_config().tie_word_embeddings = True
         config.prism_experts = discriminator.kind
         with torch.device("meta"):
             shell = AutoModelForImageTextToText.from_config(config)
         shell.save_pretrained(path, state_dict=state)
         save_processor(processor, path)
-    if world_size() > 1:
-        dist.barrier()
+    barrier()
 
 
-# --------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Warm-up
 
 
-@dataclass
-class DiscriminatorConfig:
-    model: str | None = (
-        None  # what is upcycled (paper: Qwen3-VL-2B-Instruct), or a discriminator; left out: the digits' base
-    )
-    data: str | None = None  # pairs; left out: the digits world's prompts
-    policy: str | None = None  # samples the student's side (temperature 1) where the data have none
-    output_dir: str = "out/discriminator"
-    experts: str = "learned"  # learned (paper), dedicated, dense, text
-    dropout: float = 0.1  # paper: 0.1, before the score head
-    learning_rate: float = 1e-5  # paper: 1e-5
-    lr_scheduler_type: str = "cosine"  # paper: cosine
-    warmup_ratio: float = 0.1  # paper: 0.1
-    weight_decay: float = 0.01  # paper: 0.01
-    num_train_epochs: float = 1.0  # paper: 1
-    max_steps: int = -1
-    per_device_train_batch_size: int = 4  # paper: 4
-    gradient_accumulation_steps: int = 4  # paper: 4
-    max_grad_norm: float = 1.0  # paper: 1.0
-    max_length: int = 8192  # paper: 8192, prompt and view
-    max_image_size: int = 560  # paper: 560 px on the long side; larger ones are scaled down
-    max_tokens_per_pack: int = 16384
-    max_completion_length: int = 6144  # of the policy's samples
-    per_device_eval_batch_size: int = 64  # prompts that the policy answers at a time
-    score_l2: float = 0.001  # paper: 0.001
-    router_aux_loss_coef: float = 0.01  # paper: 0.01
-    validation_share: float = 0.05  # of the pairs, held out
-    activation_checkpointing: bool = False
-    logging_steps: int = 1
-    save_steps: int = 500
-    save_total_limit: int = 1
-    report_to: str = "none"
-    seed: int = 0
-    resume: bool = False
-
-
-def sample_students(
-    examples: list[Example], config: DiscriminatorConfig, device, path: str
-) -> None:
-    """One response of the policy to each prompt without one, as the student of its pair; all pairs also go to `path`."""
-    every, examples = examples, [example for example in examples if not example.student]
-    policy, processor = load_policy("--policy", config.policy)
-    policy = shard(policy, device)
-    batch = config.per_device_eval_batch_size * world_size()
-    stream = batches(
-        examples, processor, batch, config.seed, 0, len(examples), (rank(), world_size())
-    )
-    for _ in tqdm(
-        range(math.ceil(len(examples) / batch)), desc="sampling the policy", disable=rank() != 0
-    ):
-        rows = next(stream)
-        groups = generate(
-            policy, [p for _, p in rows], 1, config.max_completion_length, seed=config.seed
-        )
-        for (example, _), group in zip(rows, groups):
-            example.student = decode(processor, group.branches[0])
-    if world_size() > 1:
-        parts = [None] * world_size()
-        dist.all_gather_object(
-            parts, [(e.index, e.student) for e in examples if e.student is not None]
-        )
-        for index, student in (pair for part in parts for pair in part):
-            every[index].student = student
-    if rank() == 0:
-        with open(path, "w", encoding="utf-8") as file:
-            for e in every:
-                pair = {
-                    "row": e.where,
-                    "teacher_response": e.response,
-                    "student_response": e.student,
-                }
-                file.write(json.dumps(pair, ensure_ascii=False) + "\n")
-
-
-def compare(
-    example: Example, prompt: Prompt, processor, max_length: int
-) -> tuple[Comparison | None, str]:
-    """A pair as a comparison, or why it cannot be one."""
-    teacher, student = parse_response(example.response), parse_response(example.student)
-    if teacher is None or student is None:
-        return (
-            None,
-            f"the {'teacher' if teacher is None else 'student'}'s response breaks the format",
-        )
-    longest = max(
-        len(view) for side in (teacher, student) for view in encode_views(processor, side)
-    )
-    if len(prompt.input_ids) + longest > max_length:
-        return (
-            None,
-            f"{len(prompt.input_ids) + longest} tokens are more than --max_length {max_length}",
-        )
-    return Comparison(prompt, teacher, [student]), ""
-
-
 def warm_up() -> None:
-    import digits
-
-    config = parse(DiscriminatorConfig, digits.SETTINGS["discriminator"])
-    device = setup()
-    run = Run(config, device)
-    config.model, config.data = digits.fill_in(
-        model=config.model, data=config.data, split="prompts"
-    )
-    examples = load_data(
-        config.data, need=("response",) if config.policy else ("response", "student")
-    )
-    random.Random(config.seed).shuffle(examples)
-    batch = config.per_device_train_batch_size * config.gradient_accumulation_steps * world_size()
-    if config.max_steps > 0:  # no more pairs than are used
-        examples = examples[: math.ceil(config.max_steps * batch / (1 - config.validation_share))]
-    for index, example in enumerate(examples):
-        example.index = index
-    if config.policy and not all(example.student for example in examples):
-        run.start()
-        with run.phase("sample"):
-            sample_students(
-                examples, config, device, os.path.join(config.output_dir, "pairs.jsonl")
-            )
-    held_out = (
-        max(1, round(config.validation_share * len(examples))) if config.validation_share > 0 else 0
-    )
-    validation, training = examples[:held_out], examples[held_out:]
+    run = Run(DiscriminatorConfig)
+    config = run.config
+    need = ("response",) if config.policy else ("response", "student")
+    examples = load_data(config.data, need, config.system_prompt)
+    order = list(range(len(examples)))
+    random.Random(config.seed).shuffle(order)
+    held_out = math.ceil(config.validation_share * len(examples))
+    validation, training = order[:held_out], order[held_out:]
     if not training:
-        raise UserError(
-            f"--data {config.data}: {len(examples)} pairs leave none to train on beside {held_out} held out"
-        )
-
+        raise UserError(f"--data: {len(examples)} pairs leave none beside {held_out} held out")
+    policy = None
+    if config.policy:
+        policy = shard(load_policy("--policy", config.policy)[0], run.device)
     discriminator, processor = load_discriminator(
         "--model", config.model, config.experts, config.dropout, config.seed
     )
     if config.activation_checkpointing:
         discriminator.model.activation_checkpointing_enable()
-    discriminator = shard(discriminator, device)
+    discriminator = shard(discriminator, run.device).train()
     optimizer = torch.optim.AdamW(
         discriminator.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay
     )
+
+    def encode(example, prompt) -> Comparison:
+        teacher = parse_response(example.response)
+        students = [] if policy else [parse_response(example.student)]
+        if teacher is None:
+            raise RowError("the teacher's response breaks the format")
+        if None in students:
+            raise Unfit("the student's response breaks the format")
+        views = [view for side in (teacher, *students) for view in encode_views(processor, side)]
+        length = len(prompt.input_ids) + max(map(len, views))
+        if length > config.max_length:
+            raise Unfit(f"{length} tokens are more than --max_length {config.max_length}")
+        return Comparison(prompt, teacher, students)
+
+    def compare(batch: list[Comparison], step: int, backward: bool) -> Judgement:
+        """One batch through the discriminator; the policy, where there is one, answers first."""
+        if policy:
+            prompts = [comparison.prompt for comparison in batch]
+            limits = 1, config.max_completion_length, 1.0, config.seed, step
+            for comparison, group in zip(batch, generate(policy, prompts, *limits)):
+                comparison.students = [parse_response(decode(processor, group.branches[0]))]
+        losses = config.max_tokens_per_pack, config.score_l2, config.router_aux_loss_coef
+        return judge(discriminator, batch, processor, *losses, backward=backward)
+
+    batch_size = config.per_device_train_batch_size * config.gradient_accumulation_steps
+    batch_size *= world_size()
     total = math.ceil(len(training) * config.num_train_epochs) if config.max_steps <= 0 else None
-    max_steps = config.max_steps if config.max_steps > 0 else math.ceil(total / batch)
-    run.load({"discriminator": (discriminator, optimizer)}, {})
-    save = lambda path: save_discriminator(discriminator, processor, path)  # noqa: E731
+    max_steps = config.max_steps if config.max_steps > 0 else math.ceil(total / batch_size)
+    rows = torch.utils.data.Subset(examples, training)
+    stream = run.batches(rows, processor, encode, batch_size, total)
+    modules = {"discriminator": (discriminator, optimizer)}
 
-    def comparisons(step, batch_rows):
-        for example, prompt in batch_rows:
-            comparison, why = compare(example, prompt, processor, config.max_length)
-            if comparison is None:
-                run.leave_out(step, example.where, why)
-            else:
-                yield comparison
-
-    stream = batches(
-        training,
-        processor,
-        batch,
-        config.seed,
-        run.step,
-        total,
-        (rank(), world_size()),
-        config.max_image_size,
-    )
-    discriminator.train()
-    for step in run.steps(max_steps, "discriminator"):
-        with run.phase("data"):
-            pairs = list(comparisons(step, next(stream)))
+    save = partial(save_discriminator, discriminator, processor)
+    for step in run.steps(max_steps, modules, save):
+        # Pairs of a supervision response y+ and a student's y: scores (5) and the loss (7), a step.
+        batch = next(stream)
         with run.phase("update"):
-            judgement = judge(
-                discriminator,
-                pairs,
-                processor,
-                device,
-                config.max_tokens_per_pack,
-                config.score_l2,
-                config.router_aux_loss_coef,
-            )
-            rate = learning_rate_at(
-                step, max_steps, config.learning_rate, config.warmup_ratio, config.lr_scheduler_type
-            )
+            judged = compare(batch, step, backward=True)
+            rate = learning_rate_at(step, max_steps, config)
             grad_norm = optimizer_step(discriminator, optimizer, rate, config.max_grad_norm)
-        run.log(
-            step,
-            judgement.sums,
-            {
-                "grad_norm": grad_norm,
-                "learning_rate": rate,
-                "rows_left_out": run.rows_left_out(),
-                **expert_shares(judgement),
-            },
-        )
-        if step % config.save_steps == 0 and step < max_steps:
-            run.save(step, save, {"discriminator": (discriminator, optimizer)}, {})
+        means = judged.means | {"format_valid": (judged.valid.sum(), judged.valid.numel())}
+        values = {"grad_norm": grad_norm, "learning_rate": rate, **judged.expert_shares}
+        run.log(step, means, values=values)
 
     # Held-out pairs, which the discriminator has not learned from.
+    if not held_out:
+        return
     discriminator.eval()
-    totals: dict[str, tuple[float, float]] = {}
-    stream = batches(
-        validation,
-        processor,
-        batch,
-        config.seed,
-        0,
-        len(validation),
-        (rank(), world_size()),
-        config.max_image_size,
-    )
-    for _ in range(math.ceil(len(validation) / batch)):
-        judgement = judge(
-            discriminator,
-            list(comparisons(max_steps, next(stream))),
-            processor,
-            device,
-            config.max_tokens_per_pack,
-            learn=False,
-        )
-        accumulate(totals, judgement.sums)
-    if totals:
-        held = {
-            f"validation_{name}": value
-            for name, value in totals.items()
-            if name.startswith(("pair", "score_gap"))
-        }
-        compared = int(all_sum([totals["score_gap_perception"][1]])[0])
-        line = run.log(
-            max_steps, held, {"validation_pairs": compared, "rows_left_out": run.rows_left_out()}
-        )
-        say(
-            "held out:",
-            ", ".join(f"{name[11:]} {line[name]:.3f}" for name in held if line[name] is not None),
-        )
-    run.finish(save)
-    say(f"saved {config.output_dir}")
+    rows = torch.utils.data.Subset(examples, validation)
+    stream = run.batches(rows, processor, encode, batch_size, held_out, own=True)
+    means = {}
+    for _ in range(math.ceil(held_out / batch_size)):
+        means = add(means, compare(next(stream), max_steps, backward=False).means)
+    pairs = means["score_gap_perception"][1]
+    kept = {f"validation_{k}": v for k, v in means.items() if k.startswith(("pair", "score_gap"))}
+    line = run.log(max_steps, kept, sums={"validation_pairs": pairs})
+    shown = [f"{k[11:]} {v:.3f}" for k, v in line.items() if k.startswith("validation_") and v]
+    say("held out:", ", ".join(shown))
 
 
 if __name__ == "__main__":

@@ -1,95 +1,100 @@
-"""Accuracy of a checkpoint on a data set, by source.
+"""Accuracy of a checkpoint on a data set, by source: greedy decoding with the sampler of the
+stages, answers judged by the verifier of stage 3. Writes
 
-Greedy decoding with the sampler of the stages (model.generate), answers judged by the verifier of stage 3. Writes
-
-    output_dir/eval.json          accuracy, format_valid, mean_response_tokens, caption_accuracy (where rows have accepted
-                                  captions), by_source, rows, truncated
+    output_dir/eval.json          accuracy, format_valid, mean_response_tokens, caption_accuracy
+                                  (where rows have accepted captions), by_source, rows, truncated,
+                                  and how many rows were left out
     output_dir/generations.jsonl  every response with its judgement
 
-    python eval.py --ckpt out/demo/sft                                              the test digits
     torchrun --nproc_per_node=8 eval.py --ckpt rl_out --data mathvista.jsonl
+    python eval.py --ckpt out/demo/sft --data digits                the test digits
 """
-
-from data import UserError, batches, decode, load_data, parse_response
 
 import json
 import math
 import os
 import re
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch.distributed as dist
 from tqdm import tqdm
 
-from model import generate, load_policy, rank, setup, shard, world_size
-from rlvr import verify
+from data import SYSTEM_PROMPT, Encoded
+from data import batches, decode, parse_response
+from model import join_ranks, load_policy, rank, shard, world_size
+from rows import RowError, UserError, load_data
 from run import main, parse, say
+from sampler import generate
+from verifier import start as start_verifier
+from verifier import verify
 
 
 @dataclass
 class EvalConfig:
-    ckpt: str | None = None  # left out: the digits world's instruct model
-    data: str | None = None  # rows with `answer`; left out: the test digits
-    output_dir: str | None = None  # left out: the checkpoint's own directory
+    ckpt: str = "prism-vlm/Qwen3-VL-4B-Instruct-SFT-PRISM"
+    data: list[str] = field(default_factory=list)  # rows with `answer`
+    output_dir: str | None = None  # left out: the directory of the checkpoint
+    system_prompt: str = SYSTEM_PROMPT  # of rows without one
     per_device_eval_batch_size: int = 64
     max_completion_length: int = 8192
-    max_rollout_rows: int | None = None
+    max_rollout_rows: int | None = None  # rows sampled at a time; None: all
 
 
 def same_caption(caption: str, accepted: list[str]) -> bool:
-    """Whether a caption says what one of the accepted ones says: case, punctuation and white space do not count."""
-
-    def words(text):
-        return re.findall(r"\w+", text.casefold())
-
-    return words(caption) in [words(one) for one in accepted]
+    """Whether a caption says what an accepted one says. Case, punctuation and white space do not
+    count."""
+    said, *known = (re.findall(r"\w+", text.casefold()) for text in (caption, *accepted))
+    return said in known
 
 
 def summarise(rows: list[dict]) -> dict:
     """Shares over the rows; null where no row had what is measured."""
-    captions = [row["caption_correct"] for row in rows if row["caption_correct"] is not None]
+
+    def share(name):
+        values = [row[name] for row in rows if row[name] is not None]
+        return sum(values) / len(values) if values else None
+
     return {
-        "accuracy": sum(row["correct"] for row in rows) / len(rows),
-        "caption_accuracy": sum(captions) / len(captions) if captions else None,
-        "format_valid": sum(row["format_valid"] for row in rows) / len(rows),
-        "mean_response_tokens": sum(row["tokens"] for row in rows) / len(rows),
-        "truncated": sum(row["truncated"] for row in rows) / len(rows),
+        "accuracy": share("correct"),
+        "caption_accuracy": share("caption_correct"),
+        "format_valid": share("format_valid"),
+        "mean_response_tokens": share("tokens"),
+        "truncated": share("truncated"),
         "rows": len(rows),
     }
 
 
 def evaluate() -> None:
-    import digits
-
     start = time.perf_counter()
-    config = parse(EvalConfig, digits.SETTINGS["eval"])
-    device = setup()
+    device = join_ranks()
+    config = parse(EvalConfig)
+    if not config.data:
+        raise UserError("--data: name the rows to answer, or `digits`")
     if config.output_dir and os.path.isfile(config.output_dir):
         raise UserError(f"--output_dir {config.output_dir} is a file; name a directory")
-    config.ckpt, config.data = digits.fill_in(model=config.ckpt, data=config.data, split="test")
-    output_dir = config.output_dir or (config.ckpt if os.path.isdir(config.ckpt) else "out/eval")
-    examples = load_data(config.data, need=("answer",))
+    here = config.ckpt if os.path.isdir(config.ckpt) else "out/eval"
+    output_dir = config.output_dir or here
+    start_verifier()  # a broken math-verify is an error now, not wrong answers later
+    examples = load_data(config.data, ("answer",), config.system_prompt)
     policy, processor = load_policy("--ckpt", config.ckpt)
     policy = shard(policy, device).eval()
-    batch = config.per_device_eval_batch_size * world_size()
-    stream = batches(examples, processor, batch, 0, 0, len(examples), (rank(), world_size()))
-    rows = []
-    for _ in tqdm(range(math.ceil(len(examples) / batch)), desc="eval", disable=rank() != 0):
-        pairs = next(stream)
-        groups = generate(
-            policy,
-            [p for _, p in pairs],
-            1,
-            config.max_completion_length,
-            temperature=0.0,
-            max_rollout_rows=config.max_rollout_rows,
-        )
+    batch_size = config.per_device_eval_batch_size * world_size()
+    encoded = Encoded(examples, processor, lambda *row: row)
+    part = rank(), world_size()
+    stream = batches(encoded, batch_size, seed=0, total=len(examples), part=part)
+    limits = 1, config.max_completion_length, 0.0, 0, 0, config.max_rollout_rows
+    rows, left_out = [], []
+    steps = range(math.ceil(len(examples) / batch_size))
+    for _ in tqdm(steps, desc="eval", disable=rank() != 0):
+        items = next(stream)
+        left_out += [f"{item.where}: {item}" for item in items if isinstance(item, RowError)]
+        pairs = [item for item in items if not isinstance(item, RowError)]
+        groups = generate(policy, [prompt for _, prompt in pairs], *limits)
         for (example, _), group in zip(pairs, groups):
             branch = group.branches[0]
             text = decode(processor, branch)
             response = parse_response(text)
-            right = response is not None and verify(response.answer, example.answer)
             reads = response is not None and same_caption(response.caption, example.captions)
             rows.append(
                 {
@@ -99,7 +104,7 @@ def evaluate() -> None:
                     "answer": example.answer,
                     "response": text,
                     "format_valid": response is not None,
-                    "correct": right,
+                    "correct": response is not None and verify(response.answer, example.answer),
                     "caption_correct": reads if example.captions else None,
                     "tokens": len(branch),
                     "truncated": int(branch[-1]) not in policy.ends.tolist(),
@@ -107,32 +112,34 @@ def evaluate() -> None:
             )
     if world_size() > 1:
         parts = [None] * world_size()
-        dist.all_gather_object(parts, rows)
-        rows = [row for part in parts for row in part]
+        dist.all_gather_object(parts, (rows, left_out))
+        rows, left_out = ([x for part in side for x in part] for side in zip(*parts))
+    for line in left_out[:3]:
+        say(f"left out: {line}")
+    if not rows:
+        raise UserError(f"--data: none of {len(examples)} rows can be used; {left_out[0]}")
     if rank() == 0:
         rows.sort(key=lambda row: row["row"])
+        by_source = {row["source"]: [] for row in rows}
+        for row in rows:
+            by_source[row["source"]].append(row)
         result = {
             "ckpt": config.ckpt,
             "data": config.data,
             **summarise(rows),
-            "by_source": {
-                source: summarise([row for row in rows if row["source"] == source])
-                for source in sorted({row["source"] for row in rows})
-            },
+            "rows_left_out": len(left_out),
+            "by_source": {source: summarise(part) for source, part in sorted(by_source.items())},
             "seconds": time.perf_counter() - start,
         }
         os.makedirs(output_dir, exist_ok=True)
         with open(os.path.join(output_dir, "generations.jsonl"), "w") as file:
-            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+            file.writelines(json.dumps(row) + "\n" for row in rows)
         with open(os.path.join(output_dir, "eval.json"), "w") as file:
             json.dump(result, file, indent=1)
-        names = [
-            name
-            for name in ("accuracy", "caption_accuracy", "format_valid")
-            if result[name] is not None
-        ]
-        shown = ", ".join(f"{name} {result[name]:.3f}" for name in names)
-        say(f"{config.ckpt}: {shown} on {len(rows)} rows; written to {output_dir}/eval.json")
+        names = ("accuracy", "caption_accuracy", "format_valid")
+        shown = [f"{name} {result[name]:.3f}" for name in names if result[name] is not None]
+        where = f"written to {output_dir}/eval.json"
+        say(f"{config.ckpt}: {', '.join(shown)} on {len(rows)} rows; {where}")
 
 
 if __name__ == "__main__":

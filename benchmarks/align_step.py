@@ -1,14 +1,17 @@
 """A whole alignment step: ours against the straightforward way.
 
-4 prompts, the paper's batch, of 302 tokens, 196 of them an image's, and 16 rollouts each. A step is: sample the rollouts, score
-both views of each and of the supervision response, discriminator's step, advantages, policy's step. The straightforward way,
-the release's, samples with Hugging Face `generate` and inputs repeated 16 times, scores one view of one sample per forward with
-the image encoded in each, and updates the policy on padded rows with full logits, the image encoded for each row.
+4 prompts, the paper's batch, of 302 tokens, 196 of them an image's, and 16 rollouts each. A step
+is: sample the rollouts, score both views of each and of the supervision response, discriminator's
+step, advantages, policy's step. The straightforward way, the release's, samples with Hugging Face
+`generate` and inputs repeated 16 times, scores one view of one sample per forward with the image
+encoded in each, and updates the policy on padded rows with full logits, the image encoded for each
+row.
 
-Policy and discriminator are a random Qwen3-VL (float32, CPU) and its upcycling to 4 experts. Some of the policy's tokens end a
-response, so that lengths are ragged, about 90 on average, at most 256; transformers' rows are stopped where ours ended. What a
-random policy says has no format, so both sides score the same made-up responses in its place, of about 42 (caption) and 60
-tokens. The sides take turns; each part's share is shown. That the parts compute the same is checked in views.py,
+Policy and discriminator are a random Qwen3-VL (float32, CPU) and its upcycling to 4 experts. Some
+of the policy's tokens end a response, so that lengths are ragged, about 90 on average, at most 256.
+Transformers' rows are stopped where ours ended. What a random policy says has no format, so both
+sides score the same made-up responses in its place, of about 42 (caption) and 60 tokens. The sides
+take turns. Each part's share is shown. That the parts compute the same is checked in views.py,
 policy_update.py and the tests.
 
     python benchmarks/align_step.py [--hidden_size 256 --layers 4 --repeats 3]
@@ -16,29 +19,24 @@ policy_update.py and the tests.
 
 import copy
 import os
-import sys
 import tempfile
 import time
-from types import SimpleNamespace
-
-sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
-
-from rollout import arguments, ratio, repeated
-from views import ROLLOUTS, build, make_comparison, one_by_one, pairs_of, set_up
 
 import torch
 import torch.nn.functional as F
+from rollout import arguments, ratio, repeated
 from transformers import AutoModelForImageTextToText
+from views import ROLLOUTS, build, make_comparison, one_by_one, pairs_of, set_up
 
-from align import alignment_advantage
+from align import AlignConfig, alignment_advantage, game_advantage
 from discriminator import discriminator_loss, judge
-from model import generate, load_policy, optimizer_step
-from rlvr import policy_loss, update_policy
+from model import load_policy, optimizer_step
+from policy_gradient import policy_loss, update_policy
+from sampler import generate
 
 PROMPTS, LIMIT = 4, 256
-ENDS = (
-    1 / 75
-)  # of the vocabulary ends a response; with these weights that makes responses of about 92 tokens
+# Of the vocabulary ends a response. With these weights that makes responses of about 92 tokens.
+ENDS = 1 / 75
 
 
 class Clock:
@@ -72,35 +70,21 @@ def main() -> None:
         name: [torch.optim.AdamW(m.parameters(), lr=1e-6) for m in (policies[name], judges[name])]
         for name in policies
     }
-    config = SimpleNamespace(max_tokens_per_pack=16384, temperature=1.0)
-    prompts, valid = (
-        [c.prompt for c in comparisons],
-        torch.ones(PROMPTS, ROLLOUTS, dtype=torch.bool),
-    )
+    config = AlignConfig()
+    clips = config.epsilon, config.epsilon, None
+    prompts = [comparison.prompt for comparison in comparisons]
+    valid = torch.ones(PROMPTS, ROLLOUTS, dtype=torch.bool)
 
     def ours(step: int, clock: Clock) -> torch.Tensor:
         """The lengths of what was sampled."""
         groups = generate(policy, prompts, ROLLOUTS, LIMIT, step=step)
         clock("rollout")
-        judged = judge(
-            judges["ours"], comparisons, processor, torch.device("cpu"), config.max_tokens_per_pack
-        )
+        budget = config.max_tokens_per_pack
+        judged = judge(judges["ours"], comparisons, processor, budget, backward=True)
         optimizer_step(judges["ours"], steppers["ours"][1], 1e-6, 1.0)
         clock("judge")
-        advantage = alignment_advantage(*judged.student.T.view(2, PROMPTS, ROLLOUTS), valid)
-        update_policy(
-            policy,
-            groups,
-            advantage.flatten(),
-            processor,
-            torch.device("cpu"),
-            config,
-            "grpo",
-            0.2,
-            0.2,
-            None,
-            on_policy=True,
-        )
+        advantage = game_advantage(judged, config).flatten()
+        update_policy(policy, groups, advantage, processor, config, "grpo", clips, on_policy=True)
         optimizer_step(policy, steppers["ours"][0], 1e-6, 1.0)
         clock("update")
         return torch.tensor([len(branch) for group in groups for branch in group.branches])
@@ -141,16 +125,11 @@ def main() -> None:
             attention_mask=torch.cat([inputs["attention_mask"], real.long()], 1),
             mm_token_type_ids=F.pad(inputs["mm_token_type_ids"], (0, rows.shape[1])),
         )
-        logits = plain_policy(**inputs, use_cache=False, logits_to_keep=rows.shape[1] + 1).logits[
-            :, :-1
-        ]
-        logp = (
-            logits.index_fill(2, policy.forbidden, -torch.inf)
-            .log_softmax(-1)
-            .gather(2, rows[..., None])[..., 0]
-        )
+        logits = plain_policy(**inputs, use_cache=False, logits_to_keep=rows.shape[1] + 1).logits
+        logits = logits[:, :-1].index_fill(2, policy.forbidden, -torch.inf)
+        logp = logits.log_softmax(-1).gather(2, rows[..., None])[..., 0]
         logp = torch.where(real, logp, 0.0)
-        policy_loss(logp, logp.detach(), advantage, real, "grpo", 0.2, 0.2, None).backward()
+        policy_loss(logp, logp.detach(), advantage, real, "grpo", *clips).backward()
         optimizer_step(plain_policy, steppers["straightforward"][0], 1e-6, 1.0)
         clock("update")
 
@@ -161,10 +140,8 @@ def main() -> None:
         for name, clock in zip(seconds, (mine, theirs)) if repeat else ():
             seconds[name].append(sum(clock.parts.values()))
             parts = ", ".join(f"{part} {value:.2f}" for part, value in clock.parts.items())
-            print(
-                f"{name:15s} {seconds[name][-1]:6.2f} s ({parts}), {int(lengths.sum())} tokens sampled",
-                flush=True,
-            )
+            took, tokens = seconds[name][-1], int(lengths.sum())
+            print(f"{name:15s} {took:6.2f} s ({parts}), {tokens} tokens sampled", flush=True)
     print("ratio", ratio(*seconds.values()))
 
 

@@ -1,13 +1,16 @@
-"""A whole GRPO step: rlvr.py against TRL's GRPOTrainer (without vLLM), same model, data, group and lengths.
+"""A whole GRPO step: rlvr.py against TRL's GRPOTrainer (without vLLM), same model, data, group and
+lengths.
 
-4 prompts of about 300 tokens, 196 of them one image's, 16 rollouts each, at most 256 tokens. The model is a Qwen3-VL with
-random weights; some of its tokens end a response, as many as make the lengths ragged with mean about 80. A step is everything
-from the prompts to the changed weights: processor, sampling, rewards, forward, backward, AdamW; float32, both cores. Each side
-runs in a process of its own, and the two take turns; a turn's seconds are the median of its steps after the first.
+4 prompts of about 300 tokens, 196 of them one image's, 16 rollouts each, at most 256 tokens. The
+model is a Qwen3-VL with random weights. Some of its tokens end a response, as many as make the
+lengths ragged with mean about 80. A step is everything from the prompts to the changed weights:
+processor (on both sides in the process itself, without workers), sampling, rewards, forward,
+backward, AdamW, in float32 on both cores. Each side runs in a process of its own, and the two take
+turns. A turn's seconds are the median of its steps after the first.
 
-TRL runs as its users run it on one machine: batch of 64 rollouts, no reference model (beta 0), one update per batch, so that it
-too leaves out the pass for the old log-probabilities. Its processor is ours, which needs no torchvision. It needs
-`pip install -r requirements-bench.txt`.
+TRL runs as its users run it on one machine: batch of 64 rollouts, no reference model (beta 0), one
+update per batch, so that it too leaves out the pass for the old log-probabilities. Its processor is
+ours, which needs no torchvision. It needs `pip install -r requirements-bench.txt`.
 
     python benchmarks/grpo_step.py [--hidden_size 256 --layers 4 --repeats 3]
 """
@@ -22,25 +25,23 @@ import tempfile
 import time
 from pathlib import Path
 
-os.environ["HF_HUB_OFFLINE"] = "1"
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
-
-import digits
+from PIL import Image
 from rollout import arguments, ratio
+from transformers import GenerationConfig
 from views import SIDE, WORDS
 
-from PIL import Image
-from transformers import GenerationConfig
+import digits
+from data import load_processor
 
+ROOT = Path(__file__).resolve().parent.parent
 PROMPTS, ROLLOUTS, LIMIT, STEPS = 4, 16, 256, 4
-ENDS = (
-    1 / 115
-)  # of the vocabulary ends a response; with these weights that makes responses of about 80 tokens
+# Of the vocabulary ends a response. With these weights that makes responses of about 80 tokens.
+ENDS = 1 / 115
 
 
 def build(folder: str, hidden_size: int, layers: int, ends: float = ENDS) -> tuple[str, str]:
-    """(model, data): a Hugging Face directory with random weights, and rows of an image and some 100 tokens of question."""
+    """(model, data): a Hugging Face directory with random weights, and rows of an image and some
+    100 tokens of question."""
     rng = random.Random(0)
     folder = Path(folder)
     world = digits.World(
@@ -78,25 +79,18 @@ def ours(
     model: str, data: str, output_dir: str, ranks: int = 1, steps: int = STEPS, limit: int = LIMIT
 ) -> list[dict]:
     """The metrics of some steps of rlvr.py, the first left out."""
-    start = (
-        [sys.executable]
-        if ranks == 1
-        else [
-            sys.executable,
-            "-m",
-            "torch.distributed.run",
-            "--standalone",
-            f"--nproc_per_node={ranks}",
-        ]
-    )
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+    start = [sys.executable, *(torchrun if ranks > 1 else [])]
     flags = dict(
         ckpt=model,
         data=data,
         output_dir=output_dir,
         max_steps=steps,
-        per_device_train_batch_size=PROMPTS,
+        system_prompt="",  # none, as in TRL
+        prompts_per_step=PROMPTS * ranks,
         num_generations=ROLLOUTS,
         max_completion_length=limit,
+        dataloader_num_workers=0,
         save_steps=1000,
     )
     subprocess.run(
@@ -112,8 +106,6 @@ def trl(model: str, data: str, output_dir: str) -> None:
     import datasets
     from transformers import AutoModelForImageTextToText, TrainerCallback
     from trl import GRPOConfig, GRPOTrainer
-
-    from data import load_processor
 
     rows = [json.loads(line) for line in open(data)]
     folder = os.path.dirname(data)
@@ -152,7 +144,9 @@ def trl(model: str, data: str, output_dir: str) -> None:
         def on_step_end(self, *args, **kwargs):
             ends.append(time.perf_counter())
 
-    reward = lambda completions, **_: [0.0] * len(completions)  # noqa: E731
+    def reward(completions, **_):
+        return [0.0] * len(completions)
+
     trainer = GRPOTrainer(
         AutoModelForImageTextToText.from_pretrained(model),
         [reward],
@@ -167,21 +161,16 @@ def trl(model: str, data: str, output_dir: str) -> None:
         for line in trainer.state.log_history
         if "completions/mean_length" in line
     ]
-    print(
-        "\n"
-        + json.dumps(
-            [
-                {"time/step": b - a, "response_length": n}
-                for a, b, n in zip(ends, ends[1:], lengths[1:])
-            ]
-        )
-    )
+    steps = zip(ends, ends[1:], lengths[1:])
+    steps = [{"time/step": b - a, "response_length": n} for a, b, n in steps]
+    print("\n" + json.dumps(steps))
 
 
 def theirs(model: str, data: str, output_dir: str) -> list[dict]:
     done = subprocess.run(
         [sys.executable, __file__, "--side", model, data, output_dir],
         check=True,
+        env=os.environ | {"HF_HUB_OFFLINE": "1"},
         text=True,
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
@@ -202,7 +191,8 @@ def main() -> None:
                 seconds[name].append(statistics.median(step["time/step"] for step in steps))
                 length = statistics.mean(step["response_length"] for step in steps)
                 print(
-                    f"{name:8s} {seconds[name][-1]:6.2f} s a step, responses of {length:.0f} tokens on average",
+                    f"{name:8s} {seconds[name][-1]:6.2f} s a step, "
+                    f"responses of {length:.0f} tokens on average",
                     flush=True,
                 )
     print("ratio", ratio(*seconds.values()))

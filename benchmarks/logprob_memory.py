@@ -1,35 +1,36 @@
-"""Log-probabilities over a large vocabulary, forward and backward: `model._LogProbs` against full logits.
+"""Log-probabilities over a large vocabulary, forward and backward: `model.LogProbs` against full
+logits.
 
-8,192 positions, 151,936 tokens, bfloat16, as many values of hidden state as asked for. Each side runs in a process of its own
-and reports its seconds and by how much its memory rose above weights and inputs at the highest, the gradients of both (which
-either side must hold) included. Full logits: one matrix product, float32, log_softmax, gather, and torch's own backward.
-Before, both are compared on fewer positions in float32. The sides alternate; the last line is the ratio of the peaks.
+8,192 positions, 151,936 tokens, bfloat16, as many values of hidden state as asked for. Each side
+runs in a process of its own. It reports its seconds, and by how much its memory rose above weights
+and inputs at the highest, the gradients of both (which either side must hold) included. Full
+logits: one matrix product, float32, log_softmax, gather, and torch's own backward. Before, both
+are compared on fewer positions in float32. The sides alternate. The last line is the ratio of the
+peaks.
 
-A CPU without bfloat16 arithmetic takes more than ten minutes a pass (with it, a minute and a half); --dtype float32 is for it.
+A CPU without bfloat16 arithmetic takes more than ten minutes a pass (with it, a minute and a half).
+--dtype float32 is for such a CPU.
 
-    python benchmarks/logprob_memory.py [--hidden_size 1024 --positions 8192 --vocabulary 151936 --dtype bfloat16 --repeats 3]
+    python benchmarks/logprob_memory.py [--hidden_size 1024 --positions 8192 --vocabulary 151936]
+                                        [--dtype bfloat16 --repeats 3]
 """
 
 import argparse
 import json
-import statistics
 import subprocess
 import sys
 import time
-from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-import data  # noqa: F401, before torch: how threads wait
 import torch
+from rollout import ratio
 
-from model import _LogProbs
+from model import LogProbs
 
 NONE = torch.zeros(0, dtype=torch.long)
 
 
 def chunked(hidden, weight, targets):
-    return _LogProbs.apply(hidden, weight, torch.arange(len(targets)), targets, 1.0, NONE, 256)[0]
+    return LogProbs.apply(hidden, weight, torch.arange(len(targets)), targets, 1.0, NONE, 256)[0]
 
 
 def full(hidden, weight, targets):
@@ -55,14 +56,8 @@ def inputs(args, positions: int, dtype):
 
 def memory(name: str) -> float:
     """VmRSS or VmHWM (its highest value so far) of this process, in MB."""
-    return (
-        next(
-            int(line.split()[1])
-            for line in open("/proc/self/status")
-            if line.startswith(name + ":")
-        )
-        / 1024
-    )
+    lines = (line.split() for line in open("/proc/self/status"))
+    return next(int(words[1]) for words in lines if words[0] == name + ":") / 1024
 
 
 def one_side(name: str, args) -> None:
@@ -73,9 +68,8 @@ def one_side(name: str, args) -> None:
         file.write("5")  # the highest value starts again from here
     start = time.perf_counter()
     SIDES[name](hidden, weight, targets).mean().backward()
-    print(
-        json.dumps({"seconds": time.perf_counter() - start, "megabytes": memory("VmHWM") - before})
-    )
+    seconds = time.perf_counter() - start
+    print(json.dumps({"seconds": seconds, "megabytes": memory("VmHWM") - before}))
 
 
 def main() -> None:
@@ -117,14 +111,8 @@ def main() -> None:
     ours, theirs = (
         {key: [r[key] for r in some] for key in ("seconds", "megabytes")} for some in sides.values()
     )
-    slower = [a / b for a, b in zip(ours["seconds"], theirs["seconds"])]
-    less = [b / a for a, b in zip(ours["megabytes"], theirs["megabytes"])]
-    print(
-        f"time, chunked over full: {statistics.median(slower):.2f} (min {min(slower):.2f}, max {max(slower):.2f})"
-    )
-    print(
-        f"ratio {statistics.median(less):.2f}   (memory, full over chunked; min {min(less):.2f}, max {max(less):.2f})"
-    )
+    print("time, chunked over full:", ratio(theirs["seconds"], ours["seconds"]))
+    print("ratio", ratio(ours["megabytes"], theirs["megabytes"]), "  memory, full over chunked")
 
 
 if __name__ == "__main__":

@@ -1,31 +1,25 @@
-"""The policy's forward and backward over a group: one pack (a prompt and its branches) against padded rows.
+"""The policy's forward and backward over a group: one pack (a prompt and its branches) against
+padded rows.
 
-16 branches of a prompt with an image. Padded rows are the usual way: prompt and branch in each row, the image encoded
-for each, right padding, transformers' own sdpa attention and full logits. Log-probabilities and gradients of both sides are
-compared in float64 before anything is timed, in float32. They alternate; the last line is the smallest of ratio over goal.
+16 branches of a prompt with an image. Padded rows are the usual way: prompt and branch in each row,
+the image encoded for each, right padding, transformers' own sdpa attention and full logits.
+Log-probabilities and gradients of both sides are compared in float64 before anything is timed, in
+float32. They alternate. The last line is the smallest of ratio over goal.
 
     python benchmarks/policy_update.py [--hidden_size 256 --layers 4]
 """
 
-import os
 import statistics
-import sys
 import time
 
-sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
-
-from rollout import IMAGE, arguments, build, prompt, ratio, repeated
-
 import torch
+from rollout import IMAGE, arguments, build, prompt, ratio, repeated
 
 from data import Group, make_packs
 from model import token_logprobs
 
-CASES = [
-    (302, 92, 4.0),
-    (1070, 101, 8.0),
-    (302, 423, 2.0),
-]  # prompt tokens, mean branch tokens, what is to be reached
+# Prompt tokens, mean branch tokens, the ratio to be reached.
+CASES = [(302, 92, 4.0), (1070, 101, 8.0), (302, 423, 2.0)]
 
 
 def main() -> None:
@@ -63,8 +57,9 @@ def main() -> None:
             (logp.sum() / real.sum()).backward()
             return logp.detach()
 
-        # The same values and gradients, in float64: in float32 the sums over 16 images differ in the fourth digit. Norms and
-        # rotations stay in float32 inside, and round there. This is also each side's first, unmeasured turn.
+        # The same values and gradients, in float64: in float32 the sums over 16 images differ in
+        # the fourth digit. Norms and rotations stay in float32 inside, and round there. This is
+        # also each side's first, unmeasured turn.
         for model in (ours, theirs):
             model.zero_grad()
             model.double()
@@ -88,8 +83,9 @@ def main() -> None:
         median = {name: statistics.median(values) for name, values in seconds.items()}
         results.append((statistics.median(q / p for p, q in zip(*seconds.values())), goal))
         print(
-            f"{prompt_tokens} + {mean} tokens: packed {median['packed']:.2f} s, padded {median['padded']:.2f} s, to be "
-            f"reached {goal}, ratio {ratio(*seconds.values())}",
+            f"{prompt_tokens} + {mean} tokens: packed {median['packed']:.2f} s, "
+            f"padded {median['padded']:.2f} s, to be reached {goal}, "
+            f"ratio {ratio(*seconds.values())}",
             flush=True,
         )
     print(f"ratio {min(r / goal for r, goal in results):.2f}   (smallest of ratio / goal)")

@@ -1,35 +1,38 @@
-"""Sampling: `model.generate` against Hugging Face `generate` with the inputs repeated, the way TRL samples without vLLM.
+"""Sampling: `sampler.generate` against Hugging Face `generate` with the inputs repeated, the way
+TRL samples without vLLM.
 
-4 prompts of about 300 tokens with an image, 16 rows each. The model has random weights; a handful of its tokens end a
-response, as many as make lengths ragged with mean about 92 (geometric), cut at 256. Transformers' rows are stopped where
-ours ended, so that both sides sample the same lengths. The two sides alternate, three repeats; the last line is the median
-of the ratios.
+4 prompts of about 300 tokens with an image, 16 rows each. The model has random weights. A handful
+of its tokens end a response, as many as make lengths ragged with mean about 92 (geometric), cut at
+256. Transformers' rows are stopped where ours ended, so that both sides sample the same lengths.
+The two sides alternate, three repeats. The last line is the median of the ratios.
 
     python benchmarks/rollout.py [--hidden_size 256 --layers 4]
 """
 
 import argparse
 import copy
-import os
 import statistics
 import sys
 import time
-
-sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-
-from data import Prompt, mrope_positions
+from pathlib import Path
 
 import torch
 from transformers import AutoModelForImageTextToText, Qwen3VLConfig
 
-from model import Head, adapt, generate
+# The other benchmarks import this file first: by this line they find the repository's modules too.
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from data import Prompt, mrope_positions
+from model import adapt
+from sampler import generate
 
 IMAGE, VIDEO, START, END = 1, 2, 3, 4  # token ids of the made-up vocabulary
 PATCH, MERGE = 16, 2
 
 
 def build(hidden_size: int, layers: int, vocab_size: int = 2048, experts: int = 0):
-    """A random Qwen3-VL, once for our sampler and once, with the same weights, as transformers has it."""
+    """A random Qwen3-VL, once for our sampler and once, with the same weights, as transformers has
+    it."""
     text = dict(
         vocab_size=vocab_size,
         hidden_size=hidden_size,
@@ -72,10 +75,7 @@ def build(hidden_size: int, layers: int, vocab_size: int = 2048, experts: int = 
     theirs = AutoModelForImageTextToText.from_config(config).eval()
     ours = AutoModelForImageTextToText.from_config(copy.deepcopy(config)).eval()
     ours.load_state_dict(theirs.state_dict())
-    adapt(ours, "the made-up model")
-    ours.lm_head.__class__ = Head
-    ours.forbidden = torch.tensor([IMAGE, VIDEO, START, END])
-    return ours, theirs
+    return adapt(ours), theirs
 
 
 def prompt(index: int, tokens: int, vocab_size: int = 2048, side: int = 14) -> Prompt:
@@ -108,17 +108,18 @@ def repeated(prompts: list[Prompt], times: int, image: int = IMAGE) -> dict:
     )
 
 
-def arguments() -> argparse.Namespace:
+def arguments(repeats: int = 3) -> argparse.Namespace:
     """The size of the made-up model, and how often each side is timed."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--hidden_size", type=int, default=256)
     parser.add_argument("--layers", type=int, default=4)
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--repeats", type=int, default=repeats)
     return parser.parse_args()
 
 
 def ratio(ours: list[float], theirs: list[float]) -> str:
-    """What the usual way takes over what ours takes, turn by turn: the median, and the smallest and largest beside it."""
+    """What the usual way takes over what ours takes, turn by turn: the median, and the smallest and
+    largest beside it."""
     turns = [b / a for a, b in zip(ours, theirs)]
     return f"{statistics.median(turns):.2f}   (min {min(turns):.2f}, max {max(turns):.2f})"
 
@@ -129,9 +130,8 @@ def main() -> None:
     prompts = [prompt(i, 302) for i in range(4)]
     ends = list(range(100, 100 + 2048 // 92))  # random weights: about 1/2048 each
     ours.ends = torch.tensor(ends)
-    print(
-        f"{sum(p.numel() for p in theirs.parameters()) / 1e6:.1f}M parameters, 4 prompts of 302 tokens x 16 rows"
-    )
+    size = sum(p.numel() for p in theirs.parameters()) / 1e6
+    print(f"{size:.1f}M parameters, 4 prompts of 302 tokens x 16 rows")
 
     @torch.no_grad()
     def hugging_face(seed, lengths):

@@ -1,52 +1,48 @@
 """Scoring all 34 views of a prompt, forward and backward: packed (ours) against the two usual ways.
 
-The work is a prompt of 302 tokens, 196 of them one image's, with its supervision response and 16 rollouts, each of two
-views: a caption block of about 42 tokens and think and answer blocks of about 60. All 34 are different texts, so nothing is
-gained from equal ones being computed once. From the texts of the responses to the gradient of L_pair, three ways:
+The work is a prompt of 302 tokens, 196 of them one image's, with its supervision response and 16
+rollouts, each of two views: a caption block of about 42 tokens and think and answer blocks of about
+60. All 34 are different texts, so nothing is gained from equal ones being computed once. From the
+texts of the responses to the gradient of the discriminator's loss, three ways:
 
-    (a) one by one     one sample and one view per forward, as the release does: 34 forwards, the image encoded in each
-    (b) padded         one batch per view: 17 rows padded on the right, with a mask, the image encoded for every row
-    (c) packed         `view_packs` and `Discriminator.forward`: one row, prompt and image once, no padding
+    (a) one by one     one sample and one view per forward, as the release does: 34 forwards, the
+                       image encoded in each
+    (b) padded         one batch per view: 17 rows padded on the right, with a mask, the image
+                       encoded for every row
+    (c) packed         `view_packs` and `Discriminator.forward`: one row, prompt and image once, no
+                       padding
 
-The weights and the experts module are the same in all three; (a) and (b) attend by transformers' own sdpa path and are
-given their rotary positions ready-made. The model is a random Qwen3-VL (float32, CPU) upcycled to 4 experts, its vision
-tower small, so that encoding the image is no larger a share of a view than in Qwen3-VL-2B (about a fifth; it is printed).
-The three ways take turns; a ratio is the median over the turns. Before, all three are seen to give the same scores and
-gradient.
+The weights and the experts module are the same in all three. (a) and (b) attend by transformers'
+own sdpa path and are given their rotary positions ready-made. The model is a random Qwen3-VL
+(float32, CPU) upcycled to 4 experts. Its vision tower is small, so that encoding the image is no
+larger a share of a view than in Qwen3-VL-2B (about a fifth; it is printed). The three ways take
+turns, and a ratio is the median over the turns. Before, all three are seen to give the same scores
+and gradient.
 
     python benchmarks/views.py [--repeats 5] [--hidden_size 256] [--layers 4]
 """
 
-import argparse
 import os
 import random
 import statistics
-import sys
 import tempfile
 import time
 from pathlib import Path
 
-os.environ["HF_HUB_OFFLINE"] = "1"
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-import digits
-from rollout import ratio
-from data import Example, Response, encode_prompts, encode_views
-
 import torch
 from PIL import Image
+from rollout import arguments, ratio
 
+import digits
+from data import Response, encode_prompts, encode_views
 from discriminator import Comparison, discriminator_loss, load_discriminator, view_packs
 from model import adapt
+from rows import Example
 
-ROLLOUTS, PROMPT_TOKENS, CAPTION_TOKENS, REASONING_TOKENS, SIDE = (
-    16,
-    302,
-    42,
-    60,
-    224,
-)  # SIDE: pixels, 14 x 14 image tokens
-WORDS = "one two three four five six seven eight nine ten red green blue left right above below plus minus is so the".split()
+ROLLOUTS, PROMPT_TOKENS, CAPTION_TOKENS, REASONING_TOKENS = 16, 302, 42, 60
+SIDE = 224  # pixels, 14 x 14 image tokens
+WORDS = """one two three four five six seven eight nine ten red green blue left right above below
+    plus minus is so the""".split()
 
 
 def build(path: str, args) -> tuple:
@@ -83,7 +79,8 @@ def response(rng: random.Random, caption: int, think: int) -> Response:
 
 
 def make_comparison(processor, seed: int = 1) -> Comparison:
-    """A prompt of exactly PROMPT_TOKENS tokens and 1 + ROLLOUTS responses whose lengths lie around those asked for."""
+    """A prompt of exactly PROMPT_TOKENS tokens and 1 + ROLLOUTS responses whose lengths lie around
+    those asked for."""
     rng = random.Random(seed)
     image = Image.frombytes("RGB", (SIDE, SIDE), rng.randbytes(3 * SIDE * SIDE))
     path = os.path.join(os.path.dirname(processor.tokenizer.name_or_path) or ".", f"{seed}.png")
@@ -91,9 +88,8 @@ def make_comparison(processor, seed: int = 1) -> Comparison:
 
     def prompt(question):
         content = [{"type": "image"}, {"type": "text", "text": question}]
-        return encode_prompts(
-            processor, [Example(0, "benchmark", [{"role": "user", "content": content}], [path])]
-        )[0]
+        example = Example(0, "benchmark", [{"role": "user", "content": content}], [path])
+        return encode_prompts(processor, [example])[0]
 
     lengths = {n: len(prompt(" one" * n).input_ids) for n in (1, 2)}
     per_word = lengths[2] - lengths[1]
@@ -101,9 +97,8 @@ def make_comparison(processor, seed: int = 1) -> Comparison:
     made = prompt(" one" * words)
     assert len(made.input_ids) == PROMPT_TOKENS, len(made.input_ids)
 
-    def near(
-        wanted, view
-    ):  # the number of words whose view has about as many tokens as wanted, a quarter more or less
+    def near(wanted, view):
+        """A response whose view has about as many tokens as wanted, a quarter more or less."""
         target = round(wanted * rng.uniform(0.75, 1.25))
         for n in range(1, 200):
             words = " ".join(rng.choices(WORDS, k=n))
@@ -122,7 +117,8 @@ def pairs_of(scores: torch.Tensor) -> torch.Tensor:
 
 
 def plain(discriminator, prompt, views: list[torch.Tensor]) -> torch.Tensor:
-    """Last hidden state of the last token of each [prompt | view], as a batch padded on the right, by transformers."""
+    """Last hidden state of the last token of each [prompt | view], as a batch padded on the right,
+    by transformers."""
     ends = torch.tensor([len(prompt.input_ids) + len(view) - 1 for view in views])
     rows, longest = torch.arange(len(views)), int(ends.max()) + 1
     ids = torch.zeros(len(views), longest, dtype=torch.long)
@@ -142,34 +138,33 @@ def plain(discriminator, prompt, views: list[torch.Tensor]) -> torch.Tensor:
     return hidden[rows, ends]
 
 
-def one_by_one(discriminator, comparison, processor):
-    views = [encode_views(processor, r) for r in (comparison.teacher, *comparison.students)]
+def views_of(processor, comparison) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Both views of the supervision response and of each student."""
+    return [encode_views(processor, r) for r in (comparison.teacher, *comparison.students)]
+
+
+# The three ways -> (17, 2) scores, the supervision's first.
+
+
+def one_by_one(discriminator, comparison, processor) -> torch.Tensor:
     heads = discriminator.score.weight
-    return torch.stack(
-        [
-            torch.stack(
-                [
-                    plain(discriminator, comparison.prompt, [view])[0] @ heads[k]
-                    for k, view in enumerate(both)
-                ]
-            )
-            for both in views
-        ]
-    )
+    scores = [
+        plain(discriminator, comparison.prompt, [view])[0] @ heads[k]
+        for both in views_of(processor, comparison)
+        for k, view in enumerate(both)
+    ]
+    return torch.stack(scores).view(-1, 2)
 
 
-def padded(discriminator, comparison, processor):
-    views = [encode_views(processor, r) for r in (comparison.teacher, *comparison.students)]
-    return torch.stack(
-        [
-            plain(discriminator, comparison.prompt, list(some)) @ discriminator.score.weight[k]
-            for k, some in enumerate(zip(*views))
-        ],
-        1,
-    )
+def padded(discriminator, comparison, processor) -> torch.Tensor:
+    scores = [
+        plain(discriminator, comparison.prompt, list(some)) @ discriminator.score.weight[k]
+        for k, some in enumerate(zip(*views_of(processor, comparison)))
+    ]
+    return torch.stack(scores, 1)
 
 
-def packed(discriminator, comparison, processor):
+def packed(discriminator, comparison, processor) -> torch.Tensor:
     (v,) = view_packs([comparison], processor)
     assert len(v.views) == 2 * ROLLOUTS + 2  # all different
     scores = discriminator(v.pack, v.views)[0][v.pairs]  # (16, 4)
@@ -186,7 +181,7 @@ WAYS = {
 def set_up(model, ours: bool) -> None:
     """The model as the stages use it, or as transformers has it."""
     if ours:
-        adapt(model, "the made-up model")
+        adapt(model)
     else:
         model.set_attn_implementation({"text_config": "sdpa", "vision_config": "sdpa"})
         model.visual.patch_embed.proj.__class__ = torch.nn.Conv3d
@@ -213,43 +208,35 @@ def timed(function, repeats: int = 9) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--hidden_size", type=int, default=256)
-    parser.add_argument("--layers", type=int, default=4)
-    args = parser.parse_args()
+    args = arguments(repeats=5)
     with tempfile.TemporaryDirectory() as folder:
         discriminator, processor = build(os.path.join(folder, "model"), args)
         comparison = make_comparison(processor)
     discriminator.train()
-    lengths = [
-        [len(v) for v in encode_views(processor, r)]
-        for r in (comparison.teacher, *comparison.students)
-    ]
+    lengths = [[len(view) for view in both] for both in views_of(processor, comparison)]
     means = [statistics.mean(column) for column in zip(*lengths)]
     image = int((comparison.prompt.input_ids == processor.image_token_id).sum())
+    size = sum(p.numel() for p in discriminator.parameters()) / 1e6
     print(
-        f"{sum(p.numel() for p in discriminator.parameters()) / 1e6:.1f}M parameters, {torch.get_num_threads()} threads; "
-        f"prompt {len(comparison.prompt.input_ids)} tokens ({image} of an image), {2 * len(lengths)} views of "
-        f"{means[0]:.0f} (perception) and {means[1]:.0f} (reasoning) tokens on average"
+        f"{size:.1f}M parameters, {torch.get_num_threads()} threads; "
+        f"prompt {len(comparison.prompt.input_ids)} tokens ({image} of an image), "
+        f"{2 * len(lengths)} views of {means[0]:.0f} (perception) and {means[1]:.0f} (reasoning) "
+        f"tokens on average"
     )
 
     # The same scores and the same gradient; this is also the first, unmeasured turn of each.
     results = {}
     for way in WAYS:
         _, scores = run(way, discriminator, comparison, processor)
-        results[way] = (
-            scores,
-            torch.cat([p.grad.flatten() for p in discriminator.parameters() if p.grad is not None]),
-        )
+        grads = [p.grad.flatten() for p in discriminator.parameters() if p.grad is not None]
+        results[way] = scores, torch.cat(grads)
     first, gradient = results["(a) one by one"]
     for way, (scores, other) in list(results.items())[1:]:
-        apart, turned = (
-            float((scores - first).abs().max()),
-            float((other - gradient).norm() / gradient.norm()),
-        )
+        apart = float((scores - first).abs().max())
+        turned = float((other - gradient).norm() / gradient.norm())
+        span = float(first.max() - first.min())
         print(
-            f"{way} against (a): scores apart by at most {apart:.1e} (they span {float(first.max() - first.min()):.2f}), "
+            f"{way} against (a): scores apart by at most {apart:.1e} (they span {span:.2f}), "
             f"gradient by {turned:.1e} of its norm"
         )
         assert apart < 1e-4 and turned < 1e-3
@@ -269,9 +256,8 @@ def main() -> None:
             seconds[way].append(run(way, discriminator, comparison, processor)[0])
     medians = {way: statistics.median(some) for way, some in seconds.items()}
     for way, some in seconds.items():
-        print(
-            f"{way:15} {medians[way] * 1000:7.0f} ms   ({min(some) * 1000:.0f} to {max(some) * 1000:.0f})"
-        )
+        low, high = min(some) * 1000, max(some) * 1000
+        print(f"{way:15} {medians[way] * 1000:7.0f} ms   ({low:.0f} to {high:.0f})")
     print("ratio against (b)", ratio(seconds["(c) packed"], seconds["(b) padded"]))
     print("ratio", ratio(seconds["(c) packed"], seconds["(a) one by one"]))
 

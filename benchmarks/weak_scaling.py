@@ -1,11 +1,13 @@
-"""Weak scaling of stage 3: rlvr.py with the same work per rank on 1 and on 2 gloo ranks, one core each.
+"""Weak scaling of stage 3: rlvr.py with the same work per rank on 1 and on 2 gloo ranks, one core
+each.
 
-Model and prompts are those of grpo_step.py: 4 prompts of about 300 tokens a rank, 16 rollouts each. One thread a rank, and as
-many cores as ranks. So that every rank has the same work, next to no token ends a response: they run to a limit of 80. Compared
-are tokens per second and rank, the median of a turn's steps after the first. Between the two stands a control, two runs of one
-rank that know nothing of each other: what they lose is what two cores of this machine take from each other (caches, memory,
-clock), and what two ranks lose beyond that is what FSDP costs. The last line is what a rank of two does over what one alone
-does; 1 is ideal.
+Model and prompts are those of grpo_step.py: 4 prompts of about 300 tokens a rank, 16 rollouts each.
+One thread a rank, and as many cores as ranks. So that every rank has the same work, next to no
+token ends a response: they run to a limit of 80. Compared are tokens per second and rank, the
+median of a turn's steps after the first. Between the two stands a control, two runs of one rank
+that know nothing of each other: what they lose is what two cores of this machine take from each
+other (caches, memory, clock), and what two ranks lose beyond that is what FSDP costs. The last line
+is what a rank of two does over what one alone does. 1 is ideal.
 
     python benchmarks/weak_scaling.py [--hidden_size 256 --layers 4 --repeats 3]
 """
@@ -27,9 +29,8 @@ def main() -> None:
         model, data = build(folder, args.hidden_size, args.layers, ends=0)
 
         def run(name: str, ranks: int, cores: list[int]) -> list[dict]:
-            os.sched_setaffinity(
-                0, cores
-            )  # of this thread; the processes that it starts inherit it
+            # Of this thread; the processes that it starts inherit it.
+            os.sched_setaffinity(0, cores)
             return ours(model, data, os.path.join(folder, name), ranks, steps=8, limit=80)
 
         def turn(name: str, ranks: int, places: list[list[int]]) -> float:

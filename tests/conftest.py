@@ -1,17 +1,18 @@
 """Before torch is imported anywhere: one thread a process, and nothing from a hub.
 
-The tests' own world: a small build of the digits with random weights, and a policy trained on it for a moment, both made once
-a session. `launch` runs a script in as many processes as asked, as a user would.
+The tests' own world: a small build of the digits with random weights, and a policy trained on it
+for a moment, both made once a session. `launch` runs a script in as many processes as asked, as a
+user would.
 """
 
+import json
 import os
 import subprocess
 import sys
 from pathlib import Path
 
-os.environ.setdefault(
-    "OMP_NUM_THREADS", "1"
-)  # two processes of tests share the cores, see pyproject.toml
+# Two processes of tests share the cores, see pyproject.toml.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ["HF_HUB_OFFLINE"] = "1"
 ROOT = Path(__file__).resolve().parent.parent
@@ -21,6 +22,7 @@ os.chdir(ROOT)
 import pytest  # noqa: E402
 
 WORLD = dict(pretrain_rows=400, sft_rows=120, prompt_rows=120, validation_rows=16, test_rows=24)
+STAGES = ("sft.py", "discriminator.py", "align.py", "rlvr.py")
 
 
 @pytest.fixture(scope="session")
@@ -34,50 +36,49 @@ def world(tmp_path_factory) -> dict[str, str]:
 def launch(
     script: str, *args, ranks: int = 1, check: bool = True, **env
 ) -> subprocess.CompletedProcess:
-    """python script args, or torchrun with `ranks` processes; output captured."""
-    start = (
-        [sys.executable]
-        if ranks == 1
-        else [
-            sys.executable,
-            "-m",
-            "torch.distributed.run",
-            "--standalone",
-            f"--nproc_per_node={ranks}",
-        ]
-    )
+    """python script args, or torchrun with `ranks` processes; output captured. A stage encodes its
+    rows itself, where no number of workers is given: starting them takes longer than the rows."""
+    start = [sys.executable]
+    if ranks > 1:
+        start += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+    if script in STAGES and "--dataloader_num_workers" not in args:
+        args = (*args, "--dataloader_num_workers", 0)
     done = subprocess.run(
         [*start, script, *map(str, args)],
         capture_output=True,
         text=True,
         cwd=ROOT,
         timeout=600,
-        env={**os.environ, "PYTHONPATH": str(ROOT), **env},
+        env={**os.environ, "PYTHONPATH": str(ROOT), "TQDM_DISABLE": "1", **env},
     )
     if check and done.returncode != 0:
-        raise AssertionError(
-            f"{script} {' '.join(map(str, args))} ended with {done.returncode}\n{done.stderr[-4000:]}"
-        )
+        said = f"{script} {' '.join(map(str, args))} ended with {done.returncode}"
+        raise AssertionError(f"{said}\n{done.stderr[-4000:]}")
     return done
+
+
+def fails(*args, ranks: int = 1) -> str:
+    """The one line that a user sees of a script that ends with exit code 2."""
+    done = launch(*args, ranks=ranks, check=False)
+    assert done.returncode != 0 and "Traceback" not in done.stderr, done.stderr
+    assert ranks > 1 or done.returncode == 2, done.returncode
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1, done.stderr
+    return errors[0]
+
+
+def lines(path) -> list[dict]:
+    """The rows of a JSONL file."""
+    with open(path) as file:
+        return [json.loads(line) for line in file]
 
 
 @pytest.fixture(scope="session")
 def trained(world, tmp_path_factory) -> str:
     """A policy that has learned the format, by stage 1's own code."""
     out = tmp_path_factory.mktemp("trained") / "sft"
+    flags = ("--max_steps", 150, "--learning_rate", 4e-3, "--per_device_train_batch_size", 32)
     launch(
-        "sft.py",
-        "--model",
-        world["init"],
-        "--data",
-        world["pretrain"],
-        "--output_dir",
-        out,
-        "--max_steps",
-        150,
-        "--learning_rate",
-        4e-3,
-        "--per_device_train_batch_size",
-        32,
+        "sft.py", "--model", world["init"], "--data", world["pretrain"], "--output_dir", out, *flags
     )
     return str(out)

@@ -1,8 +1,11 @@
-"""Stage 2: its reward against a reference in plain Python, its discriminator against transformers' own Qwen3-VL-MoE.
+"""Stage 2: its reward against a reference in plain Python, its discriminator against transformers'
+own Qwen3-VL-MoE.
 
-The models are tiny, with random weights everywhere (norms and biases too), so that nothing can be right by being 0 or 1.
+The models are tiny, with random weights everywhere (norms and biases too), so that nothing can be
+right by being 0 or 1.
 """
 
+import dataclasses
 import inspect
 import io
 import math
@@ -27,13 +30,15 @@ from transformers.models.qwen3_vl_moe.modeling_qwen3_vl_moe import (
 )
 
 import digits
-from align import AlignConfig, alignment_advantage, debias, fill_invalid
-from data import Example, Response, UserError, encode_prompts, encode_views, load_processor
+from align import AlignConfig, alignment_advantage, debias, fill_invalid, game_advantage
+from data import Response, encode_prompts, encode_views, load_processor
 from discriminator import (
+    VIEWS,
     Comparison,
     Discriminator,
     DiscriminatorConfig,
     Experts,
+    Judgement,
     Router,
     SparseMLP,
     balance_loss,
@@ -47,6 +52,7 @@ from discriminator import (
     view_packs,
 )
 from model import PackAttention
+from rows import Example, UserError
 
 repeatable = settings(derandomize=True, deadline=None, database=None, max_examples=50)
 
@@ -59,7 +65,7 @@ def close(got, expected, tolerance=1e-10):
     )
 
 
-# --------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The reward of the game
 
 
@@ -115,7 +121,8 @@ def test_advantage_of_any_groups(alpha, garbage, case, penalty):
 
 
 def test_advantage_by_hand():
-    """Perception 3, 1, invalid: filled to 3, 1, 0. Reasoning -2, 4, invalid: filled to -2, 4, -3."""
+    """Perception 3, 1, invalid: filled to 3, 1, 0. Reasoning -2, 4, invalid: filled to -2, 4,
+    -3."""
     nan = math.nan
     got = alignment_advantage(
         torch.tensor([[3.0, 1.0, nan]]).double(),
@@ -151,7 +158,8 @@ def test_invalid_is_always_worst_in_its_group():
 
 @pytest.mark.parametrize("n", [3, 8, 16])
 def test_equal_rollouts_are_worth_nothing(n):
-    """Every rollout the same text, hence the same scores: float32 rounding must not make advantages out of that."""
+    """Every rollout the same text, hence the same scores: float32 rounding must not make advantages
+    out of that."""
     for value in (5.3, -7.77, 9.99, 0.2):
         same = torch.full((1, n), value)
         assert (alignment_advantage(same, same, torch.ones(1, n, dtype=torch.bool)) == 0).all()
@@ -200,7 +208,37 @@ def test_debias(rows, beta):
     assert torch.equal(debias(score, length, 0.0), score)
 
 
-# --------------------------------------------------------------------------------------------------------------------
+def judgement(scores, valid, lengths) -> Judgement:
+    """A Judgement of given scores and lengths, (2, P, N) each, perception first."""
+    (perception, reasoning), nothing = scores, torch.zeros_like(scores[0])
+    return Judgement(perception, reasoning, valid, nothing, nothing, lengths, {}, {})
+
+
+def test_game_advantage_by_hand():
+    """Lengths 0, 1, 3 and 7 weigh 0, 1, 2 and 3 times log 2. Perception, beta 1 / log 2: 5, 5, 5,
+    and the invalid one 4. Reasoning, beta -0.5 / log 2: 2, 1, 3, and the invalid one 0."""
+    config = AlignConfig(
+        alpha=0.25,
+        format_penalty=2.0,
+        length_beta_perception=1 / math.log(2),
+        length_beta_reasoning=-0.5 / math.log(2),
+    )
+    scores = torch.tensor([[[5.0, 6.0, 8.0, 0.0]], [[2.0, 0.0, 1.5, 0.0]]]).double()
+    lengths = torch.tensor([[[0.0, 1.0, 7.0, 0.0]], [[0.0, 3.0, 7.0, 0.0]]]).double()
+    valid = torch.tensor([[True, True, True, False]])
+    got = game_advantage(judgement(scores, valid, lengths), config)
+    p_std, r_std = math.sqrt((3 * 0.25**2 + 0.75**2) / 3), math.sqrt(5 / 3)
+    p = [0.25 / (p_std + 1e-6)] * 3 + [-0.75 / (p_std + 1e-6)]
+    r = [x / (r_std + 1e-6) for x in (0.5, -0.5, 1.5, -1.5)]
+    expected = [0.25 * a + 0.75 * b - c for a, b, c in zip(p, r, (0, 0, 0, 2))]
+    close(got, [expected])
+    # Off by default: then lengths are not looked at.
+    plain = game_advantage(judgement(scores, valid, lengths * 100), AlignConfig())
+    close(plain, alignment_advantage(*scores, valid))
+    assert (got - plain).abs().max() > 0.3
+
+
+# --------------------------------------------------------------------------------------------------
 # The losses
 
 
@@ -222,7 +260,8 @@ def test_pair_loss(pairs, count):
 
 
 def test_pair_loss_far_out():
-    """Where exp would overflow: the loss is linear on the wrong side, nothing on the right one, its gradient finite."""
+    """Where exp would overflow: the loss is linear on the wrong side, nothing on the right one, its
+    gradient finite."""
     teacher = torch.tensor([1000.0, -1000.0, 0.0], requires_grad=True)
     loss = pair_loss(teacher, torch.zeros(3))
     close(loss.item(), (0 + 1000 + math.log(2)) / 3, 1e-6)
@@ -239,7 +278,8 @@ def test_pair_loss_far_out():
 )
 @repeatable
 def test_discriminator_loss(seed, u, extra, l2, cut):
-    """Both views' pair losses, summed; l2 times the mean square of a pair's four scores; over the global number of pairs."""
+    """Both views' pair losses, summed; l2 times the mean square of a pair's four scores; over the
+    global number of pairs."""
     scores = torch.tensor(np.random.default_rng(seed).uniform(-10, 10, (u, 4)))
     expected = 0.0
     for tp, tr, sp, sr in scores.tolist():
@@ -278,7 +318,7 @@ def test_balance_loss_when_balanced_is_top_k():
     close(balance_loss([torch.full((2, 4), 0.25)] * 2, [chosen, chosen]).item(), 2)
 
 
-# --------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Experts
 
 
@@ -288,7 +328,8 @@ def test_balance_loss_when_balanced_is_top_k():
 )
 @pytest.mark.parametrize("idle", [False, True])
 def test_sparse_mlp_is_transformers_block(experts, top_k, tokens, idle):
-    """Values and gradients, with an expert that no token wants too: its gradient is 0 and not missing."""
+    """Values and gradients, with an expert that no token wants too: its gradient is 0 and not
+    missing."""
     if idle and top_k == experts:
         return
     torch.manual_seed(0)
@@ -337,7 +378,8 @@ def test_sparse_mlp_is_transformers_block(experts, top_k, tokens, idle):
 
 
 def test_sparse_mlp_with_allowed_experts():
-    """Token by token in float64: softmax over the allowed experts alone, top 2 of them, weights summing to 1."""
+    """Token by token in float64: softmax over the allowed experts alone, top 2 of them, weights
+    summing to 1."""
     rng = np.random.default_rng(0)
     h, i, e = 6, 5, 4
     gate, gate_up, down = (rng.standard_normal(s) for s in ((e, h), (e, 2 * i, h), (e, h, i)))
@@ -365,11 +407,14 @@ def test_sparse_mlp_with_allowed_experts():
     assert x.grad.isfinite().all() and all(p.grad.isfinite().all() for p in block.parameters())
 
 
-# --------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Whole models
 
 
-TEXT = "<caption>From left to right: 1, 2 and 3.</caption> <think>1 + 2 = 3.</think> <answer>A</answer> What is the sum?"
+TEXT = (
+    "<caption>From left to right: 1, 2 and 3.</caption> <think>1 + 2 = 3.</think> "
+    "<answer>A</answer> What is the sum?"
+)
 TEACHER = Response(
     "From left to right the digits are 1, 2 and 3.",
     "1 + 2 = 3, 3 + 3 = 6. So the answer is 6.",
@@ -395,7 +440,8 @@ def dense(tmp_path_factory) -> str:
 
 
 def randomised(dense: str, kind: str = "learned"):
-    """An upcycled discriminator whose experts, routers and heads are really different from one another."""
+    """An upcycled discriminator whose experts, routers and heads are really different from one
+    another."""
     discriminator, processor = load_discriminator("--model", dense, kind, dropout=0.0)
     generator = torch.Generator().manual_seed(2)
     with torch.no_grad():
@@ -447,7 +493,8 @@ def example(index: int, images: int) -> Example:
 
 
 def comparisons(processor) -> list[Comparison]:
-    """Prompts with one image, with none and with two; a student like the teacher in one view and in both; invalid ones."""
+    """Prompts with one image, with none and with two; a student like the teacher in one view and in
+    both; invalid ones."""
     prompts = encode_prompts(processor, [example(0, 1), example(1, 0), example(2, 2)])
     other = Response("Digits 7, 2 and 8.", "7 + 2 + 8 = 17.", "17")
     terse = Response("x", "y", "z")
@@ -457,6 +504,27 @@ def comparisons(processor) -> list[Comparison]:
         Comparison(prompts[1], other, [TEACHER, other]),
         Comparison(prompts[2], TEACHER, [None, terse]),
     ]
+
+
+def sides(judged) -> tuple[torch.Tensor, torch.Tensor]:
+    """(P, N, 2) twice: perception and reasoning scores of the supervision, and of the students."""
+    teacher = judged.teacher_perception, judged.teacher_reasoning
+    return torch.stack(teacher, -1), torch.stack([judged.perception, judged.reasoning], -1)
+
+
+def invalid_is_zero(judged) -> None:
+    """Where there is no score stands 0, in all fields."""
+    for scores in (*sides(judged), judged.length.permute(1, 2, 0)):
+        assert scores.isfinite().all() and (scores[~judged.valid] == 0).all()
+
+
+def told_apart(view_packs, comparisons) -> torch.Tensor:
+    """(2, P, N) boolean: the two sides of a pair are not one branch."""
+    most = max(len(c.students) for c in comparisons)
+    out = torch.zeros(2, len(comparisons), most, dtype=torch.bool)
+    for v in view_packs:
+        out[:, v.students[0], v.students[1]] = (v.pairs[:, :2] != v.pairs[:, 2:]).T
+    return out
 
 
 def their_hidden(model, prompt, branch, processor):
@@ -486,7 +554,8 @@ def our_hidden(discriminator, pack):
 
 
 def sequences(packed, groups_of_pack):
-    """For every branch of a pack: (prompt, branch tokens, slice of the prompt, slice of the branch)."""
+    """For every branch of a pack: (prompt, branch tokens, slice of the prompt, slice of the
+    branch)."""
     for segment, prompt in zip(packed.segments, groups_of_pack):
         at = segment.start + segment.prompt
         for length in segment.branches:
@@ -519,14 +588,15 @@ def test_backbone_is_transformers_mixture_of_experts(sparse, reference):
 
 
 def test_judge_gives_the_papers_scores_loss_and_gradient(sparse, reference):
-    """Everything at once against transformers in float64: scores read at each view's last token by its view's head, the
-    pair losses, the square term, the balance loss (each token of the pack once), and the gradient of all parameters."""
+    """Everything at once against transformers in float64: scores read at each view's last token by
+    its view's head, the pair losses, the square term, the balance loss (each token of the pack
+    once), and the gradient of all parameters."""
     discriminator, processor, path = sparse
     pairs = comparisons(processor)
     head = load_file(f"{path}/model.safetensors")["score.weight"].double().requires_grad_()
     discriminator.train().zero_grad()
-    judgement = judge(
-        discriminator, pairs, processor, torch.device("cpu"), 100_000, score_l2=0.05, balance=0.1
+    judged = judge(
+        discriminator, pairs, processor, 100_000, score_l2=0.05, balance=0.1, backward=True
     )
     assert not discriminator.sparse[0].allowed and discriminator.sparse[0].chosen is None
 
@@ -536,8 +606,9 @@ def test_judge_gives_the_papers_scores_loss_and_gradient(sparse, reference):
         for i, layer in enumerate(reference.model.language_model.layers)
     ]
     reference.zero_grad()
-    loss, rows, logits = 0.0, [], [[], []]
-    for comparison in pairs:
+    loss, rows, logits = 0.0, {}, [[], []]
+    chosen = torch.zeros(2, 2, 4)  # layer, view, expert
+    for p, comparison in enumerate(pairs):
         seen = {}
 
         def score(view, tokens, prompt=comparison.prompt, seen=seen):
@@ -548,33 +619,54 @@ def test_judge_gives_the_papers_scores_loss_and_gradient(sparse, reference):
                 hidden = their_hidden(reference, prompt, tokens, processor)[-1]
                 for i, some in enumerate(routed):
                     logits[i].append(some[0][len(prompt.input_ids) if seen else 0 :])
+                    own = some[0][len(prompt.input_ids) :].topk(2).indices.flatten()
+                    chosen[i, view] += torch.bincount(own, minlength=4)
                 seen[key] = hidden @ head[view]
             return seen[key]
 
-        for student in comparison.students:
+        for n, student in enumerate(comparison.students):
             if student is None:
-                rows.append(None)
                 continue
             teacher = [
                 score(k, v) for k, v in enumerate(encode_views(processor, comparison.teacher))
             ]
             mine = [score(k, v) for k, v in enumerate(encode_views(processor, student))]
-            rows.append((teacher, mine))
+            rows[p, n] = teacher, mine
             for t, s in zip(teacher, mine):
                 loss = loss + torch.log1p(torch.exp(s - t)) + 0.05 * (t**2 + s**2) / 4
     for hook in hooks:
         hook.remove()
-    loss = loss / sum(row is not None for row in rows)
+    loss = loss / len(rows)
     loss = loss + 0.1 * load_balancing_loss_func(tuple(torch.cat(some) for some in logits), 4, 2)
     loss.backward()
 
-    assert torch.isnan(judgement.student).all(1).tolist() == [row is None for row in rows]
-    for i, row in enumerate(rows):
-        if row is not None:
-            close(judgement.teacher[i], [float(x.detach()) for x in row[0]], 1e-4)
-            close(judgement.student[i], [float(x.detach()) for x in row[1]], 1e-4)
-            assert judgement.differs[i].tolist() == [bool(t != s) for t, s in zip(*row)]
-    close(judgement.sums["discriminator_loss"][0], loss.item(), 1e-4)
+    # The most students of a prompt are four: (3, 4), and what there is none of is invalid.
+    assert judged.valid.tolist() == [[(p, n) in rows for n in range(4)] for p in range(3)]
+    invalid_is_zero(judged)
+    packs = view_packs(pairs, processor, 100_000)
+    teachers, students = sides(judged)
+    for (p, n), (teacher, mine) in rows.items():
+        close(teachers[p, n], [float(x.detach()) for x in teacher], 1e-4)
+        close(students[p, n], [float(x.detach()) for x in mine], 1e-4)
+        differs = [bool(t != s) for t, s in zip(teacher, mine)]
+        assert told_apart(packs, pairs)[:, p, n].tolist() == differs
+        views = encode_views(processor, pairs[p].students[n])
+        assert judged.length[:, p, n].tolist() == [len(view) for view in views]
+    for view, name in enumerate(VIEWS):
+        of_view = [[float(side[view].detach()) for side in row] for row in rows.values()]
+        sums = {
+            "score_teacher": sum(t for t, _ in of_view),
+            "score_student": sum(s for _, s in of_view),
+            "score_gap": sum(t - s for t, s in of_view),
+        }
+        for mean, expected in sums.items():
+            total, count = judged.means[f"{mean}_{name}"]
+            close(float(total), expected, 1e-4)
+            assert count == len(rows)
+        apart = [t > s for t, s in of_view if t != s]
+        right, count = judged.means[f"pair_accuracy_{name}"]
+        assert 0 < len(apart) < len(rows) and (right, count) == (sum(apart), len(apart))
+    close(judged.means["discriminator_loss"][0], loss.item(), 1e-4)
     theirs = {name: p.grad for name, p in reference.named_parameters()} | {
         "score.weight": head.grad
     }
@@ -585,9 +677,12 @@ def test_judge_gives_the_papers_scores_loss_and_gradient(sparse, reference):
             assert (parameter.grad - expected).norm() <= 2e-3 * expected.norm(), name
             compared += 1
     assert compared > 60
-    assert judgement.expert_tokens.sum() == 2 * 2 * sum(
-        len(k[1]) for k in unique_views(pairs, processor)
-    )
+    # Each token of a view chooses two experts in both layers, once however often it is compared.
+    tokens = [(view, len(ids)) for view, ids in unique_views(pairs, processor)]
+    for view, name in enumerate(VIEWS):
+        count = sum(n for v, n in tokens if v == view)
+        assert (chosen[:, view].sum(-1) == 2 * count).all()
+        close(judged.expert_shares[f"expert_share_{name}"], chosen[:, view] / (2 * count), 5.1e-5)
     discriminator.zero_grad()
 
 
@@ -607,33 +702,26 @@ def test_judge_does_not_depend_on_how_views_are_packed(sparse):
     results = []
     for max_tokens in (100_000, 250, 10):
         discriminator.zero_grad()
-        judgement = judge(
-            discriminator, pairs, processor, torch.device("cpu"), max_tokens, balance=0.0
-        )
-        results.append(
-            (
-                judgement,
-                {
-                    n: p.grad.clone()
-                    for n, p in discriminator.named_parameters()
-                    if p.grad is not None
-                },
-            )
-        )
+        judged = judge(discriminator, pairs, processor, max_tokens, balance=0.0, backward=True)
+        named = discriminator.named_parameters()
+        gradient = {n: p.grad.clone() for n, p in named if p.grad is not None}
+        results.append((judged, gradient))
     assert (
         len(view_packs(pairs, processor, 10)) == 6
         and 1 < len(view_packs(pairs, processor, 250)) < 6
     )
+    same = [told_apart(view_packs(pairs, processor, n), pairs) for n in (None, 250, 10)]
+    assert torch.equal(same[0], same[1]) and torch.equal(same[0], same[2])
     (first, gradient), *others = results
-    for judgement, other in others:
-        torch.testing.assert_close(
-            judgement.student, first.student, equal_nan=True, atol=1e-4, rtol=1e-4
-        )
-        torch.testing.assert_close(
-            judgement.teacher, first.teacher, equal_nan=True, atol=1e-4, rtol=1e-4
-        )
-        assert torch.equal(judgement.differs, first.differs)
-        close(judgement.sums["discriminator_loss"][0], first.sums["discriminator_loss"][0], 1e-5)
+    for judged, other in others:
+        for mine, theirs in zip(sides(judged), sides(first)):
+            torch.testing.assert_close(mine, theirs, atol=1e-4, rtol=1e-4)
+        invalid_is_zero(judged)
+        assert torch.equal(judged.valid, first.valid) and torch.equal(judged.length, first.length)
+        for name in VIEWS:  # as many pairs that can be told apart
+            counts = [j.means[f"pair_accuracy_{name}"][1] for j in (judged, first)]
+            assert counts[0] == counts[1] > 0
+        close(judged.means["discriminator_loss"][0], first.means["discriminator_loss"][0], 1e-5)
         for name in gradient:
             assert (gradient[name] - other[name]).norm() <= 1e-3 * gradient[name].norm() + 1e-7, (
                 name
@@ -662,30 +750,29 @@ def test_balance_of_several_packs_is_their_mean_over_tokens(sparse):
     expected = np.average(totals, weights=tokens)
     assert len(tokens) > 1 and np.ptp(totals) > 0.01
     judgements = [
-        judge(discriminator, pairs, processor, torch.device("cpu"), 250, balance=b, learn=False)
-        for b in (0.0, 0.7)
+        judge(discriminator, pairs, processor, 250, balance=b, backward=False) for b in (0.0, 0.7)
     ]
-    close(judgements[0].sums["balance_loss"][0], expected, 1e-5)
-    losses = [judgement.sums["discriminator_loss"][0] for judgement in judgements]
+    close(judgements[0].means["balance_loss"][0], expected, 1e-5)
+    losses = [judged.means["discriminator_loss"][0] for judged in judgements]
     close(losses[1] - losses[0], 0.7 * expected, 1e-5)
 
 
 def test_dropout_enters_the_loss_and_not_the_rewards(sparse):
     discriminator, processor, _ = sparse
-    given_ = comparisons(processor), processor, torch.device("cpu"), 100_000
-    clean = judge(discriminator, *given_, learn=False)
+    given_ = comparisons(processor), processor, 100_000
+    clean = judge(discriminator, *given_, backward=False)
     discriminator.dropout.p = 0.5
-    dropped = judge(discriminator.train(), *given_, learn=False)
+    dropped = judge(discriminator.train(), *given_, backward=False)
     discriminator.dropout.p = 0.0
-    for a, b in ((clean.student, dropped.student), (clean.teacher, dropped.teacher)):
-        assert torch.equal(a.nan_to_num(), b.nan_to_num())
-    assert abs(clean.sums["discriminator_loss"][0] - dropped.sums["discriminator_loss"][0]) > 1e-3
+    for a, b in zip(sides(clean), sides(dropped)):
+        assert torch.equal(a, b) and (a[clean.valid] != 0).all()
+    assert abs(clean.means["discriminator_loss"][0] - dropped.means["discriminator_loss"][0]) > 1e-3
 
 
-def test_judge_without_learning_leaves_no_gradient(sparse):
+def test_judge_without_backward_leaves_no_gradient(sparse):
     discriminator, processor, _ = sparse
     discriminator.zero_grad()
-    judge(discriminator, comparisons(processor), processor, torch.device("cpu"), 1000, learn=False)
+    judge(discriminator, comparisons(processor), processor, 1000, backward=False)
     assert all(p.grad is None for p in discriminator.parameters())
 
 
@@ -693,17 +780,74 @@ def test_judge_without_a_valid_student(sparse):
     discriminator, processor, _ = sparse
     discriminator.zero_grad()
     only = [Comparison(encode_prompts(processor, [example(0, 1)])[0], TEACHER, [None, None])]
-    judgement = judge(discriminator, only, processor, torch.device("cpu"), 1000)
-    assert judgement.student.isnan().all() and judgement.student.shape == (2, 2)
+    judged = judge(discriminator, only, processor, 1000, backward=True)
+    assert judged.valid.tolist() == [[False, False]]
+    invalid_is_zero(judged)
     assert (
-        judgement.sums["pair_accuracy_perception"] == (0, 0)
-        and judgement.sums["discriminator_loss"][1] == 0
+        tuple(map(float, judged.means["pair_accuracy_perception"])) == (0, 0)
+        and judged.means["discriminator_loss"][1] == 0
     )
     assert all(p.grad is None or (p.grad == 0).all() for p in discriminator.parameters())
 
 
+def test_judge_of_no_prompts(sparse):
+    """A rank whose rows were all left out takes part with nothing, its advantages included."""
+    discriminator, processor, _ = sparse
+    judged = judge(discriminator, [], processor, 1000, backward=True)
+    assert judged.valid.shape[0] == judged.perception.shape[0] == judged.length.shape[1] == 0
+    assert judged.means["discriminator_loss"] == (0, 0) and judged.expert_shares == {}
+    assert game_advantage(judged, AlignConfig()).flatten().shape == (0,)
+
+
+def test_lengths_debias_the_advantages_of_judged_rollouts(sparse):
+    """Scores, valid rollouts and lengths as judge gives them -> (12), (9), (10), (11), against
+    plain Python; away from beta = 0 the lengths of the views move the advantages."""
+    discriminator, processor, _ = sparse
+    pairs = comparisons(processor)
+    pairs[1].students += [None, Response("Digits 7, 2. " * 8, "7 + 2 = 9. " * 15, "9")]
+    pairs[2].students += [TEACHER, None]
+    judged = judge(discriminator, pairs, processor, 300, backward=False)
+    valid = [[student is not None for student in c.students] for c in pairs]
+    assert judged.valid.tolist() == valid and judged.length.shape == (2, 3, 4)
+    lengths = [
+        [[float(len(view)) for view in encode_views(processor, s)] if s else [0.0, 0.0] for s in c]
+        for c in (comparison.students for comparison in pairs)
+    ]
+    close(judged.length, torch.tensor(lengths).permute(2, 0, 1))
+    plain = game_advantage(judged, AlignConfig())
+    for betas in ((0.0, 0.0), (0.7, 0.0), (0.0, -0.4), (1.3, 0.5)):
+        config = AlignConfig(
+            alpha=0.4,
+            format_penalty=2.5,
+            length_beta_perception=betas[0],
+            length_beta_reasoning=betas[1],
+        )
+        views = [
+            [
+                [s - beta * math.log(1 + n[view]) for s, n in zip(*row)]
+                for row in zip(scores.tolist(), lengths)
+            ]
+            for view, (scores, beta) in enumerate(zip((judged.perception, judged.reasoning), betas))
+        ]
+        got = game_advantage(judged, config)
+        close(got, reference_advantage(*views, valid, 0.4, 2.5), 1e-5)
+        if any(betas):
+            unweighted = dataclasses.replace(
+                config, length_beta_perception=0.0, length_beta_reasoning=0.0
+            )
+            assert (got - game_advantage(judged, unweighted)).abs().max() > 0.05
+    close(
+        plain,
+        reference_advantage(
+            judged.perception.tolist(), judged.reasoning.tolist(), valid, alpha=0.5, penalty=1.5
+        ),
+        1e-5,
+    )
+
+
 def test_equal_texts_score_exactly_alike(sparse):
-    """The same response on both sides: the very same number, so neither side wins and nothing can be learned from it."""
+    """The same response on both sides: the very same number, so neither side wins and nothing can
+    be learned from it."""
     discriminator, processor, _ = sparse
     same = [
         Comparison(
@@ -712,13 +856,12 @@ def test_equal_texts_score_exactly_alike(sparse):
             [TEACHER, Response("x", "y", "z")],
         )
     ]
-    judgement = judge(discriminator, same, processor, torch.device("cpu"), 1000, learn=False)
-    assert (
-        torch.equal(judgement.teacher[0], judgement.student[0]) and not judgement.differs[0].any()
-    )
-    assert (
-        judgement.sums["pair_accuracy_perception"][1] == 1
-    )  # of the two pairs one can be told apart
+    judged = judge(discriminator, same, processor, 1000, backward=False)
+    teacher, student = sides(judged)
+    assert torch.equal(teacher[0, 0], student[0, 0])
+    assert told_apart(view_packs(same, processor, 1000), same)[:, 0].tolist() == [[False, True]] * 2
+    for name in VIEWS:  # of the two pairs one can be told apart
+        assert judged.means[f"pair_accuracy_{name}"][1] == 1
 
 
 def test_scores_are_clamped_and_dropout_is_for_the_loss_alone(sparse):
@@ -779,14 +922,11 @@ def test_dedicated_experts_serve_their_view_alone(dense):
             for view in (-1, 0, 1)
         }
         assert taken == {-1: {0, 1, 2, 3}, 0: {0, 1}, 1: {2, 3}}
-    counts = judge(
-        discriminator, pairs, processor, torch.device("cpu"), 100_000, learn=False
-    ).expert_tokens
-    assert (
-        (counts[:, 0, 2:] == 0).all()
-        and (counts[:, 1, :2] == 0).all()
-        and (counts.sum(-1) > 0).all()
-    )
+    shares = judge(discriminator, pairs, processor, 100_000, backward=False).expert_shares
+    perception, reasoning = (torch.tensor(shares[f"expert_share_{name}"]) for name in VIEWS)
+    assert perception.shape == reasoning.shape == (2, 4)
+    assert (perception[:, 2:] == 0).all() and (reasoning[:, :2] == 0).all()
+    assert (perception.sum(-1) > 0).all() and (reasoning.sum(-1) > 0).all()
 
 
 def test_text_only_discriminator_never_sees_the_image(dense, tmp_path):
@@ -794,7 +934,7 @@ def test_text_only_discriminator_never_sees_the_image(dense, tmp_path):
     save_discriminator(discriminator, processor, str(tmp_path / "text"))
     theirs = opened(tmp_path / "text")
     pairs = comparisons(processor)[:1]
-    judgement = judge(discriminator, pairs, processor, torch.device("cpu"), 1000, learn=False)
+    teacher, _ = sides(judge(discriminator, pairs, processor, 1000, backward=False))
     special = {
         processor.image_token_id,
         processor.vision_start_token_id,
@@ -807,13 +947,13 @@ def test_text_only_discriminator_never_sees_the_image(dense, tmp_path):
                 input_ids=torch.cat([ids, view])[None], use_cache=False
             ).last_hidden_state[0, -1]
             close(
-                judgement.teacher[0, k],
+                teacher[0, 0, k],
                 float(hidden @ discriminator.score.weight[k].double()),
                 1e-4,
             )
 
 
-# --------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Upcycling
 
 
@@ -904,7 +1044,7 @@ def test_upcycling_names_what_it_cannot_turn():
         upcycle(backbone)
 
 
-# --------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Directories
 
 
@@ -988,7 +1128,7 @@ def test_a_wrong_kind_is_refused(dense, sparse, tmp_path):
         load_discriminator("--model", str(tmp_path), "dense")
 
 
-# --------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The published numbers
 
 
@@ -999,6 +1139,7 @@ def test_defaults_are_the_papers():
         1e-6,
         "constant",
     )
+    assert config.warmup_steps == 0 and config.prompts_per_step == 4
     assert (config.weight_decay, config.max_steps, config.num_generations, config.temperature) == (
         0.01,
         500,
@@ -1021,13 +1162,14 @@ def test_defaults_are_the_papers():
     assert (signature["alpha"].default, signature["format_penalty"].default) == (0.5, 1.5)
 
     config = DiscriminatorConfig()
-    assert (config.learning_rate, config.lr_scheduler_type, config.warmup_ratio) == (
+    assert (config.learning_rate, config.lr_scheduler_type, config.warmup_steps) == (
         1e-5,
         "cosine",
         0.1,
     )
     assert config.weight_decay == 0.01
-    assert 8 * config.per_device_train_batch_size * config.gradient_accumulation_steps == 128
+    pairs = 8 * config.per_device_train_batch_size * config.gradient_accumulation_steps
+    assert pairs == 64 and pairs * len(VIEWS) == 128  # a pair is a comparison in each view
     assert (config.num_train_epochs, config.max_grad_norm, config.max_length, config.dropout) == (
         1,
         1.0,
@@ -1038,8 +1180,4 @@ def test_defaults_are_the_papers():
         0.001,
         0.01,
         "learned",
-    )
-    assert (
-        AlignConfig().warmup_steps == math.ceil(120_000 / 128)
-        and AlignConfig().warmup_learning_rate == 1e-5
     )

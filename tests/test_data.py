@@ -1,38 +1,22 @@
-"""Rows in the wild -> examples -> prompts, branches, views and packs; and what bad rows are told."""
+"""Examples -> prompts, branches, views, batches and packs; and the processor in and out."""
 
 import json
 import random
+import time
+from functools import partial
 
 import pytest
 import torch
-from PIL import Image
 from hypothesis import example as h_example
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
-from data import (
-    Group,
-    Prompt,
-    Response,
-    UserError,
-    batch_indices,
-    batches,
-    decode,
-    encode_prompts,
-    encode_response,
-    encode_text,
-    encode_views,
-    load_data,
-    load_processor,
-    make_packs,
-    parse_response,
-    save_processor,
-)
+from data import Encoded, Group, Prompt, Response, batches, decode, encode_prompts, encode_response
+from data import encode_views, epoch_rows, load_processor, make_packs, parse_response
+from data import save_processor
+from rows import Example, RowError, Unfit, load_data
 
-PIXEL = bytes.fromhex(
-    "89504e470d0a1a0a0000000d49484452000000010000000108000000003a7e9b550000000a49444154789c63600000000200"
-    "01e221bc330000000049454e44ae426082"
-)
 QUICK = settings(deadline=None, database=None, derandomize=True)
 
 
@@ -41,148 +25,82 @@ def processor(world):
     return load_processor(world["init"])
 
 
-def write(tmp_path, *rows, name="data.jsonl") -> str:
-    (tmp_path / "a.png").write_bytes(PIXEL)
-    path = tmp_path / name
-    path.write_text(
-        "".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows),
-        encoding="utf-8",
-    )
-    return str(path)
+# --------------------------------------------------------------------------------------------------
+# The response format
+
+GOOD = "<caption>a</caption>\n<think>b</think> <answer>c</answer>"
 
 
-def test_schemas_give_the_same_example(tmp_path):
-    """sharegpt in both spellings, plain, and verl's layout, of one row."""
-    sharegpt = {
-        "messages": [
-            {"role": "user", "content": "<image>How many?"},
-            {"role": "assistant", "content": "two"},
-        ],
-        "images": ["a.png"],
-    }
-    older = {
-        "conversations": [
-            {"from": "human", "value": "<image>How many?"},
-            {"from": "gpt", "value": "two"},
-        ],
-        "images": ["a.png"],
-    }
-    plain = {
-        "question": "How many?",
-        "image": "a.png",
-        "response": "two",
-        "answer": 2,
-        "source": "s",
-    }
-    verl = {
-        "prompt": [{"role": "user", "content": "<image>How many?"}],
-        "images": [{"bytes": None, "path": "a.png"}],
-        "reward_model": {"ground_truth": "2", "style": "rule", "equivalent_answers": ["two"]},
-        "data_source": "s",
-        "teacher_response": "two",
-    }
-    a, b, c, d = load_data(write(tmp_path, sharegpt, older, plain, verl))
-    assert a.messages == b.messages == c.messages == d.messages
-    assert a.images == b.images == c.images == d.images == [str(tmp_path / "a.png")]
-    assert a.response == b.response == c.response == d.response == "two"
+def test_format():
+    assert parse_response(GOOD) == Response("a", "b", "c") == parse_response(f"\n {GOOD} \n")
     assert (
-        c.answer == ["2"]
-        and d.answer == ["2", "two"]
-        and c.source == d.source == "s"
-        and a.answer is None
+        parse_response(
+            "<caption>\na\n</caption><think>x < 1 <b></think><answer> c\nd </answer>"
+        ).answer
+        == "c\nd"
     )
+    for bad in (
+        "",
+        GOOD + ".",
+        "x" + GOOD,
+        GOOD + GOOD,
+        GOOD.replace("\n", ","),
+        GOOD.replace(">c<", "> <"),
+        None,
+        3,
+        GOOD.replace("think", "Think"),
+        GOOD.replace("b", "<think>b"),
+        GOOD.replace("c<", "<answer>c<"),
+        "<caption>a<think>b</think></caption><answer>c</answer>",
+        "<think>b</think><caption>a</caption><answer>c</answer>",
+        GOOD.replace("<caption>a</caption>", ""),
+        GOOD[:-1],
+        GOOD.replace("</think>", ""),
+    ):
+        assert parse_response(bad) is None
 
 
-def test_warm_up_pairs(tmp_path):
-    cot = "<think>t</think><answer>1</answer>"
-    parts = {
-        "question": "q",
-        "image": "a.png",
-        "teacher_caption": "c",
-        "teacher_cot": cot,
-        "student_caption": "<caption>d</caption>",
-        "student_cot": cot,
-    }
-    whole = {"prompt": "q", "image": "a.png", "teacher_response": "x", "student_response": "y"}
-    a, b = load_data(write(tmp_path, parts, whole), need=("response", "student"))
-    assert (
-        parse_response(a.response) == Response("c", "t", "1")
-        and parse_response(a.student).caption == "d"
-    )
-    assert (b.response, b.student) == ("x", "y")
+TAGS = ["<caption>", "</caption>", "<think>", "</think>", "<answer>", "</answer>"]
 
 
-def test_parquet_with_encoded_images(tmp_path, processor):
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    row = {
-        "prompt": [{"role": "user", "content": "<image>q"}],
-        "images": [{"bytes": PIXEL, "path": None}],
-        "data_source": "s",
-        "reward_model": {"ground_truth": "3", "style": "rule"},
-        "teacher_response": "r",
-    }
-    pq.write_table(pa.Table.from_pylist([row] * 2), tmp_path / "rows.parquet")
-    examples = load_data(str(tmp_path / "rows.parquet"), need=("answer", "response"))
-    assert len(examples) == 2 and examples[0].answer == ["3"] and examples[0].images == [PIXEL]
-    assert encode_prompts(processor, examples)[1].image_grid_thw.tolist() == [[1, 2, 2]]
-
-
-ROW = {"question": "q", "image": "a.png", "answer": "1", "response": "r"}
-
-
-@pytest.mark.parametrize(
-    "rows, says",
-    [
-        ([{**ROW, "image": "b.png"}], ["data.jsonl:1", "b.png", "does not exist"]),
-        ([ROW, {"question": "q"}], ["data.jsonl:2", "without `answer`"]),
-        ([{"image": "a.png", "answer": "1"}], ["data.jsonl:1", "question"]),
-        (
-            [{"messages": [{"role": "user", "content": "q"}], "images": ["a.png"], "answer": "1"}],
-            ["0 <image> placeholders for 1 images"],
-        ),
-        (
-            [{"messages": [{"role": "dog", "content": "q"}], "answer": "1"}],
-            ["data.jsonl:1", "role"],
-        ),
-        ([{"messages": [{"role": "user", "content": 3}], "answer": "1"}], ["must be text", "int"]),
-        (["[1, 2]"], ["data.jsonl:1", "JSON object"]),
-        ([ROW, "{broken"], ["line 2", "not JSON"]),
-        ([], ["holds no rows"]),
-    ],
+@given(
+    st.lists(st.sampled_from([*TAGS, "a", " "]), max_size=12),
+    st.permutations(TAGS),
+    st.integers(0, 5),
 )
-def test_bad_rows_are_named_in_one_line(tmp_path, rows, says):
-    with pytest.raises(UserError) as error:
-        load_data(write(tmp_path, *rows), need=("answer",))
-    assert "\n" not in str(error.value)
-    for part in says:
-        assert part in str(error.value)
+@settings(QUICK, max_examples=300)
+def test_format_of_mutated_tags(tokens, order, place):
+    assert (
+        parse_response("".join(tokens)) is None
+        or [token for token in tokens if token in TAGS] == TAGS
+    )
+    assert (parse_response("a".join(order)) is None) or order == TAGS
+    right = [*TAGS[:1], "a", *TAGS[1:3], "b", *TAGS[3:5], "c", *TAGS[5:]]
+    assert parse_response("".join(right)) == Response("a", "b", "c")
+    for mutated in (
+        right[:place] + tokens[:1] + right[place + 1 :],
+        right[:place] + [TAGS[place]] + right[place:],
+    ):
+        response = parse_response("".join(mutated))
+        assert response is None or [token for token in mutated if token in TAGS] == TAGS
 
 
-@pytest.mark.parametrize("path", ["no/such/file.jsonl", "missing.json", "."])
-def test_bad_paths(path):
-    with pytest.raises(UserError, match="--data"):
-        load_data(path)
+def test_format_is_linear():
+    start = time.monotonic()
+    for piece in ("<caption>", "</caption>", "<", " ", "<think></think>", "\n<answer>"):
+        parse_response("<caption>" + piece * 100_000), parse_response(piece * 100_000 + GOOD)
+    parse_response(
+        "<caption>a"
+        + " " * 10**6
+        + "</caption><think>b</think><answer>c</answer>"
+        + " " * 10**6
+        + "x"
+    )
+    assert time.monotonic() - start < 2
 
 
-def test_image_that_cannot_be_opened(tmp_path, processor):
-    path = write(tmp_path, ROW)
-    (tmp_path / "a.png").write_bytes(b"not a picture")
-    with pytest.raises(UserError, match=r"data.jsonl:1: image .*a.png cannot be opened"):
-        load_data(path)
-    Image.effect_noise((64, 64), 50).save(tmp_path / "a.png")
-    (tmp_path / "a.png").write_bytes(
-        (tmp_path / "a.png").read_bytes()[:500]
-    )  # its header is whole, the rest is missing
-    with pytest.raises(UserError, match=r"data.jsonl:1: image .*a.png cannot be opened"):
-        encode_prompts(processor, load_data(path))
-
-
-def test_image_token_in_the_text(tmp_path, processor):
-    good, bad = ROW, {**ROW, "question": "what is <|image_pad|>?"}
-    with pytest.raises(UserError, match=r"data.jsonl:2: "):
-        encode_prompts(processor, load_data(write(tmp_path, good, bad)))
+# --------------------------------------------------------------------------------------------------
+# Texts and the processor
 
 
 @QUICK
@@ -190,9 +108,55 @@ def test_image_token_in_the_text(tmp_path, processor):
 @h_example(text="e\u0301 \u212b <|im_end|> <think>\r\n\t")
 def test_any_text_round_trips(processor, text):
     text = text.encode("utf-8", "ignore").decode()  # no lone surrogates: they are not UTF-8
-    assert processor.tokenizer.decode(encode_text(processor, text)) == text
+    assert processor.tokenizer.decode(encode_response(processor, text)[:-1]) == text
     assert processor.tokenizer.decode(processor.tokenizer(text)["input_ids"]) == text
     assert decode(processor, encode_response(processor, text)) == text
+
+
+def test_decode_drops_the_token_that_ended_a_branch(processor):
+    """One special token at the end, whichever it is, and no more."""
+    ids = processor.tokenizer.convert_tokens_to_ids
+    text = encode_response(processor, "a b")[:-1].tolist()
+    end, pad = ids("<|im_end|>"), ids("<|endoftext|>")
+    for branch, expected in [
+        (text, "a b"),
+        ([*text, end], "a b"),
+        ([*text, pad], "a b"),
+        ([*text, pad, end], "a b<|endoftext|>"),
+        ([end, *text], "<|im_end|>a b"),
+        ([*text, ids("</think>")], "a b</think>"),  # an added token that is not special
+        ([end], ""),
+        ([], ""),
+    ]:
+        assert decode(processor, torch.tensor(branch, dtype=torch.long)) == expected
+
+
+def test_a_written_processor_has_the_published_files(world, processor):
+    """Every file of the published layout, and they agree with each other."""
+    names = {"preprocessor_config.json", "video_preprocessor_config.json", "tokenizer.json"}
+    names |= {"tokenizer_config.json", "vocab.json", "chat_template.json", "merges.txt"}
+    assert set(processor.files) == names
+    read = {k: json.loads(v) for k, v in processor.files.items() if k.endswith(".json")}
+    model = read["tokenizer.json"]["model"]
+    assert read["vocab.json"] == model["vocab"]
+    assert list(read["vocab.json"].values()) == list(range(len(model["vocab"])))
+    first, *merges, last = processor.files["merges.txt"].decode().split("\n")
+    assert (first, last) == ("#version: 0.2", "")
+    assert [m.split(" ") for m in merges] == [list(m) for m in model["merges"]]
+    config = read["tokenizer_config.json"]
+    added = {token["id"]: token["content"] for token in read["tokenizer.json"]["added_tokens"]}
+    assert {int(i): t["content"] for i, t in config["added_tokens_decoder"].items()} == added
+    assert config["eos_token"] == processor.tokenizer.eos_token == "<|im_end|>"
+    assert config["pad_token"] == processor.tokenizer.pad_token
+    assert config["pad_token"] not in config["additional_special_tokens"]
+    template = read["chat_template.json"]["chat_template"]
+    assert config["chat_template"] == template == processor.chat_template
+    image, video = read["preprocessor_config.json"], read["video_preprocessor_config.json"]
+    assert image["processor_class"] == video["processor_class"] == "Qwen3VLProcessor"
+    for name in ("patch_size", "temporal_patch_size", "merge_size", "image_mean", "image_std"):
+        assert image[name] == video[name]
+        of_processor = getattr(processor.image_processor, name)
+        assert image[name] == (list(of_processor) if name[:5] == "image" else of_processor)
 
 
 def test_processor_saved_and_loaded_is_the_same(world, processor, tmp_path):
@@ -203,6 +167,7 @@ def test_processor_saved_and_loaded_is_the_same(world, processor, tmp_path):
         for name in ("input_ids", "position_ids", "pixel_values", "image_grid_thw"):
             assert torch.equal(getattr(a, name), getattr(b, name))
     assert again.chat_template == processor.chat_template
+    assert again.files == processor.files  # byte for byte
 
 
 def test_encoding_in_batches_equals_one_by_one(world, processor):
@@ -218,16 +183,16 @@ def test_encoding_in_batches_equals_one_by_one(world, processor):
         )
 
 
-# ---------------------------------------------------------------------------------------------------------- batches
+# --------------------------------------------------------------------------------------------------
+# Batches
 
 
 @QUICK
 @given(rows=st.integers(1, 40), size=st.integers(1, 16), epochs=st.integers(1, 3))
 def test_batches_cover_every_epoch(rows, size, epochs):
     total = rows * epochs
-    stream = [
-        i for step in range(-(-total // size)) for i in batch_indices(step, size, rows, 7, total)
-    ]
+    starts = range(0, total, size)
+    stream = [i for at in starts for i in epoch_rows(at, min(at + size, total), rows, 7)]
     assert len(stream) == total
     for e in range(epochs):
         assert sorted(stream[e * rows : (e + 1) * rows]) == list(range(rows))
@@ -235,19 +200,99 @@ def test_batches_cover_every_epoch(rows, size, epochs):
 
 def test_batches_do_not_depend_on_ranks_or_on_where_one_resumes(world, processor):
     examples = load_data(world["prompts"])
-    whole = batches(examples, processor, 8, seed=1)
+    encoded = Encoded(examples, processor, lambda *row: row)
+    whole = batches(encoded, 8, seed=1)
     first, second = ([e.index for e, _ in next(whole)] for _ in range(2))
-    parts = [
-        [e.index for e, _ in next(batches(examples, processor, 8, seed=1, part=(r, 2)))]
-        for r in range(2)
-    ]
+    parts = [[e.index for e, _ in next(batches(encoded, 8, 1, part=(r, 2)))] for r in range(2)]
     assert sorted(first) == sorted(parts[0] + parts[1]) and first[0::2] == parts[0]
-    resumed = next(batches(examples, processor, 8, seed=1, start=1))
+    resumed = next(batches(encoded, 8, seed=1, start=8))
     assert [e.index for e, _ in resumed] == second
     assert all(e.index == p.index for e, p in resumed)
 
 
-# ---------------------------------------------------------------------------------------------------------- views and packs
+def test_the_stream_ends_at_total(world, processor):
+    """Behind it batches are empty, and a rank may be left without rows before."""
+    encoded = Encoded(load_data(world["prompts"]), processor, lambda example, _: example.index)
+    lengths = lambda steps, *args, **part: [  # noqa: E731
+        len(batch) for _, batch in zip(range(steps), batches(encoded, *args, **part))
+    ]
+    assert lengths(5, 8, 3, 0, 20) == [8, 8, 4, 0, 0]
+    assert lengths(3, 8, 3, 8, 20) == [8, 4, 0]
+    shares = [lengths(3, 8, 3, 0, 20, part=(r, 3)) for r in range(3)]
+    assert shares == [[3, 3, 2], [3, 3, 1], [2, 2, 1]]
+    assert lengths(2, 2, 3, 0, 3, part=(1, 2)) == [1, 0]
+
+
+def test_batches_do_not_touch_the_random_numbers_of_a_run(world, processor):
+    encoded = Encoded(load_data(world["prompts"]), processor, lambda example, _: example.index)
+    torch.manual_seed(0)
+    expected = torch.rand(1)
+    torch.manual_seed(0)
+    next(batches(encoded, 8, seed=3))
+    assert torch.equal(torch.rand(1), expected)
+
+
+def only_even(example, prompt):
+    if example.index % 2:
+        raise RowError("odd")
+    return example.index, prompt.input_ids
+
+
+def test_rows_encoded_ahead_are_the_same(world, processor):
+    """In other processes, with errors that keep their place, their reason and their row."""
+    encoded = Encoded(load_data(world["prompts"]), processor, only_even)
+    streams = [batches(encoded, 8, 1, total=24, workers=w) for w in (0, 2)]
+    here, ahead = ([next(stream) for _ in range(3)] for stream in streams)
+    assert len(here) == len(ahead) == 3
+    for a, b in zip(sum(here, []), sum(ahead, [])):
+        if isinstance(a, RowError):
+            assert (str(a), a.where) == (str(b), b.where) and str(a) == "odd"
+            assert int(a.where.rsplit(":", 1)[1]) % 2 == 0  # lines count from 1
+        else:
+            assert a[0] == b[0] and torch.equal(a[1], b[1])
+
+
+def test_encoded_keeps_errors_in_their_places(world, processor):
+    """Rows that cannot be read, encoded, or taken stand beside those that can."""
+    good = load_data(world["prompts"])[:3]
+    chat = [{"role": "user", "content": [{"type": "image"}]}]
+    rows = [good[0], Example(1, "f:1", chat, [b"none"]), good[1], good[2]]
+
+    class Rows(list):
+        def __getitem__(self, i):
+            if i == 3:
+                raise RowError("cannot be read")
+            return super().__getitem__(i)
+
+    def encode(example, prompt):
+        if example is good[1]:
+            raise RowError("not this one")
+        return example.where, len(prompt.input_ids)
+
+    items = Encoded(Rows(rows), processor, encode)[[3, 0, 1, 2]]
+    assert [type(item) for item in items] == [RowError, tuple, RowError, RowError]
+    assert [str(item)[:14] for item in items[::3]] == ["cannot be read", "not this one"]
+    assert "cannot be opened" in str(items[2]) and items[2].where == "f:1"
+    assert items[1][0] == good[0].where and items[3].where == good[1].where
+    longest = items[1][1]
+    for limit, kind in ((longest, tuple), (longest - 1, Unfit)):
+        (item,) = Encoded(good, processor, encode, max_prompt_length=limit)[[0]]
+        assert type(item) is kind
+    assert str(item) == f"{longest} tokens are more than --max_prompt_length {longest - 1}"
+    assert item.where == good[0].where
+
+
+def test_large_images_are_scaled_down(tmp_path, processor):
+    """To the long side that is asked for, their shape kept; smaller ones are left alone."""
+    Image.new("RGB", (128, 64)).save(tmp_path / "wide.png")
+    chat = [{"role": "user", "content": [{"type": "image"}]}]
+    grid = partial(encode_prompts, processor, [Example(0, "r", chat, [str(tmp_path / "wide.png")])])
+    grids = [grid(size)[0].image_grid_thw.tolist()[0] for size in (None, 64, 128, 4096)]
+    assert grids == [[1, 8, 16], [1, 4, 8], [1, 8, 16], [1, 8, 16]]
+
+
+# --------------------------------------------------------------------------------------------------
+# Views and packs
 
 
 def test_views_hold_what_they_should(processor):
@@ -260,7 +305,8 @@ def test_views_hold_what_they_should(processor):
 
 
 def test_views_are_blind_to_layout(processor):
-    """White space around the blocks, and how the tokens were sampled, do not reach the discriminator."""
+    """White space around the blocks, and how the tokens were sampled, do not reach the
+    discriminator."""
     tight = "<caption>a b</caption><think>c</think><answer>1</answer>"
     loose = " <caption>\na b </caption>\n\n<think> c\n</think>  <answer>1</answer>\n"
     for a, b in zip(

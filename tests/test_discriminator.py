@@ -1,17 +1,22 @@
-"""The discriminator as a judge: that nothing but the text of a view moves its score, that packing does not, that its kinds are
-what they say, that what cannot be compared is left out in the open, and that, trained, it keeps the two causes apart.
+"""The discriminator as a judge: that nothing but the text of a view moves its score, that packing
+does not, that its kinds are what they say, that what cannot be compared is left out in the open,
+and that, trained, it keeps the two causes apart.
 
 Formulas, and parity with transformers' own mixture of experts, are in test_align.py.
 """
 
 import dataclasses
+import itertools
 import json
 import os
 import random
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from transformers import (
     AutoModelForImageTextToText,
     CLIPVisionConfig,
@@ -27,19 +32,12 @@ from transformers import (
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 import digits
-from data import (
-    Example,
-    Response,
-    decode,
-    encode_prompts,
-    encode_response,
-    encode_views,
-    load_data,
-    load_processor,
-)
-from data import Group, UserError, make_packs, parse_response, save_processor
+from data import Group, Prompt, Response, decode, encode_prompts, encode_response, encode_views
+from data import load_processor, make_packs, parse_response, save_processor
 from discriminator import (
+    VIEWS,
     Comparison,
+    Discriminator,
     SparseMLP,
     judge,
     load_discriminator,
@@ -47,18 +45,11 @@ from discriminator import (
     upcycle,
     view_packs,
 )
-from model import (
-    generate,
-    learning_rate_at,
-    load_policy,
-    optimizer_step,
-    save_policy,
-    token_logprobs,
-)
-from tests.conftest import launch
-from tests.test_pipeline import fails, lines
+from model import adapt, learning_rate_at, load_policy, optimizer_step, save_policy, token_logprobs
+from rows import Example, UserError, load_data
+from sampler import generate
+from tests.conftest import fails, launch, lines
 
-CPU = torch.device("cpu")
 KINDS = ("learned", "dedicated", "dense", "text")
 TEACHER = Response(
     "From left to right the digits are 1, 2 and 3.",
@@ -77,7 +68,8 @@ def written(r: Response) -> str:
 
 
 def build(world, kind: str = "learned", dropout: float = 0.0):
-    """A discriminator of random weights whose experts, routers and heads really differ from one another."""
+    """A discriminator of random weights whose experts, routers and heads really differ from one
+    another."""
     discriminator, processor = load_discriminator("--model", world["init"], kind, dropout)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
@@ -111,18 +103,27 @@ def prompts(world, learned):
 
 
 def both_scores(discriminator, processor, comparisons, max_tokens=None):
-    """(M, 4) twice, over all packs: teacher's two and student's two scores as the loss sees them (with dropout while
-    training) and as rewards and metrics do."""
-    members = sum(len(c.students) for c in comparisons)
-    out = torch.full((2, members, 4), torch.nan)
+    """(M, 4) twice, over all packs: teacher's two and student's two scores as the loss sees them
+    (with dropout while training) and as rewards and metrics do. M students of all comparisons, one
+    after the other."""
+    first = torch.tensor([0, *itertools.accumulate(len(c.students) for c in comparisons)])
+    out = torch.full((2, int(first[-1]), 4), torch.nan)
     packs = view_packs(comparisons, processor, max_tokens, discriminator.kind == "text")
     with torch.no_grad():
         for v in packs:
-            out[:, v.students] = discriminator(v.pack, v.views)[:, v.pairs]
+            comparison, student = v.students
+            scores = discriminator(v.pack, v.views)
+            out[:, first[comparison] + student] = scores[:, v.pairs]
     return out, len(packs)
 
 
-# --------------------------------------------------------------------------------------------------------------------
+def sides(judged) -> tuple[torch.Tensor, torch.Tensor]:
+    """(P, N, 2) twice: perception and reasoning scores of the supervision, and of the students."""
+    teacher = judged.teacher_perception, judged.teacher_reasoning
+    return torch.stack(teacher, -1), torch.stack([judged.perception, judged.reasoning], -1)
+
+
+# --------------------------------------------------------------------------------------------------
 # No shortcuts
 
 
@@ -130,7 +131,8 @@ def both_scores(discriminator, processor, comparisons, max_tokens=None):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("max_tokens", [None, 220, 1])
 def test_identical_text_has_no_gap(world, prompts, kind, mode, max_tokens):
-    """Exactly none, in both views: however it was spaced, whatever stands beside it, wherever the packs are cut."""
+    """Exactly none, in both views: however it was spaced, whatever stands beside it, wherever the
+    packs are cut."""
     discriminator, processor = build(world, kind, dropout=0.5)
     discriminator.train(mode == "train")
     spaced = (
@@ -178,14 +180,20 @@ def test_one_character_makes_a_gap_in_its_view_alone(learned, prompts, block, vi
 
 
 def test_no_shortcut_by_the_end_of_sequence(learned, prompts):
-    """A rollout that ended, one that was stopped at its last token, one with padding behind it, the supervision as text."""
+    """A rollout that ended, one that was stopped at its last token, one that ended otherwise, the
+    supervision as text."""
     discriminator, processor = learned
     eos, pad = processor.tokenizer.eos_token_id, processor.tokenizer.pad_token_id
     ended = encode_response(processor, written(TEACHER))
     assert ended[-1] == eos
-    rollouts = [ended, ended[:-1], torch.cat([ended, torch.tensor([pad] * 5)])]
+    other_end = torch.cat([ended[:-1], torch.tensor([pad])])
+    rollouts = [ended, ended[:-1], other_end]
     students = [parse_response(decode(processor, rollout)) for rollout in rollouts]
-    assert students == [TEACHER] * 3
+    assert pad != eos and students == [TEACHER] * 3
+    # Sampling leaves no padding behind, so more than one end is text, and no response.
+    for more in ([pad], [pad] * 5, [eos]):
+        padded = torch.cat([ended, torch.tensor(more)])
+        assert parse_response(decode(processor, padded)) is None
     scores, _ = both_scores(discriminator, processor, [Comparison(prompts[0], TEACHER, students)])
     assert torch.equal(scores[..., :2], scores[..., 2:])
     (v,) = view_packs([Comparison(prompts[0], TEACHER, [OTHER, LONG])], processor)
@@ -204,7 +212,8 @@ def test_no_shortcut_by_padding(learned, prompts):
 
 
 def test_no_shortcut_by_truncation(learned, prompts):
-    """Long responses (the release cuts the supervision to 512 tokens): all their tokens are there, and the last word counts."""
+    """Long responses (the release cuts the supervision to 512 tokens): all their tokens are there,
+    and the last word counts."""
     discriminator, processor = learned
     long = Response(
         "Digits 7, 2, 8. " * 100 + "End 1.", "7 + 2 = 9, 9 + 8 = 17. " * 60 + "So it is 17.", "17"
@@ -222,7 +231,8 @@ def test_no_shortcut_by_truncation(learned, prompts):
 
 
 def test_no_shortcut_by_position_or_side(learned, prompts):
-    """A text's scores are its own: as teacher or as student, as the first branch or the last, in this pack or in another."""
+    """A text's scores are its own: as teacher or as student, as the first branch or the last, in
+    this pack or in another."""
     discriminator, processor = learned
     texts = [TEACHER, LONG, OTHER, SHORT]
     orders = [
@@ -247,12 +257,13 @@ def test_no_shortcut_by_position_or_side(learned, prompts):
         assert (v.pack.position_ids[:, 0, starts] == prompt.next_position).all()
 
 
-# --------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Packed views are separate forwards
 
 
 def alone(discriminator, prompt, view: torch.Tensor, which: int, processor) -> float:
-    """The score of [prompt | view] by transformers' own forward of these weights: its attention, its mask, its positions."""
+    """The score of [prompt | view] by transformers' own forward of these weights: its attention,
+    its mask, its positions."""
     ids = prompt.input_ids
     image = {}
     if discriminator.kind == "text":
@@ -353,23 +364,26 @@ def test_the_gradient_does_not_depend_on_the_cut(world, prompts, kind):
     gradients, losses = [], []
     for max_tokens in (100_000, 300, 1):
         discriminator.zero_grad(set_to_none=True)
-        judged = judge(discriminator, comparisons, processor, CPU, max_tokens, balance=0.0)
+        judged = judge(
+            discriminator, comparisons, processor, max_tokens, balance=0.0, backward=True
+        )
         gradients.append(
             torch.cat([p.grad.flatten() for p in discriminator.parameters() if p.grad is not None])
         )
-        losses.append(judged.sums["discriminator_loss"][0])
+        losses.append(judged.means["discriminator_loss"][0])
     assert gradients[0].norm() > 0.1
     for gradient, loss in zip(gradients[1:], losses[1:]):
         assert (gradient - gradients[0]).norm() < 1e-5 * gradients[0].norm()
         assert loss == pytest.approx(losses[0], rel=1e-5)
 
 
-# --------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Kinds
 
 
 def test_dedicated_experts(world, prompts):
-    """Perception tokens reach the first half of the experts, reasoning tokens the other half, prompt tokens any."""
+    """Perception tokens reach the first half of the experts, reasoning tokens the other half,
+    prompt tokens any."""
     discriminator, processor = build(world, "dedicated")
     reached = {0: set(), 1: set(), -1: set()}
     for v in view_packs([Comparison(p, TEACHER, [OTHER, LONG]) for p in prompts], processor, 400):
@@ -397,11 +411,15 @@ def test_dense_has_no_experts_and_upcycling_without_noise_is_dense(world, prompt
     (_, scores), _ = both_scores(dense, processor, comparisons)
     assert all(len(block.chosen.unique()) == 4 for block in dense.sparse)
     torch.testing.assert_close(scores, expected, atol=1e-5, rtol=0)
-    judged = judge(dense, comparisons, processor, CPU, 1000, learn=False)
-    assert "balance_loss" in judged.sums and (judged.expert_tokens.sum(-1) > 0).all()
+    judged = judge(dense, comparisons, processor, 1000, backward=False)
+    assert "balance_loss" in judged.means
+    assert set(judged.expert_shares) == {f"expert_share_{name}" for name in VIEWS}
+    for shares in judged.expert_shares.values():
+        assert torch.tensor(shares).shape == (2, 4)
+        assert (torch.tensor(shares).sum(-1) - 1).abs().max() < 3e-4
 
 
-# --------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # What cannot be compared is left out in the open
 
 
@@ -478,21 +496,26 @@ def held_out(rows, data, count: int, seed: int = 0) -> set[str]:
     return set(order[:count])
 
 
-def test_a_pair_file_with_missing_fields_is_one_line(world, tmp_path):
-    """It names what was found and what was expected."""
+def test_pairs_with_missing_fields_are_named_and_too_many_end_the_run(world, tmp_path):
+    """Each names what was found and what was expected; the third ends the run in one line."""
     rows, _ = pair_rows(world)
-    del rows[1]["student_response"]
-    data = tmp_path / "pairs.jsonl"
+    del rows[6]  # the teacher that breaks the format
+    bad = {number for number, row in enumerate(rows, 1) if row.pop("student_response", None)}
+    assert len(bad) > 3
+    data, out = tmp_path / "pairs.jsonl", tmp_path / "d"
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    said = fails(
-        "discriminator.py", "--model", world["init"], "--data", data, "--output_dir", tmp_path / "d"
-    )
-    assert f"{data}:2" in said
-    for found in ("image", "question", "teacher_response"):
-        assert found in said
-    for expected in ("student_response", "student_caption", "student_cot"):
-        assert expected in said
-    assert not (tmp_path / "d").exists()
+    flags = ("--model", world["init"], "--data", data, "--output_dir", out)
+    said = fails("discriminator.py", *flags)
+    left = lines(out / "left_out.jsonl")
+    assert len(left) == 3 and {row["row"] for row in left} < {f"{data}:{n}" for n in bad}
+    for row in left:
+        for found in ("image", "question", "teacher_response"):
+            assert f"'{found}'" in row["why"]
+        for expected in ("student_response", "student_caption", "student_cot"):
+            assert f"`{expected}`" in row["why"]
+    assert "3 bad rows" in said and "--max_bad_fraction 0.01" in said
+    assert f"{left[-1]['row']}: {left[-1]['why']}" in said
+    assert not (out / "model.safetensors").exists()
 
 
 def test_a_model_without_gated_mlps_is_one_line(world, tmp_path):
@@ -540,22 +563,27 @@ def test_a_prompt_without_a_valid_rollout_adds_nothing(learned, prompts):
     results = []
     for comparisons in (some, [none, *some, none]):
         discriminator.zero_grad(set_to_none=True)
-        judged = judge(discriminator, comparisons, processor, CPU, 1000, balance=0.01)
+        judged = judge(discriminator, comparisons, processor, 1000, balance=0.01, backward=True)
         results.append((judged, [p.grad.clone() for p in discriminator.parameters()]))
     (one, g1), (two, g2) = results
     assert all(torch.equal(a, b) for a, b in zip(g1, g2))
-    assert one.sums == two.sums and torch.equal(one.expert_tokens, two.expert_tokens)
-    assert (
-        torch.equal(two.student[2], one.student[0]) and two.student[[0, 1, 3, 4, 5]].isnan().all()
-    )
+    assert one.means == two.means and one.expert_shares == two.expert_shares
+    assert one.valid.tolist() == [[True, False]]
+    assert two.valid.tolist() == [[False, False], [True, False], [False, False]]
+    for a, b in zip((*sides(one), *one.length[..., None]), (*sides(two), *two.length[..., None])):
+        assert torch.equal(b[1], a[0]) and (a[0, 0] != 0).all()
+        assert (b[~two.valid] == 0).all()
 
 
 def test_align_counts_prompts_without_a_valid_rollout(world, tmp_path):
-    """A policy of random weights never meets the format: no discriminator loss, the rewards by the rule, all counted."""
+    """A policy of random weights never meets the format: no discriminator loss, the rewards by the
+    rule, all counted."""
     out = tmp_path / "a"
     launch(
         "align.py",
         "--ckpt",
+        world["init"],
+        "--discriminator",
         world["init"],
         "--data",
         world["prompts"],
@@ -564,14 +592,13 @@ def test_align_counts_prompts_without_a_valid_rollout(world, tmp_path):
         "--num_generations",
         3,
         "--max_steps",
-        1,
-        "--warmup_steps",
-        1,
+        2,
         "--max_completion_length",
         8,
-        "--per_device_train_batch_size",
+        "--prompts_per_step",
         2,
     )
+    assert len(lines(out / "metrics.jsonl")) == 2
     for step in lines(out / "metrics.jsonl"):
         assert (
             step["prompts_without_valid"] == 2
@@ -587,16 +614,133 @@ def test_align_counts_prompts_without_a_valid_rollout(world, tmp_path):
             "score_teacher_reasoning",
         ):
             assert step[name] is None, name  # nothing stands in for what was not measured
-    assert {row["advantage"] for row in lines(out / "rollouts.jsonl")} == {-1.5}
-    assert all(row["score_perception"] is None for row in lines(out / "rollouts.jsonl"))
+    rollouts = lines(out / "rollouts.jsonl")
+    assert len(rollouts) == 2 * 3 and {row["advantage"] for row in rollouts} == {-1.5}
+    for name in ("valid", "perception", "reasoning", "teacher_perception", "teacher_reasoning"):
+        assert all(row[name] == 0 for row in rollouts), name
 
 
-# --------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
+# Packs of units
+
+
+repeatable = settings(derandomize=True, deadline=None, database=None, max_examples=200)
+
+
+@st.composite
+def unit_groups(draw):
+    """Groups of distinct tokens, and for each group units that name all of its branches."""
+    groups, units, token = [], [], itertools.count()
+    for g in range(draw(st.integers(1, 4))):
+        drawn = draw(st.lists(st.integers(1, 12), max_size=6))
+        length = draw(st.integers(1, 9))
+        prompt = torch.tensor([next(token) for _ in range(length)])
+        branches = [torch.tensor([next(token) for _ in range(n)]) for n in drawn]
+        groups.append(Group(Prompt(g, prompt, torch.arange(length).expand(3, -1)), branches))
+        places = st.integers(0, max(len(drawn) - 1, 0))
+        some = draw(st.lists(st.lists(places, min_size=1, max_size=4).map(tuple), max_size=6))
+        missing = set(range(len(drawn))) - {i for unit in some for i in unit}
+        units.append([*some, *((i,) for i in sorted(missing))] if drawn else [])
+    return groups, units
+
+
+@given(case=unit_groups(), max_tokens=st.none() | st.integers(1, 60))
+@repeatable
+def test_units_stand_whole_in_one_pack(case, max_tokens):
+    groups, units = case
+    packs = make_packs(groups, max_tokens, units)
+    in_order = [(g, u) for g, some in enumerate(units) for u in range(len(some))]
+    assert [unit for pack in packs for unit in pack.units] == in_order  # each once, none lost
+    prompts_left, last_groups = set(range(len(groups))), set()
+    for number, pack in enumerate(packs):
+        # What its units need stands there, each branch once however many units share it.
+        needed = {(g, i) for g, u in pack.units for i in units[g][u]}
+        assert set(pack.members) == needed and len(pack.members) == len(needed)
+        # The tokens are those of the group: the prompt once for all branches, then the branches.
+        row, members = pack.input_ids[0].tolist(), iter(pack.members)
+        at, here = 0, []
+        for segment in pack.segments:
+            assert segment.start == at
+            (g,) = (
+                i for i, group in enumerate(groups) if row[at] == int(group.prompt.input_ids[0])
+            )
+            here.append(g)
+            expected = groups[g].prompt.input_ids.tolist()
+            for length in segment.branches:
+                owner, i = next(members)
+                assert owner == g and length == len(groups[g].branches[i])
+                expected += groups[g].branches[i].tolist()
+            assert row[at : at + len(expected)] == expected
+            at += len(expected)
+        assert at == len(row) and next(members, None) is None
+        assert here == sorted(set(here)) and {g for g, _ in pack.units} <= set(here)
+        prompts_left -= set(here)
+        # The budget holds, unless one unit alone is larger; and no pack was closed too early.
+        alone = len(pack.units) + sum(not units[g] for g in here) == 1
+        assert max_tokens is None or len(row) <= max_tokens or alone
+        if number:
+            g, u = pack.units[0] if units[here[0]] else (here[0], None)
+            last = packs[number - 1]
+            there = {i for h, i in last.members if h == g}
+            prompt = 0 if g in last_groups else len(groups[g].prompt.input_ids)
+            fresh = {i for i in (units[g][u] if u is not None else ())} - there
+            cost = prompt + sum(len(groups[g].branches[i]) for i in fresh)
+            assert last.input_ids.numel() + cost > max_tokens
+        last_groups = set(here)
+    assert not prompts_left  # a group without branches stands there too
+    assert len(packs) == 1 or max_tokens is not None
+
+
+def test_units_by_hand():
+    """Two teachers' views (branches 0, 1) that three students share; the third does not fit."""
+    prompt = Prompt(0, torch.arange(5), torch.arange(5).expand(3, -1))
+    lengths = (3, 4, 2, 2, 1, 1, 6, 2)
+    group = Group(prompt, [torch.full((n,), 10 + i) for i, n in enumerate(lengths)])
+    units = [[(0, 1, 2, 3), (0, 1, 4, 5), (0, 1, 6, 7), (0, 1, 0, 1)]]
+    first, second = make_packs([group], 20, units)
+    assert first.input_ids.numel() == 5 + 3 + 4 + 2 + 2 + 1 + 1
+    assert second.input_ids.numel() == 5 + 3 + 4 + 6 + 2
+    assert first.units == [(0, 0), (0, 1)] and second.units == [(0, 2), (0, 3)]
+    assert first.members == [(0, i) for i in (0, 1, 2, 3, 4, 5)]
+    assert second.members == [(0, i) for i in (0, 1, 6, 7)]
+    (whole,) = make_packs([group], None, units)
+    assert whole.members == [(0, i) for i in range(8)] and whole.input_ids.numel() == 26
+    default = make_packs([group], 20)
+    assert [unit for pack in default for unit in pack.units] == [(0, i) for i in range(8)]
+    assert [member for pack in default for member in pack.members] == [(0, i) for i in range(8)]
+
+
+# --------------------------------------------------------------------------------------------------
+# Copied into another project
+
+
+def test_a_model_without_adapt_is_an_error_that_names_it(world, prompts, learned):
+    """Without it the branches of a pack would see each other, and the numbers would be wrong."""
+    theirs = AutoModelForImageTextToText.from_pretrained(world["init"]).eval()
+    comparisons = [Comparison(prompt, TEACHER, [OTHER, LONG]) for prompt in prompts]
+    (v,) = view_packs(comparisons, learned[1])
+    discriminator = Discriminator(theirs.base_model, "dense").eval()
+    for implementation in ("sdpa", "eager"):
+        theirs.set_attn_implementation(implementation)
+        with pytest.raises(RuntimeError, match=r"adapt\(model\)"):
+            discriminator(v.pack, v.views)
+        with pytest.raises(RuntimeError, match=r"adapt\(model\)"):
+            token_logprobs(theirs, v.pack)
+    assert adapt(theirs) is theirs
+    ours, _ = load_policy("--ckpt", world["init"])
+    with torch.no_grad():
+        assert discriminator(v.pack, v.views).isfinite().all()
+        for a, b in zip(token_logprobs(theirs, v.pack), token_logprobs(ours.eval(), v.pack)):
+            assert torch.equal(a, b)
+
+
+# --------------------------------------------------------------------------------------------------
 # Other vision-language models with gated MLPs
 
 
 def qwen2_5_vl(world, path) -> None:
-    """Another member of the family: mrope and patches with grids, its vision attending in windows."""
+    """Another member of the family: mrope and patches with grids, its vision attending in
+    windows."""
     processor = load_processor(world["init"])
     text = dict(
         vocab_size=len(processor.tokenizer),
@@ -748,27 +892,29 @@ def test_another_model_as_policy(world, other_model, tmp_path):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_another_model_as_discriminator(world, other_model, tmp_path, kind):
-    """Upcycled, packed and one by one the same, its image seen, saved and loaded the same, and refused as a policy."""
+    """Upcycled, packed and one by one the same, its image seen, saved and loaded the same, and
+    refused as a policy."""
     discriminator, processor = load_discriminator("--model", other_model, kind)
     discriminator.eval()
     assert len(discriminator.sparse) == (0 if kind == "dense" else 2)
     prompts = encode_prompts(processor, load_data(world["prompts"])[:2])
     whole = [Comparison(p, TEACHER, [OTHER, SHORT, None, TEACHER]) for p in prompts]
-    judged = judge(discriminator, whole, processor, CPU, 4096)
+    judged = judge(discriminator, whole, processor, 4096, backward=True)
     assert max(p.grad.abs().max() for p in discriminator.parameters() if p.grad is not None) > 0
-    split = judge(discriminator, whole, processor, CPU, 1, learn=False)
-    torch.testing.assert_close(split.student, judged.student, atol=1e-5, rtol=0, equal_nan=True)
-    assert torch.equal(judged.student[[3, 7]], judged.teacher[[3, 7]])
-    assert torch.equal(judged.teacher[0], judged.teacher[4]) == (
+    assert judged.valid.tolist() == [[True, True, False, True]] * 2
+    split = judge(discriminator, whole, processor, 1, backward=False)
+    (teacher, student), (_, student_split) = sides(judged), sides(split)
+    torch.testing.assert_close(student_split, student, atol=1e-5, rtol=0)
+    assert torch.equal(split.valid, judged.valid)
+    assert torch.equal(student[:, 3], teacher[:, 3])
+    assert torch.equal(teacher[0, 0], teacher[1, 0]) == (
         kind == "text" and rows_ask_the_same(prompts)
     )
     save_discriminator(discriminator, processor, str(tmp_path / "d"))
     again, its_processor = load_discriminator("--model", str(tmp_path / "d"))
     assert again.kind == kind
-    repeated = judge(again.eval(), whole, its_processor, CPU, 4096, learn=False)
-    assert torch.equal(
-        repeated.student[judged.student.isfinite()], judged.student[judged.student.isfinite()]
-    )
+    repeated = judge(again.eval(), whole, its_processor, 4096, backward=False)
+    assert torch.equal(sides(repeated)[1], student) and torch.equal(repeated.valid, judged.valid)
     with pytest.raises(UserError, match="discriminator"):
         load_policy("--ckpt", str(tmp_path / "d"))
     with pytest.raises(UserError, match=f"--experts {kind}"):
@@ -794,7 +940,7 @@ def test_windows_are_refused(world, tmp_path):
         load_policy("--ckpt", str(tmp_path))
 
 
-# --------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Trained, it keeps the causes apart
 
 
@@ -802,13 +948,15 @@ LOOKALIKE = {a: b for pair in ("38", "71", "94", "56", "02") for a, b in (pair, 
 
 
 def misread(text: str, rng: random.Random) -> str:
-    """One digit becomes its look-alike, and as often the other way round: which of the two it is, only the image tells."""
+    """One digit becomes its look-alike, and as often the other way round: which of the two it is,
+    only the image tells."""
     at = rng.choice([i for i, c in enumerate(text) if c.isdigit()])
     return text[:at] + LOOKALIKE[text[at]] + text[at + 1 :]
 
 
 def corrupted(exact: Response, rng: random.Random) -> list[Response]:
-    """Only the caption wrong, only the reasoning (the digit that it looks at, not its answer), both."""
+    """Only the caption wrong, only the reasoning (the digit that it looks at, not its answer),
+    both."""
     caption, (digit, rest) = misread(exact.caption, rng), exact.think.split(" ", 1)
     think = f"{misread(digit, rng)} {rest}"
     return [
@@ -820,8 +968,9 @@ def corrupted(exact: Response, rng: random.Random) -> list[Response]:
 
 @pytest.fixture(scope="module")
 def trained_judge(tmp_path_factory):
-    """A discriminator upcycled from a policy that reads a digit, trained on corrupted responses; and held-out comparisons
-    (CAPTION, REASONING, BOTH are the students of each), of scans that neither has seen."""
+    """A discriminator upcycled from a policy that reads a digit, trained on corrupted responses;
+    and held-out comparisons (CAPTION, REASONING, BOTH are the students of each), of scans that
+    neither has seen."""
     folder = tmp_path_factory.mktemp("one")
     paths = digits.build(
         folder / "world",
@@ -859,7 +1008,7 @@ def trained_judge(tmp_path_factory):
     rng = random.Random(0)
 
     def encoded(name):
-        examples = load_data(paths[name])
+        examples = list(load_data(paths[name]))
         return list(
             zip(encode_prompts(processor, examples), (parse_response(e.response) for e in examples))
         )
@@ -867,13 +1016,13 @@ def trained_judge(tmp_path_factory):
     def comparisons(rows):
         return [Comparison(prompt, exact, corrupted(exact, rng)) for prompt, exact in rows]
 
-    rows, steps, rate = encoded("pretrain"), 100, 1e-3
+    rows, steps = encoded("pretrain"), 100
+    rates = SimpleNamespace(learning_rate=1e-3, lr_scheduler_type="cosine", warmup_steps=0.1)
     discriminator.train()
     for step in range(1, steps + 1):
-        judge(discriminator, comparisons(rng.sample(rows, 24)), processor, CPU, 16384)
-        optimizer_step(
-            discriminator, optimizer, learning_rate_at(step, steps, rate, 0.1, "cosine"), 1.0
-        )
+        batch = comparisons(rng.sample(rows, 24))
+        judge(discriminator, batch, processor, 16384, backward=True)
+        optimizer_step(discriminator, optimizer, learning_rate_at(step, steps, rates), 1.0)
     print(f"trained in {time.perf_counter() - start:.0f} s")
     return discriminator.eval(), processor, comparisons(encoded("prompts"))
 
@@ -888,8 +1037,9 @@ def effect(higher: torch.Tensor, lower: torch.Tensor) -> float:
 
 def test_a_trained_discriminator_keeps_causes_apart(trained_judge):
     discriminator, processor, held = trained_judge
-    judged = judge(discriminator, held, processor, CPU, 4000, learn=False)
-    exact, wrong = (scores.view(len(held), 3, 2) for scores in (judged.teacher, judged.student))
+    judged = judge(discriminator, held, processor, 4000, backward=False)
+    exact, wrong = sides(judged)
+    assert judged.valid.shape == (len(held), 3) and judged.valid.all()
     for view, spoiled, spared in ((0, CAPTION, REASONING), (1, REASONING, CAPTION)):
         for student in (spoiled, BOTH):
             accuracy = (exact[:, student, view] > wrong[:, student, view]).float().mean()
@@ -899,28 +1049,24 @@ def test_a_trained_discriminator_keeps_causes_apart(trained_judge):
         # The other view does not contain what was spoiled: not a small effect but none.
         assert torch.equal(exact[:, spared, view], wrong[:, spared, view])
     for name in ("perception", "reasoning"):
-        right, count = judged.sums[f"pair_accuracy_{name}"]
+        right, count = judged.means[f"pair_accuracy_{name}"]
         assert count == 2 * len(held) and right / count > 0.9
 
-    # Nor by being computed once: beside other texts, in another pack, on the other side, the spared view scores the same.
+    # Nor by being computed once: beside other texts, in another pack, on the other side, the spared
+    # view scores the same.
     spoiled = [
         Comparison(c.prompt, c.students[CAPTION], [SHORT, c.students[REASONING]]) for c in held
     ]
-    again = judge(discriminator, spoiled, processor, CPU, 700, learn=False)
-    torch.testing.assert_close(
-        again.teacher.view(-1, 2, 2)[:, 0, 1], exact[:, 0, 1], atol=1e-4, rtol=0
-    )
-    torch.testing.assert_close(
-        again.student.view(-1, 2, 2)[:, 1, 0], exact[:, 0, 0], atol=1e-4, rtol=0
-    )
+    teacher, student = sides(judge(discriminator, spoiled, processor, 700, backward=False))
+    torch.testing.assert_close(teacher[:, 0, 1], exact[:, 0, 1], atol=1e-4, rtol=0)
+    torch.testing.assert_close(student[:, 1, 0], exact[:, 0, 0], atol=1e-4, rtol=0)
 
 
 def test_a_trained_discriminator_judges_texts_and_not_sides(trained_judge):
     """Sides swapped, the exact response still wins: what was learned is not "teacher"."""
     discriminator, processor, held = trained_judge
     swapped = [Comparison(c.prompt, c.students[BOTH], [c.teacher, c.students[BOTH]]) for c in held]
-    judged = judge(discriminator, swapped, processor, CPU, 4000, learn=False)
-    teacher, student = judged.teacher.view(-1, 2, 2), judged.student.view(-1, 2, 2)
+    teacher, student = sides(judge(discriminator, swapped, processor, 4000, backward=False))
     assert ((student > teacher)[:, 0].float().mean(0) > 0.9).all()
     assert torch.equal(student[:, 1], teacher[:, 1])
 
@@ -934,7 +1080,7 @@ def test_a_trained_discriminator_looks_at_the_image(trained_judge):
         )
         for c, d in zip(held, held[1:] + held[:1])
     ]
-    judged = judge(discriminator, moved, processor, CPU, 4000, learn=False)
-    right, count = judged.sums["pair_accuracy_perception"]
+    judged = judge(discriminator, moved, processor, 4000, backward=False)
+    right, count = judged.means["pair_accuracy_perception"]
     print(f"with other images: pair accuracy {right / count:.3f}")
     assert right / count < 0.7

@@ -27,7 +27,7 @@ def test_sft_loss_is_the_same_on_any_number_of_ranks(world, tmp_path):
             5,
             "--learning_rate",
             1e-3,
-            "--warmup_ratio",
+            "--warmup_steps",
             0,
             "--per_device_train_batch_size",
             8 // ranks,
@@ -49,20 +49,58 @@ def test_policy_and_discriminator_are_the_same_on_any_number_of_ranks(world, tra
         results[ranks] = json.loads(out.read_text())
     one = results[1]
     assert abs(one["grpo_loss"] - one["gspo_loss"]) > 1e-3 and one["d_grad_norm"] > 0
-    assert (
-        one["scores"].count(-99.0) == 3 * 4
-    )  # the invalid students have no score; their teacher neither
+    # The invalid students have no score; their teacher neither.
+    assert one["scores"].count(-99.0) == 3 * 4
+    assert set(one["expert_shares"]) == {"expert_share_perception", "expert_share_reasoning"}
     for ranks in (2, 4):
         other = results[ranks]
         for name in ("grpo_loss", "gspo_loss", "grad_norm", "d_grad_norm"):
             assert other[name] == pytest.approx(one[name], rel=1e-5, abs=1e-7), name
-        # A row's tokens are the same too, unless rounding moves a boundary across its random number: one row in twelve may.
+        # A row's tokens are the same too, unless rounding moves a boundary across its random
+        # number: one row in twelve may.
         rows = [torch.tensor(x["sampled"]).view(12, 40) for x in (one, other)]
         assert (rows[0] == rows[1]).all(1).sum() >= 11
         torch.testing.assert_close(
             torch.tensor(other["scores"]), torch.tensor(one["scores"]), atol=1e-5, rtol=0
         )
+        # Shares are over all ranks; where packs are cut moves them a little.
+        for name, shares in one["expert_shares"].items():
+            a, b = (torch.tensor(x) for x in (shares, other["expert_shares"][name]))
+            assert a.shape == (2, 4) and (b.sum(-1) - 1).abs().max() < 3e-4
+            assert (a - b).abs().max() < 0.05
         for part in ("grpo_grads", "gspo_grads", "weights"):
             assert other[part].keys() == one[part].keys()
             for name, norm in one[part].items():
                 assert other[part][name] == pytest.approx(norm, rel=1e-4, abs=1e-7), (part, name)
+
+
+def test_a_rank_without_prompts_plays_the_game_along(world, trained, tmp_path):
+    """One prompt a step on two ranks: the second one scores, rewards and learns from nothing."""
+    steps = []
+    for ranks in (1, 2):
+        out = tmp_path / str(ranks)
+        models = ("--ckpt", trained, "--discriminator", world["init"], "--data", world["prompts"])
+        flags = ("--num_generations", 3, "--max_completion_length", 60, "--prompts_per_step", 1)
+        launch(
+            "align.py",
+            *models,
+            *flags,
+            "--max_steps",
+            1,
+            "--output_dir",
+            out,
+            ranks=ranks,
+            check=True,
+        )
+        steps.append(json.loads((out / "metrics.jsonl").read_text()))
+        rows = (out / "rollouts.jsonl").read_text().splitlines()
+        assert len(rows) == 3
+    one, two = steps
+    assert one["format_valid"] > 0 and one["grad_norm"] > 0 and one["d_grad_norm"] > 0
+    for name in ("loss", "entropy", "grad_norm", "score_gap_perception", "score_gap_reasoning"):
+        assert two[name] == pytest.approx(one[name], rel=1e-4, abs=1e-6), name
+    # Blank packs choose experts too, so the balance loss differs a little, and so its gradient.
+    for name in ("discriminator_loss", "d_grad_norm", "balance_loss"):
+        assert two[name] == pytest.approx(one[name], rel=1e-2), name
+    for name in ("prompts_without_valid", "ranks_without_valid", "tokens", "rows_left_out"):
+        assert two[name] == one[name], name

@@ -1,17 +1,29 @@
 """The scripts as a user runs them: end to end, resumed after a kill, and with bad input."""
 
+import hashlib
+import http.server
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
 import torch
 from transformers import AutoModelForImageTextToText
 
-from data import encode_prompts, load_data, load_processor
+import digits
+import run
+from align import AlignConfig
+from data import encode_prompts, load_processor
+from discriminator import DiscriminatorConfig
+from eval import EvalConfig
+from rlvr import RLVRConfig
+from rows import UserError, load_data
+from sft import SFTConfig
 from tests.conftest import ROOT, launch
 
 TINY = ("--max_completion_length", 48)
@@ -42,7 +54,8 @@ def discriminator(world, trained, tmp_path_factory):
         1,
         "--learning_rate",
         1e-3,
-        *TINY,
+        "--max_completion_length",
+        96,
     )
     return out
 
@@ -52,14 +65,14 @@ def test_discriminator_run(discriminator):
     assert {
         "config.json",
         "metrics.jsonl",
-        "pairs.jsonl",
+        "run.json",
         "model.safetensors",
         "tokenizer.json",
     } <= files
     last = lines(discriminator / "metrics.jsonl")[-1]
     assert last["validation_pairs"] >= 1 and "validation_pair_accuracy_perception" in last
-    pair = lines(discriminator / "pairs.jsonl")[0]
-    assert pair["teacher_response"] and pair["student_response"] is not None
+    line = json.loads((discriminator / "run.json").read_text())
+    assert line["stage"] == "discriminator" and line["run"]["max_steps"] == 4
 
 
 def test_align_run(world, trained, discriminator, tmp_path):
@@ -78,6 +91,8 @@ def test_align_run(world, trained, discriminator, tmp_path):
         3,
         "--num_generations",
         4,
+        "--prompts_per_step",
+        2,
         "--learning_rate",
         1e-3,
         "--max_tokens_per_pack",
@@ -85,8 +100,10 @@ def test_align_run(world, trained, discriminator, tmp_path):
         *TINY,
         ranks=2,
     )
-    run = json.loads((out / "config.json").read_text())
-    assert run["run"]["max_steps"] == 3 and run["model_type"] == "qwen3_vl"
+    line = json.loads((out / "run.json").read_text())
+    assert line["stage"] == "align" and line["run"]["max_steps"] == 3
+    config = json.loads((out / "config.json").read_text())
+    assert config["model_type"] == "qwen3_vl" and "run" not in config
     steps = lines(out / "metrics.jsonl")
     assert [s["step"] for s in steps] == [1, 2, 3]
     for name in (
@@ -116,9 +133,10 @@ def test_align_run(world, trained, discriminator, tmp_path):
     assert sum(steps[0]["expert_share_perception"][0]) == pytest.approx(1, abs=1e-3)
     rollouts = lines(out / "rollouts.jsonl")
     assert len(rollouts) == 3 * 4
-    assert {"response", "score_perception", "score_reasoning", "advantage", "images"} <= set(
-        rollouts[0]
-    )
+    assert set(rollouts[0]) == {
+        *("step", "row", "question", "images", "answer", "supervision", "response", "perception"),
+        *("reasoning", "valid", "teacher_perception", "teacher_reasoning", "advantage", "length"),
+    }
     moved = [k for k, v in load(out).items() if not torch.equal(v, load(trained)[k])]
     assert len(moved) > 40
     assert (out / "discriminator" / "model.safetensors").exists()
@@ -128,28 +146,31 @@ def load(path):
     return AutoModelForImageTextToText.from_pretrained(path).state_dict()
 
 
-def test_align_makes_its_own_discriminator(world, trained, tmp_path):
+def test_align_upcycles_a_dense_model(world, trained, tmp_path):
+    """A model without a score head is given one, which is said."""
     out = tmp_path / "align"
-    launch(
+    done = launch(
         "align.py",
         "--ckpt",
         trained,
         "--data",
         world["prompts"],
+        "--discriminator",
+        trained,
         "--output_dir",
         out,
         "--max_steps",
         1,
-        "--warmup_steps",
+        "--prompts_per_step",
         2,
         "--num_generations",
         4,
         *TINY,
     )
-    steps = lines(out / "metrics.jsonl")
-    assert [s["warmup"] for s in steps] == [1.0, 1.0, 0.0]
-    assert "grad_norm" not in steps[0] and steps[2]["grad_norm"] > 0
-    assert steps[0]["d_learning_rate"] == 1e-5 and steps[2]["d_learning_rate"] == 1e-6
+    assert f"--discriminator {trained}: has no score head yet" in done.stderr
+    (step,) = lines(out / "metrics.jsonl")
+    assert step["grad_norm"] > 0 and step["d_grad_norm"] > 0 and "warmup" not in step
+    assert step["d_learning_rate"] == 1e-6 and len(step["expert_share_perception"][0]) == 4
 
 
 @pytest.mark.parametrize("algorithm", ["grpo", "dapo", "gspo"])
@@ -169,7 +190,7 @@ def test_rlvr_run(world, trained, tmp_path, algorithm):
         2,
         "--num_generations",
         4,
-        "--per_device_train_batch_size",
+        "--prompts_per_step",
         8,
         "--num_minibatches",
         2,
@@ -207,6 +228,12 @@ def test_rlvr_run(world, trained, tmp_path, algorithm):
     assert steps[1]["ratio_max"] > 1 > steps[1]["ratio_min"] and steps[1]["sampled_scored_gap"] < 10
     assert ("kl_ref" in steps[1]) == (algorithm == "grpo")
     assert any(name.startswith("events.out") for name in os.listdir(out))
+    rollouts = lines(out / "rollouts.jsonl")
+    assert [row["step"] for row in rollouts] == [1] * 4 + [2] * 4
+    assert set(rollouts[0]) == {
+        *("step", "row", "question", "images", "answer", "supervision", "response"),
+        *("reward", "accuracy", "valid", "length", "advantage"),
+    }
 
 
 def test_one_step_per_batch_is_on_policy(world, trained, tmp_path):
@@ -220,6 +247,8 @@ def test_one_step_per_batch_is_on_policy(world, trained, tmp_path):
         tmp_path / "g",
         "--max_steps",
         1,
+        "--prompts_per_step",
+        4,
         *TINY,
     )
     (step,) = lines(tmp_path / "g" / "metrics.jsonl")
@@ -231,7 +260,8 @@ def test_one_step_per_batch_is_on_policy(world, trained, tmp_path):
 
 
 def test_eval_agrees_with_transformers(world, trained, tmp_path):
-    """A checkpoint opened by transformers alone, in this other process, answers as eval.py says it does; on 1 and 2 ranks."""
+    """A checkpoint opened by transformers alone, in this other process, answers as eval.py says it
+    does; on 1 and 2 ranks."""
     for ranks in (1, 2):
         launch(
             "eval.py",
@@ -299,7 +329,7 @@ def test_checkpoints_look_like_the_original(trained):
     "script, flags",
     [
         ("sft.py", ("--per_device_train_batch_size", 8)),
-        ("align.py", ("--num_generations", 4, "--warmup_steps", 2, *TINY)),
+        ("align.py", ("--num_generations", 4, "--prompts_per_step", 1, *TINY)),
         (
             "rlvr.py",
             (
@@ -307,7 +337,7 @@ def test_checkpoints_look_like_the_original(trained):
                 4,
                 "--algorithm",
                 "dapo",
-                "--per_device_train_batch_size",
+                "--prompts_per_step",
                 1,
                 "--max_gen_batches",
                 100,
@@ -316,10 +346,11 @@ def test_checkpoints_look_like_the_original(trained):
         ),
     ],
 )
-def test_a_killed_run_resumes(world, trained, tmp_path, script, flags):
+def test_a_killed_run_resumes(world, trained, discriminator, tmp_path, script, flags):
     """Killed behind a checkpoint and resumed, a run ends where an undisturbed one does."""
     flag, data = ("--model", world["sft"]) if script == "sft.py" else ("--ckpt", world["prompts"])
     model = (flag, trained, "--data", data)
+    model += ("--discriminator", discriminator) if script == "align.py" else ()
     common = (
         *model,
         *flags,
@@ -331,6 +362,8 @@ def test_a_killed_run_resumes(world, trained, tmp_path, script, flags):
         "constant",
         "--save_steps",
         2,
+        "--dataloader_num_workers",
+        0,
     )
     launch(script, *common, "--output_dir", tmp_path / "whole")
     arguments = [
@@ -363,47 +396,42 @@ def test_a_killed_run_resumes(world, trained, tmp_path, script, flags):
         torch.testing.assert_close(killed[name], weight, atol=1e-5, rtol=1e-4)
 
 
-def table(header: str) -> list[list[str]]:
-    """The cells of the README's table whose first row begins with `header`."""
-    rows = (
-        (ROOT / "README.md").read_text().split(f"| {header} |", 1)[1].split("\n\n")[0].splitlines()
-    )
-    return [
-        [cell.strip() for cell in row.strip("|").split("|")]
-        for row in (f" {header} |" + rows[0], *rows[2:])
-    ]
+# field: SFT, discriminator, alignment, RLVR as published; None where a stage has no such field or
+# takes it from the algorithm
+PUBLISHED = {
+    "learning_rate": (1e-5, 1e-5, 1e-6, 1e-6),
+    "lr_scheduler_type": ("cosine", "cosine", "constant", "constant"),
+    "warmup_steps": (0.1, 0.1, 0.0, None),
+    "weight_decay": (0.0, 0.01, 0.01, None),
+    "num_train_epochs": (1, 1, None, None),
+    "max_steps": (-1, -1, 500, 1500),
+    "per_device_train_batch_size": (2, 2, None, None),
+    "prompts_per_step": (None, None, 4, 32),
+    "gradient_accumulation_steps": (1, 4, None, None),
+    "num_generations": (None, None, 16, 16),
+    "temperature": (None, None, 1.0, 1.0),
+    "max_prompt_length": (None, None, 2048, 2048),
+    "max_completion_length": (None, 6144, 6144, 8192),
+    "max_length": (8192, 8192, None, None),
+    "max_grad_norm": (1.0, 1.0, 1.0, 1.0),
+    "score_l2": (None, 0.001, 0.001, None),
+    "router_aux_loss_coef": (None, 0.01, 0.01, None),
+    "alpha": (None, None, 0.5, None),
+    "format_penalty": (None, None, 1.5, None),
+    "epsilon": (None, None, 0.2, None),
+}
 
 
-def test_the_published_values_in_the_readme_are_the_defaults():
-    from align import AlignConfig
-    from discriminator import DiscriminatorConfig
-    from rlvr import ALGORITHMS, RLVRConfig
-    from sft import SFTConfig
-
-    head, *rows = table("field")
-    assert head == ["field", "SFT", "discriminator", "alignment", "RLVR"] and len(rows) >= 18
-    for name, *values in rows:
-        for config, value in zip(
-            (SFTConfig(), DiscriminatorConfig(), AlignConfig(), RLVRConfig()), values
-        ):
-            if value == "-":
-                assert getattr(config, name, -1) in (-1, None), (config, name)
-            elif value == "by algorithm":
-                assert getattr(config, name) is None
-            else:
-                default = getattr(config, name)
-                assert default == (value if isinstance(default, str) else float(value)), (
-                    type(config).__name__,
-                    name,
-                )
-    head, *rows = table("algorithm")
-    assert {name: dict(zip(head[1:], map(float, values))) for name, *values in rows} == ALGORITHMS
+def test_the_published_values_are_the_defaults():
+    configs = SFTConfig(), DiscriminatorConfig(), AlignConfig(), RLVRConfig()
+    for name, values in PUBLISHED.items():
+        assert tuple(getattr(config, name, None) for config in configs) == values, name
 
 
 def fails(*args, ranks=1) -> str:
     """The one line that a user sees."""
     done = launch(*args, ranks=ranks, check=False)
-    assert done.returncode != 0 and "Traceback" not in done.stderr, done.stderr
+    assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
     errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1, done.stderr
     return errors[0]
@@ -415,7 +443,9 @@ def test_bad_input_is_one_line(world, trained, tmp_path):
     full.mkdir()
     (full / "mine.txt").write_text("keep")
     ok = ("--data", world["prompts"], "--output_dir", tmp_path / "o")
-    assert "--ckpt /no/such" in fails("align.py", "--ckpt", "/no/such", *ok)
+    assert "--ckpt /no/such" in fails(
+        "align.py", "--ckpt", "/no/such", "--discriminator", trained, *ok
+    )
     assert f"--model {full}: no config.json" in fails("sft.py", "--model", full, *ok)
     assert "holds no rows" in fails(
         "rlvr.py", "--ckpt", trained, "--data", empty, "--output_dir", tmp_path / "o2"
@@ -473,6 +503,8 @@ def test_over_long_rows_are_counted_and_named(world, trained, tmp_path):
         2,
         "--num_generations",
         2,
+        "--prompts_per_step",
+        4,
         "--max_prompt_length",
         200,
         *TINY,
@@ -480,3 +512,316 @@ def test_over_long_rows_are_counted_and_named(world, trained, tmp_path):
     assert f"{data}:2" in done.stderr and "--max_prompt_length" in done.stderr
     assert lines(tmp_path / "o" / "metrics.jsonl")[-1]["rows_left_out"] == 2
     assert [row["row"] for row in lines(tmp_path / "o" / "left_out.jsonl")] == [f"{data}:2"] * 2
+
+
+# --------------------------------------------------------------------------------------------------
+# Rows that cannot be used
+
+
+def with_bad_rows(world, path, good: int, bad: int, name: str = "prompts") -> list[str]:
+    """A file of `good` rows and, behind them, `bad` ones that are bad in different ways. -> the
+    places of the bad ones."""
+    folder = os.path.dirname(world[name])
+    whole = [json.loads(line) for line in open(world[name])][: good + bad]
+    whole = [row | {"image": os.path.join(folder, row["image"])} for row in whole]
+    picture = path.parent / "bad.png"
+    picture.write_bytes(b"no picture")
+    broken = [{"image": str(picture)}, {"image": "none.png"}, {"question": None}]
+    whole = whole[:good] + [row | broken[i % 3] for i, row in enumerate(whole[good:])]
+    path.write_text("".join(json.dumps(row) + "\n" for row in whole))
+    return [f"{path}:{good + 1 + i}" for i in range(bad)]
+
+
+def test_bad_rows_are_left_out_counted_and_named(world, trained, tmp_path):
+    """Two of six: the run goes on without them. On two ranks the count is of both."""
+    data, out = tmp_path / "rows.jsonl", tmp_path / "o"
+    places = with_bad_rows(world, data, 4, 2)
+    flags = ("--data", data, "--output_dir", out, "--max_steps", 3, "--learning_rate", 1e-3)
+    batch = ("--per_device_train_batch_size", 3)
+    done = launch("sft.py", "--model", trained, *flags, *batch, ranks=2)
+    steps, left_out = lines(out / "metrics.jsonl"), lines(out / "left_out.jsonl")
+    assert [step["rows_left_out"] for step in steps] == [2, 4, 6]
+    assert sorted(row["row"] for row in left_out) == sorted(places * 3)
+    assert {row["row"]: row["why"] for row in left_out}.keys() == set(places)
+    assert all("cannot be opened" in r["why"] for r in left_out if r["row"] == places[0])
+    assert all("none.png does not exist" in r["why"] for r in left_out if r["row"] == places[1])
+    assert all(step["loss"] is not None for step in steps)
+    assert f"saved {out}" in done.stderr and "left out" in done.stderr
+
+
+def test_too_many_bad_rows_end_the_run(world, trained, tmp_path):
+    data, out = tmp_path / "rows.jsonl", tmp_path / "o"
+    places = with_bad_rows(world, data, 4, 3)
+    flags = ("--ckpt", trained, "--data", data, "--max_steps", 3, "--num_generations", 2)
+    said = fails("rlvr.py", *flags, "--output_dir", out, "--prompts_per_step", 7, *TINY)
+    assert "3 bad rows among the first 7 are more than --max_bad_fraction 0.01" in said
+    assert any(place in said for place in places)
+    assert sorted(row["row"] for row in lines(out / "left_out.jsonl")) == places
+
+
+def test_eval_leaves_bad_rows_out(world, trained, tmp_path):
+    """Also where one of two ranks has no row in its last batch."""
+    data = tmp_path / "rows.jsonl"
+    (place,) = with_bad_rows(world, data, 2, 1, "test")
+    flags = ("--ckpt", trained, "--data", data, "--output_dir", tmp_path / "o")
+    done = launch("eval.py", *flags, "--per_device_eval_batch_size", 1, *TINY, ranks=2)
+    result = json.loads((tmp_path / "o" / "eval.json").read_text())
+    assert (result["rows"], result["rows_left_out"]) == (2, 1)
+    assert f"left out: {place}: image" in done.stderr
+    rows = lines(tmp_path / "o" / "generations.jsonl")
+    assert [row["where"] for row in rows] == [f"{data}:1", f"{data}:2"]
+
+
+@pytest.mark.parametrize("script", ["align.py", "rlvr.py"])
+def test_a_rank_without_prompts_hangs_nobody(world, trained, discriminator, tmp_path, script):
+    """One of two prompts is too long, so in every step one of two ranks has none."""
+    with_bad_rows(world, tmp_path / "rows.jsonl", 2, 0)
+    rows = lines(tmp_path / "rows.jsonl")
+    rows[1]["question"] = "why? " * 400
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    flags = ("--ckpt", trained, "--data", tmp_path / "rows.jsonl", "--output_dir", tmp_path / "o")
+    flags += ("--discriminator", discriminator) if script == "align.py" else ()
+    flags += ("--max_prompt_length", 200, "--prompts_per_step", 2, "--num_generations", 4)
+    launch(script, *flags, "--max_steps", 2, "--learning_rate", 1e-3, *TINY, ranks=2)
+    steps = lines(tmp_path / "o" / "metrics.jsonl")
+    assert [step["rows_left_out"] for step in steps] == [1, 2]
+    assert all(step["loss"] is not None and step["response_length"] > 0 for step in steps)
+    assert {r["row"] for r in lines(tmp_path / "o" / "left_out.jsonl")} == {
+        f"{tmp_path}/rows.jsonl:2"
+    }
+
+
+# --------------------------------------------------------------------------------------------------
+# The command line
+
+
+@pytest.fixture
+def command_line(world, monkeypatch, capsys):
+    """(stage's dataclass, *flags) -> (what run.parse makes of them, the lines that it says). The
+    embedded world is the tests' own, its base the model with random weights."""
+    monkeypatch.setattr(digits, "build", lambda *args: world)
+    monkeypatch.setattr(digits, "_made", lambda paths, name: paths["init"])
+    monkeypatch.setattr(sys.modules["__main__"], "__doc__", "A stage.")
+
+    def read(config_class, *flags):
+        monkeypatch.setattr(sys, "argv", ["stage.py", *map(str, flags)])
+        config = run.parse(config_class)
+        return config, capsys.readouterr().err.splitlines()
+
+    return read
+
+
+STAGES = [SFTConfig, DiscriminatorConfig, AlignConfig, RLVRConfig, EvalConfig]
+each_stage = pytest.mark.parametrize("stage", STAGES)
+
+
+def settings_of(config, stage) -> dict:
+    """The fields that the embedded world has settings for."""
+    names = digits.SETTINGS[stage.__name__.removesuffix("Config").lower()]
+    return {name: getattr(config, name) for name in names}
+
+
+def own_settings(stage) -> dict:
+    return digits.SETTINGS[stage.__name__.removesuffix("Config").lower()]
+
+
+def model_flag(stage) -> str:
+    return "--model" if hasattr(stage(), "model") else "--ckpt"
+
+
+def split_of(stage) -> str:
+    return digits.SPLITS[stage.__name__.removesuffix("Config").lower()]
+
+
+@each_stage
+@pytest.mark.parametrize("flags", [(), ("--data", "digits")])
+def test_with_nothing_given_a_stage_runs_on_the_embedded_world(command_line, world, stage, flags):
+    config, said = command_line(stage, *flags)
+    (line,) = said
+    assert "embedded world" in line and config.data[0] in line and "its settings" in line
+    assert config.data == [world[split_of(stage)]]
+    assert getattr(config, model_flag(stage)[2:]) == world["init"]
+    assert settings_of(config, stage) == own_settings(stage) != settings_of(stage(), stage)
+    if stage is DiscriminatorConfig:
+        assert config.policy == world["init"]
+    if stage is AlignConfig:
+        assert config.discriminator == world["init"]
+
+
+@each_stage
+def test_its_own_model_on_its_data_has_its_settings(command_line, world, trained, stage):
+    """A policy that was trained from its base is its own, too. Flags that are given count."""
+    for model in (world["init"], trained):
+        given = ("--max_completion_length", 7) if stage is not SFTConfig else ("--max_steps", 7)
+        config, (line,) = command_line(stage, model_flag(stage), model, "--data", "digits", *given)
+        assert config.data == [world[split_of(stage)]] and "its settings" in line and model in line
+        assert getattr(config, model_flag(stage)[2:]) == model
+        expected = own_settings(stage) | {given[0][2:]: 7}
+        assert settings_of(config, stage) == {name: expected[name] for name in own_settings(stage)}
+
+
+@each_stage
+def test_another_model_on_its_data_has_the_published_settings(command_line, world, tmp_path, stage):
+    other = shutil.copytree(world["init"], tmp_path / "other")
+    config = json.loads((other / "config.json").read_text())
+    assert config.pop("embedded_world") == "digits"
+    (other / "config.json").write_text(json.dumps(config))
+    flags = (model_flag(stage), other, "--data", "digits")
+    more = ("--discriminator", other) if stage is AlignConfig else ()
+    config, (line,) = command_line(stage, *flags, *more)
+    assert config.data == [world[split_of(stage)]] and "the published settings" in line
+    assert settings_of(config, stage) == settings_of(stage(), stage)
+
+
+@each_stage
+def test_a_model_on_other_data_has_the_published_settings(command_line, world, stage):
+    more = ("--discriminator", world["init"]) if stage is AlignConfig else ()
+    data = [world["sft"], world["prompts"]]
+    config, said = command_line(stage, model_flag(stage), world["init"], "--data", *data, *more)
+    assert said == [] and config.data == data
+    assert settings_of(config, stage) == settings_of(stage(), stage)
+
+
+@each_stage
+def test_a_model_without_data_takes_the_published_data(command_line, world, stage):
+    """Which cannot be had offline: the line names the data set and the remedy."""
+    more = ("--discriminator", world["init"]) if stage is AlignConfig else ()
+    if stage is EvalConfig:  # a checkpoint is measured on what the user names
+        config, said = command_line(stage, "--ckpt", world["init"])
+        assert config.data == [] and said == []
+        return
+    with pytest.raises(UserError) as error:
+        command_line(stage, model_flag(stage), world["init"], *more)
+    published = stage().data[0]
+    assert str(error.value).startswith(f"--data {published}: not on this machine")
+    repo = "/".join(published.removeprefix("hf://datasets/").split("/")[:2])
+    assert f"hf download {repo} --repo-type dataset" in str(error.value)
+    assert "--data PATH" in str(error.value)
+
+
+@each_stage
+@pytest.mark.parametrize(
+    "flags",
+    [("--max_step", 3), ("--learning-ratee", 1), ("--dat", "digits"), ("--seed_ 3",), ("rows",)],
+)
+def test_flags_that_do_not_exist_are_refused(command_line, stage, flags):
+    """Abbreviations and typos alike, before anything is built or read."""
+    with pytest.raises(UserError, match=f"{flags[0]}.*no such flag") as error:
+        command_line(stage, *flags)
+    assert "\n" not in str(error.value)
+
+
+# --------------------------------------------------------------------------------------------------
+# The hub
+
+
+class Hub(http.server.BaseHTTPRequestHandler):
+    """The routes of the hub that are needed for the data set owner/name: what it holds, and its
+    files."""
+
+    commit = "0123456789abcdef" * 2 + "01234567"
+    files: dict[str, bytes] = {}
+    asked: list[str] = []
+
+    def do_HEAD(self):
+        self.asked.append(f"{self.command} {self.path}")
+        path, _, query = self.path.partition("?")
+        info = [f"/api/datasets/owner/name{end}" for end in ("", "/revision/main")]
+        prefix, _, name = path.partition("/resolve/")
+        name = name.partition("/")[2]
+        if path in info:
+            siblings = [{"rfilename": n, "size": len(c)} for n, c in self.files.items()]
+            about = {"_id": "1", "id": "owner/name", "sha": self.commit, "siblings": siblings}
+            body, kind = json.dumps(about | {"private": False, "tags": []}).encode(), "json"
+        elif path.startswith(f"/api/datasets/owner/name/tree/{self.commit}"):
+            tree = [
+                {"type": "file", "path": n, "size": len(c), "oid": hashlib.sha1(c).hexdigest()}
+                for n, c in self.files.items()
+            ]
+            body, kind = json.dumps(tree).encode(), "json"
+        elif prefix == "/datasets/owner/name" and name in self.files:
+            body, kind = self.files[name], "octet-stream"
+        else:
+            self.send_error(404)
+            return
+        self.send_response(200)
+        self.send_header("Content-Type", f"application/{kind}")
+        self.send_header("Content-Length", str(len(body)))
+        self.send_header("ETag", f'"{hashlib.sha1(body).hexdigest()}"')
+        self.send_header("X-Repo-Commit", self.commit)
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(body)
+
+    do_GET = do_HEAD
+
+    def log_message(self, *args):
+        pass
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    """A local server in the hub's place -> (the handler, the variables that point to it)."""
+    monkeypatch.setattr(Hub, "asked", [])
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    yield Hub, f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    server.server_close()
+    thread.join()
+
+
+def test_data_from_the_hub(world, trained, hub, tmp_path, monkeypatch):
+    """A parquet file that holds its images, and a JSONL file with the images beside it: how much
+    is read is said before, both are trained on, and only what is needed is fetched. A second run
+    finds them on this machine, without the hub."""
+    import datasets
+
+    handler, address = hub
+    folder = os.path.dirname(world["sft"])
+    rows = [json.loads(line) for line in open(world["sft"])][:4]
+    pictures = {
+        row["images"][0]: open(os.path.join(folder, row["images"][0]), "rb").read() for row in rows
+    }
+    inline = [
+        row | {"images": [{"bytes": pictures[row["images"][0]], "path": None}]} for row in rows[:2]
+    ]
+    datasets.Dataset.from_list(inline).to_parquet(tmp_path / "rows.parquet")
+    jsonl = "".join(json.dumps(row) + "\n" for row in rows[2:]).encode()
+    parquet = (tmp_path / "rows.parquet").read_bytes()
+    files = {"data/rows.parquet": parquet, "rows.jsonl": jsonl, **pictures}
+    files["other.parquet"] = bytes(30_000_000)
+    monkeypatch.setattr(Hub, "files", files)
+    sources = [f"hf://datasets/owner/name/{name}" for name in ("data/rows.parquet", "rows.jsonl")]
+    env = {"HF_ENDPOINT": address, "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path / "home")}
+    env |= {"HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_DISABLE_XET": "1"}
+
+    def train(name: str, *data, **more):
+        flags = ("--data", *data, "--output_dir", tmp_path / name, "--max_steps", 1)
+        batch = ("--per_device_train_batch_size", 2 * len(data))
+        return launch("sft.py", "--model", trained, *flags, *batch, **env | more).stderr
+
+    said = train("a", sources[0])
+    assert f"--data: reads {sources[0]} from the hub, 0.00 GB" in said
+    fetched = [line for line in handler.asked if line.startswith("GET") and "/resolve/" in line]
+    assert len(fetched) == 1 and fetched[0].endswith("/data/rows.parquet")
+    first = next(i for i, line in enumerate(handler.asked) if "/resolve/" in line)
+    assert any("/api/datasets/owner/name" in line for line in handler.asked[:first])
+    said = train("b", *sources)
+    assert f"--data: reads {sources[1]} from the hub, 0.03 GB" in said
+    for name in "ab":
+        (step,) = lines(tmp_path / name / "metrics.jsonl")
+        assert step["loss"] > 0 and step["rows_left_out"] == 0
+    before = len(handler.asked)
+    said = train("c", *sources, HF_HUB_OFFLINE="1")
+    assert len(handler.asked) == before and "from the hub's cache on this machine" in said
+    b, c = (lines(tmp_path / name / "metrics.jsonl")[0]["loss"] for name in "bc")
+    assert b == c
+
+
+def test_published_data_offline_is_one_line(trained, tmp_path):
+    said = fails("rlvr.py", "--ckpt", trained, "--output_dir", tmp_path / "o")
+    assert "rl_training_data_filtered_2k.parquet: not on this machine" in said
+    assert "hf download prism-vlm/rl_dataset" in said and "--data PATH" in said
+    assert not (tmp_path / "o").exists()

@@ -1,6 +1,8 @@
-"""Run by torchrun from test_distributed.py: the same global work on however many ranks; rank 0 writes what came out.
+"""Run by torchrun from test_distributed.py: the same global work on however many ranks; rank 0
+writes what came out.
 
-worker.py OUT POLICY DATA     one policy update on fixed rollouts, the discriminator's judgement, sampling; as JSON
+worker.py OUT POLICY DATA     one policy update on fixed rollouts, sampling, the discriminator's
+                              judgement and its gradient; as JSON
 """
 
 import json
@@ -9,45 +11,34 @@ from types import SimpleNamespace
 
 import torch
 
-from data import Group, encode_prompts, encode_response, load_data, parse_response
+from data import Group, encode_prompts, encode_response, parse_response
 from discriminator import Comparison, judge, load_discriminator
-from model import (
-    all_sum,
-    full_state,
-    generate,
-    load_policy,
-    optimizer_step,
-    rank,
-    setup,
-    shard,
-    world_size,
-)
-from rlvr import update_policy
+from model import all_sum, full_state, join_ranks, load_policy, optimizer_step, rank, shard
+from model import world_size
+from policy_gradient import update_policy
+from rows import Example, load_data
+from sampler import generate
+
+
+def whole_gradients(module) -> dict[str, torch.Tensor]:
+    """Name -> gradient over all ranks. Every rank calls it."""
+    grads = {n: p.grad for n, p in module.named_parameters() if p.grad is not None}
+    return {n: g.full_tensor() if hasattr(g, "full_tensor") else g for n, g in grads.items()}
 
 
 def main(out: str, path: str, data: str) -> None:
-    device = setup()
+    device = join_ranks()
     result = {}
     policy, processor = load_policy("--ckpt", path)
     policy = shard(policy, device).train()
     examples = load_data(data)[:4]
     prompts = encode_prompts(processor, examples)
-    without_image = encode_prompts(
-        processor,
-        [
-            SimpleNamespace(
-                index=50,
-                where="text",
-                images=[],
-                messages=[{"role": "user", "content": [{"type": "text", "text": "No image."}]}],
-            )
-        ],
-    )
-    prompts[3] = without_image[
-        0
-    ]  # with several ranks, one has no image: the vision tower must not hang the others
+    # With several ranks, one has no image: the vision tower must not hang the others.
+    chat = [{"role": "user", "content": [{"type": "text", "text": "No image."}]}]
+    (prompts[3],) = encode_prompts(processor, [Example(50, "text", chat, [])])
 
-    # Fixed rollouts: other rows' demonstrations, lengths unequal, old log-probabilities off the policy.
+    # Fixed rollouts: other rows' demonstrations, lengths unequal, old log-probabilities off the
+    # policy.
     texts = [e.response for e in load_data(data)[4:12]]
     groups = []
     for p, prompt in enumerate(prompts):
@@ -59,26 +50,12 @@ def main(out: str, path: str, data: str) -> None:
     advantage = torch.linspace(-1, 1.5, 8)
     mine = list(range(4))[rank() :: world_size()]
     config = SimpleNamespace(max_tokens_per_pack=150, temperature=0.9, beta=0.0)
+    own = policy, [groups[i] for i in mine], advantage.view(4, 2)[mine].flatten(), processor, config
+    clips = 0.2, 0.2, 3.0
     for algorithm in ("grpo", "gspo"):
-        update = update_policy(
-            policy,
-            [groups[i] for i in mine],
-            advantage.view(4, 2)[mine].flatten(),
-            processor,
-            device,
-            config,
-            algorithm,
-            0.2,
-            0.2,
-            3.0,
-            on_policy=False,
-        )
-        result[f"{algorithm}_loss"] = float(all_sum([update.loss])[0])
-        grads = {
-            n: p.grad.full_tensor() if hasattr(p.grad, "full_tensor") else p.grad
-            for n, p in policy.named_parameters()
-            if p.grad is not None
-        }
+        means, _ = update_policy(*own, algorithm, clips, on_policy=False)
+        result[f"{algorithm}_loss"] = float(all_sum([means["loss"][0]])[0])
+        grads = whole_gradients(policy)
         result[f"{algorithm}_grads"] = {n: float(g.double().norm()) for n, g in grads.items()}
         policy.zero_grad()
 
@@ -91,26 +68,14 @@ def main(out: str, path: str, data: str) -> None:
     result["sampled"] = all_sum(rows.flatten()).tolist()
 
     # Training goes on after sampling: the weights are sharded again.
-    update_policy(
-        policy,
-        [groups[i] for i in mine],
-        advantage.view(4, 2)[mine].flatten(),
-        processor,
-        device,
-        config,
-        "grpo",
-        0.2,
-        0.2,
-        3.0,
-        on_policy=True,
-    )
+    update_policy(*own, "grpo", clips, on_policy=True)
     optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-3)
     result["grad_norm"] = optimizer_step(policy, optimizer, 1e-3, 1.0)
     state = full_state(policy)
     if rank() == 0:
         result["weights"] = {n: float(w.double().norm()) for n, w in state.items()}
 
-    # The discriminator: scores and gradients; the last prompt's only student is invalid.
+    # The discriminator: scores and gradients; the last prompt's only students are invalid.
     discriminator, _ = load_discriminator("--model", path)
     discriminator = shard(discriminator, device).eval()
     rows = load_data(data)
@@ -121,20 +86,25 @@ def main(out: str, path: str, data: str) -> None:
     comparisons = [
         Comparison(prompts[i], parse_response(examples[i].response), students[i]) for i in range(4)
     ]
-    judged = judge(discriminator, [comparisons[i] for i in mine], processor, device, max_tokens=400)
+    some = [comparisons[i] for i in mine]
+    judged = judge(discriminator, some, processor, max_tokens=400, backward=True)
+    four = torch.stack(
+        [
+            judged.teacher_perception,
+            judged.teacher_reasoning,
+            judged.perception,
+            judged.reasoning,
+        ],
+        -1,
+    ).double()
+    assert four.shape == (len(mine), 3, 4) and (four[~judged.valid] == 0).all()
     scores = torch.zeros(4, 3, 4, dtype=torch.float64)
-    for k, i in enumerate(mine):
-        scores[i] = torch.cat(
-            [judged.teacher[3 * k : 3 * k + 3], judged.student[3 * k : 3 * k + 3]], 1
-        ).nan_to_num(-99)
+    scores[mine] = four.masked_fill(~judged.valid[..., None], -99)
     result["scores"] = all_sum(scores.flatten()).tolist()
-    result["d_loss"] = float(all_sum([judged.sums["discriminator_loss"][0]])[0])
-    grads = [
-        p.grad.full_tensor() if hasattr(p.grad, "full_tensor") else p.grad
-        for n, p in discriminator.named_parameters()
-        if p.grad is not None and "gate.weight" not in n
-    ]
+    result["d_loss"] = float(all_sum([judged.means["discriminator_loss"][0]])[0])
+    grads = [g for n, g in whole_gradients(discriminator).items() if "gate.weight" not in n]
     result["d_grad_norm"] = float(torch.stack([g.double().norm() for g in grads]).norm())
+    result["expert_shares"] = judged.expert_shares
     if rank() == 0:
         with open(out, "w") as file:
             json.dump(result, file)

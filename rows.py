@@ -1,0 +1,379 @@
+"""Rows: what people's files hold -> Example, whatever its schema was.
+
+Known are LLaMA-Factory's sharegpt-multimodal (`messages` or `conversations` with `images`), verl's
+parquet (`prompt`, `reward_model`), pairs for the warm-up (`teacher_caption`, ...) and plain rows
+(`question`, `image`, `response`, `answer`). A row is read and parsed when it is drawn, so memory
+does not grow with the data. A row that cannot be used raises RowError: the caller leaves it out,
+counts and names it. Nothing is dropped in silence, nothing is fetched from an address that a row
+names, and nothing in a row is executed.
+"""
+
+import base64
+import io
+import itertools
+import json
+import os
+import re
+from array import array
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+from huggingface_hub import hf_hub_download, snapshot_download
+from PIL import Image, ImageOps
+
+
+class UserError(Exception):
+    """Something the user can mend. Its text is one line that names the thing and the remedy."""
+
+
+class RowError(Exception):
+    """A row that cannot be used, and why. The row is left out, counted and named."""
+
+    where = ""  # "file:line"
+
+
+class Unfit(RowError):
+    """A row that this run cannot take, though it is sound: it is too long, or its student broke the
+    format. It is no bad row."""
+
+
+@dataclass
+class Example:
+    """One row of a data set, whatever its schema was."""
+
+    index: int  # its place among all rows: the row's identity in seeds, logs and metrics
+    where: str  # "file:line", for messages
+    messages: list[dict]  # the turns before the response; an image stands as {"type": "image"}
+    images: list[str | bytes]  # paths or encoded bytes, in the order of their placeholders
+    response: str | None = None  # the demonstration (SFT), or the supervision response y+
+    student: str | None = None  # the other side of a warm-up pair
+    answer: list[str] | None = None  # the accepted answers, RLVR's ground truth
+    captions: list[str] = field(default_factory=list)  # accepted captions, where there are any
+    source: str = "data"
+
+
+# The fields of Example that a stage may need, and how a row gives them.
+FIELDS = {
+    "response": "a last assistant turn, `response`, `teacher_response`, or `teacher_caption` and "
+    "`teacher_cot`",
+    "student": "`student_response`, or `student_caption` and `student_cot`",
+    "answer": "`answer`, or `reward_model` with `ground_truth`",
+}
+
+
+class Examples(Sequence):
+    """The rows of some sources, one source after the other, as Examples.
+
+    A row is read and parsed when it is asked for, so memory does not grow with the data.
+    `need` names the fields of Example that a stage cannot do without; a row without one of them
+    raises RowError. A row without a system turn is given `system_prompt`, where there is one.
+    """
+
+    def __init__(self, sources: list[str], need=(), system_prompt: str | None = None):
+        self.need, self.system_prompt = need, system_prompt
+        self.tables = [_open_source(source) for source in sources]
+        self.ends = list(itertools.accumulate(len(table) for _, table in self.tables))
+
+    def __len__(self) -> int:
+        return self.ends[-1]
+
+    def __getitem__(self, i):
+        if isinstance(i, slice):
+            return [self[j] for j in range(*i.indices(len(self)))]
+        if not 0 <= i < len(self):
+            raise IndexError(i)
+        part = bisect_right(self.ends, i)
+        source, table = self.tables[part]
+        at = i - (self.ends[part - 1] if part else 0)
+        where = f"{source}:{table.numbers[at]}" if isinstance(table, Lines) else f"{source}[{at}]"
+        try:
+            row = table[at]
+            example = parse_row(row, i, where, self.system_prompt)
+            for name in self.need:
+                if not getattr(example, name):
+                    found = f"found {sorted(row)}, expected {FIELDS[name]}"
+                    raise RowError(f"row without `{name}`, which this stage needs: {found}")
+            return example
+        except RowError as error:
+            error.where = where
+            raise
+        except Exception as error:  # wrong types are as many as rows can be wrong
+            bad = RowError(f"cannot be understood ({type(error).__name__}: {str(error)[:200]})")
+            bad.where = where
+            raise bad from None
+
+
+def load_data(sources, need: tuple[str, ...] = (), system_prompt: str | None = None) -> Examples:
+    """Opens one source or several: JSON, JSONL, parquet or Arrow files, hub data sets
+    (OWNER/NAME), or a file in one (hf://datasets/OWNER/NAME/FILE). UserError where one cannot be
+    opened or holds no rows."""
+    return Examples([sources] if isinstance(sources, str) else sources, need, system_prompt)
+
+
+class Lines:
+    """The lines of a JSONL file by their offsets; blank ones do not count."""
+
+    def __init__(self, path: str):
+        self.file = os.open(path, os.O_RDONLY)
+        self.starts, self.numbers, at = array("q"), array("q"), 0
+        with open(path, "rb") as file:
+            for number, line in enumerate(file, 1):
+                if line.strip():
+                    self.starts.append(at)
+                    self.numbers.append(number)
+                at += len(line)
+        self.starts.append(at)
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def __getitem__(self, i: int) -> dict:
+        # pread has no position that processes could share
+        line = os.pread(self.file, self.starts[i + 1] - self.starts[i], self.starts[i])
+        return json.loads(line)
+
+
+FORMATS = (".jsonl", ".json", ".parquet", ".arrow")
+
+
+def _open_source(source: str):
+    """-> (path or hub id, its rows: something with a length, indexed by row)."""
+    path = source
+    try:
+        if source.startswith("hf://datasets/"):
+            path = hub_file(source)
+        if path.endswith(FORMATS) and not os.path.isfile(path):
+            raise UserError(f"--data {source}: no such file; give a file, or a hub id")
+        if path.endswith(".jsonl"):
+            table = Lines(path)
+        elif path.endswith(".json"):
+            with open(path, encoding="utf-8") as file:
+                table = json.load(file)
+            if not isinstance(table, list):
+                raise ValueError("expected a list of rows")
+        else:
+            table = _arrow_table(path)
+    except (OSError, ValueError) as error:
+        said = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(f"--data {source}: cannot be read ({said})") from None
+    if not len(table):
+        raise UserError(f"--data {source}: holds no rows")
+    return path, table
+
+
+def _arrow_table(path: str):
+    """A parquet or Arrow file, or the train split of a hub data set, memory-mapped."""
+    import datasets  # slow to import, and not needed for JSONL
+
+    if path.endswith(".parquet"):
+        table = datasets.load_dataset("parquet", data_files=path, split="train")
+    elif path.endswith(".arrow"):
+        table = datasets.Dataset.from_file(path)
+    elif not os.path.exists(path) and re.fullmatch(r"[\w.-]+/[\w.-]+", path):
+        table = datasets.load_dataset(path, split="train")
+    else:
+        raise UserError(f"--data {path}: give a JSON, JSONL, parquet or Arrow file, or a hub id")
+
+    def encoded(feature):  # images stay encoded until they are needed
+        if isinstance(feature, datasets.Image):
+            return datasets.Image(decode=False)
+        if isinstance(feature, dict):
+            return type(feature)({name: encoded(part) for name, part in feature.items()})
+        inner = getattr(feature, "feature", None)
+        return feature if inner is None else datasets.List(encoded(inner))
+
+    return table.cast(encoded(table.features))
+
+
+def hub_file(source: str) -> str:
+    """hf://datasets/OWNER/NAME/FILE -> a local path. The rows of a JSON file name images beside
+    it, so for those the whole repository is fetched; a parquet file holds its images."""
+    owner, name, file = source.removeprefix("hf://datasets/").split("/", 2)
+    hub = dict(repo_id=f"{owner}/{name}", repo_type="dataset")
+    if file.endswith(".parquet"):
+        return hf_hub_download(filename=file, **hub)
+    return os.path.join(snapshot_download(**hub), file)
+
+
+ROLES = {"human": "user", "gpt": "assistant"} | {r: r for r in ("system", "user", "assistant")}
+
+
+def parse_row(row: dict, index: int, where: str, system_prompt: str | None = None) -> Example:
+    """One row -> Example, or RowError. The fields of the row tell its schema: `messages` or
+    `conversations` (sharegpt), a list `prompt` with `reward_model` (verl), else plain
+    (`question` or `prompt`, `image` or `images`, `system`, `response`, `answer`, ...)."""
+    if not isinstance(row, dict):
+        raise RowError(f"a row must be a JSON object, found {type(row).__name__}")
+    for name in ("video", "videos", "audio", "audios"):
+        if row.get(name):
+            raise RowError(f"holds `{name}`, which no stage can use")
+    images = row.get("images") or row.get("image") or []
+    images = list(images if isinstance(images, list) else [images])
+    turns = row.get("messages") or row.get("conversations") or row.get("prompt")
+    response = None
+    if isinstance(turns, list):
+        turns = [
+            (turn.get("role", turn.get("from")), turn.get("content", turn.get("value")))
+            for turn in turns
+        ]
+        if any(role not in ROLES for role, _ in turns):
+            raise RowError(f"a turn needs a role among {sorted(ROLES)} and a content")
+        turns = [(ROLES[role], content) for role, content in turns]
+        if turns and turns[-1][0] == "assistant":
+            response = _written(turns.pop()[1])
+    else:
+        question = row.get("question", row.get("prompt"))
+        if not isinstance(question, str) or not question.strip():
+            raise RowError(f"found {sorted(row)}, expected `messages`, or `question` with `image`")
+        if "<image>" not in question:
+            question = "<image>" * len(images) + question
+        turns = [("user", question)]
+    if not any(role == "user" for role, _ in turns):
+        raise RowError("no user turn; a row needs a question")
+    if row.get("system"):
+        turns.insert(0, ("system", row["system"]))
+    if system_prompt and turns[0][0] != "system":
+        turns.insert(0, ("system", system_prompt))
+    if any(role == "system" for role, _ in turns[1:]):
+        raise RowError("a system turn that is not the first; join them into one")
+
+    pending, ordered = iter(images), []  # ordered: the images in the order of their places
+    messages = [
+        {"role": role, "content": list(_parts(content, pending, ordered))}
+        for role, content in turns
+    ]
+    left = len(list(pending))
+    if left:
+        raise RowError(
+            f"{len(images) - left} <image> placeholders for {len(images)} images; make them equal"
+        )
+    folder = os.path.dirname(where)
+    truth = row.get("reward_model") or {}
+    equivalent = row.get("equivalent_answers") or truth.get("equivalent_answers")
+    answers = _accepted(row.get("answer", truth.get("ground_truth"))) + _accepted(equivalent)
+    return Example(
+        index=index,
+        where=where,
+        messages=messages,
+        images=[_image_source(image, folder) for image in ordered],
+        response=_text(response or row.get("response") or _side(row, "teacher")),
+        student=_text(_side(row, "student")),
+        answer=answers or None,
+        captions=_accepted(row.get("caption")),
+        source=_text(str(row.get("source") or row.get("data_source") or "data")),
+    )
+
+
+def _parts(content, images: Iterator, ordered: list) -> Iterator[dict]:
+    """A turn's content, text with <image> placeholders or a list of parts, as the parts that a
+    chat template takes. Appends each image, from its part or the next of `images`, to `ordered`."""
+    if isinstance(content, str):
+        pieces = [piece for piece in re.split(r"(<image>)", _text(content)) if piece]
+        content = [
+            {"type": "image"}
+            if piece == "<image>"
+            else {"type": "text", "text": piece.lstrip("\n") if i else piece}
+            for i, piece in enumerate(pieces)
+        ]
+    if not isinstance(content, list):
+        raise RowError(f"a turn's content must be text or parts, found {type(content).__name__}")
+    for part in content:
+        if part.get("type") == "text" and isinstance(part.get("text"), str):
+            yield {"type": "text", "text": _text(part["text"])}
+        elif part.get("type") in ("image", "image_url"):
+            own = part.get("image") or part.get("image_url") or part.get("path") or part.get("url")
+            own = next(images, None) if own is None else own
+            if own is None:
+                raise RowError("more <image> placeholders than images; make them equal")
+            ordered.append(own)
+            yield {"type": "image"}
+        else:
+            raise RowError(f"a part that is neither text nor an image: {str(part)[:80]}")
+
+
+def _written(content) -> str:
+    """An assistant's turn as text."""
+    if isinstance(content, list):
+        parts = _parts(content, iter(()), [])
+        content = "".join(part["text"] if part["type"] == "text" else "<image>" for part in parts)
+    return content
+
+
+def _accepted(value) -> list[str]:
+    """A ground truth -> the answers that it accepts. A list holds several, also as JSON in a
+    string where all of its members are strings; the release writes __EMPTY__ for none."""
+    if isinstance(value, str) and value.startswith('["'):
+        try:
+            members = json.loads(value)
+            value = members if all(isinstance(m, str) for m in members) else value
+        except ValueError:
+            pass
+    if isinstance(value, (list, tuple)):
+        return [answer for member in value for answer in _accepted(member)]
+    if value is not None and not isinstance(value, (str, int, float)):
+        raise RowError(f"an answer must be text or a number, found {type(value).__name__}")
+    return [] if value is None or value in ("", "__EMPTY__") else [_text(str(value))]
+
+
+def _side(row: dict, side: str) -> str | None:
+    """A pair's response: `<side>_response`, or `<side>_caption` and `<side>_cot` put together."""
+    if row.get(f"{side}_response"):
+        return row[f"{side}_response"]
+    caption, cot = (_text(row.get(f"{side}_{part}")) for part in ("caption", "cot"))
+    if not caption or not cot:
+        return None
+    caption = caption.strip() if "<caption>" in caption else f"<caption>{caption.strip()}</caption>"
+    return f"{caption}\n{cot.strip()}"
+
+
+def _text(value) -> str | None:
+    if value is not None and not isinstance(value, str):
+        raise RowError(f"expected text, found {type(value).__name__}: {str(value)[:80]}")
+    if value is not None and not value.isascii() and re.search("[\ud800-\udfff]", value):
+        raise RowError("a text holds half of a surrogate pair, which no tokenizer can encode")
+    return value
+
+
+def _image_source(image, folder: str) -> str | bytes:
+    """A path, encoded bytes, a data URI, or a dict of these -> bytes or an existing path."""
+    if isinstance(image, dict):
+        image = image.get("bytes") or image.get("path") or image.get("url")
+    if isinstance(image, str) and image.startswith("data:"):
+        image = base64.b64decode(image.partition(",")[2])
+    if isinstance(image, bytes):
+        return image
+    if not isinstance(image, str):
+        raise RowError(f"an image must be a path or encoded bytes, found {type(image).__name__}")
+    if re.match(r"https?://", image):
+        raise RowError(
+            f"image {image[:80]}: addresses are not fetched; download it beside the data"
+        )
+    path = os.path.join(folder, image.removeprefix("file://"))
+    if not os.path.isfile(path):
+        raise RowError(f"image {path} does not exist; image paths are relative to the data file")
+    return path
+
+
+def open_image(source: str | bytes) -> Image.Image:
+    """The picture in RGB, upright, on white where it is transparent; RowError if it is none.
+    Grey of more than 8 bits is scaled from its full range, which for floats is 1, 255 or 65535."""
+    try:
+        image = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source)
+        if image.width * image.height > Image.MAX_IMAGE_PIXELS:
+            raise ValueError(f"{image.width} x {image.height} pixels are too many")
+        image = ImageOps.exif_transpose(image)
+        if image.mode[0] in "IF":
+            floats = image.convert("F")
+            white = next((w for w in (1, 255) if floats.getextrema()[1] <= w), 65535)
+            white = 65535 if image.mode.startswith("I") else white
+            return floats.point(lambda x: x * (255 / white) + 0.5).convert("L").convert("RGB")
+        if image.has_transparency_data:
+            image = (image.convert("LA") if image.mode == "La" else image).convert("RGBA")
+            return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert(
+                "RGB"
+            )
+        return image.convert("RGB")
+    except Exception as error:  # PIL raises many kinds; each means that the picture is not usable
+        name = source if isinstance(source, str) else "(bytes)"
+        raise RowError(f"image {name} cannot be opened ({error})") from None

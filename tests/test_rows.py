@@ -1,0 +1,703 @@
+"""Rows in the wild -> examples: schemas, files, images; and what bad rows are told."""
+
+import base64
+import copy
+import io
+import json
+import os
+import random
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import rows
+from data import Response, encode_prompts, load_processor, parse_response
+from rows import Example, RowError, UserError, load_data, open_image, parse_row
+
+PIXEL = bytes.fromhex(
+    "89504e470d0a1a0a0000000d49484452000000010000000108000000003a7e9b55"
+    "0000000a49444154789c6360000000020001e221bc330000000049454e44ae426082"
+)
+URI = "data:image/png;base64," + base64.b64encode(PIXEL).decode()
+
+
+@pytest.fixture(scope="module")
+def processor(world):
+    return load_processor(world["init"])
+
+
+def write(tmp_path, *lines, name="data.jsonl") -> str:
+    (tmp_path / "a.png").write_bytes(PIXEL)
+    path = tmp_path / name
+    path.write_text(
+        "".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in lines),
+        encoding="utf-8",
+    )
+    return str(path)
+
+
+# --------------------------------------------------------------------------------------------------
+# Schemas
+
+SHAREGPT = {
+    "messages": [
+        {"role": "user", "content": "<image>How many?"},
+        {"role": "assistant", "content": "two"},
+    ],
+    "images": ["a.png"],
+}
+OLDER = {
+    "conversations": [
+        {"from": "human", "value": "<image>How many?"},
+        {"from": "gpt", "value": "two"},
+    ],
+    "images": ["a.png"],
+}
+PLAIN = {
+    "question": "How many?",
+    "image": "a.png",
+    "response": "two",
+    "answer": 2,
+    "source": "s",
+}
+VERL = {
+    "prompt": [{"role": "user", "content": "<image>How many?"}],
+    "images": [{"bytes": None, "path": "a.png"}],
+    "reward_model": {"ground_truth": "2", "style": "rule", "equivalent_answers": ["two"]},
+    "data_source": "s",
+    "teacher_response": "two",
+}
+COT = "<think>t</think><answer>1</answer>"
+PAIR = {
+    "question": "q",
+    "image": "a.png",
+    "teacher_caption": "c",
+    "teacher_cot": COT,
+    "student_caption": "<caption>d</caption>",
+    "student_cot": COT,
+}
+PARTS = {
+    "messages": [
+        {"role": "system", "content": [{"type": "text", "text": "Be brief."}]},
+        {
+            "role": "user",
+            "content": [{"type": "image", "image": "a.png"}, {"type": "text", "text": "How many?"}],
+        },
+        {"role": "assistant", "content": [{"type": "text", "text": "two"}]},
+    ]
+}
+
+
+def test_schemas_give_the_same_example(tmp_path):
+    """sharegpt in both spellings, plain, and verl's layout, of one row."""
+    a, b, c, d = load_data(write(tmp_path, SHAREGPT, OLDER, PLAIN, VERL))
+    assert a.messages == b.messages == c.messages == d.messages
+    assert a.images == b.images == c.images == d.images == [str(tmp_path / "a.png")]
+    assert a.response == b.response == c.response == d.response == "two"
+    assert (
+        c.answer == ["2"]
+        and d.answer == ["2", "two"]
+        and c.source == d.source == "s"
+        and a.answer is None
+    )
+
+
+def test_warm_up_pairs(tmp_path):
+    whole = {"prompt": "q", "image": "a.png", "teacher_response": "x", "student_response": "y"}
+    a, b = load_data(write(tmp_path, PAIR, whole), need=("response", "student"))
+    assert (
+        parse_response(a.response) == Response("c", "t", "1")
+        and parse_response(a.student).caption == "d"
+    )
+    assert (b.response, b.student) == ("x", "y")
+
+
+@pytest.mark.parametrize(
+    "image, expected",
+    [
+        ({"type": "image"}, "from images"),
+        ({"type": "image", "image": "a.png"}, "path"),
+        ({"type": "image", "path": "a.png"}, "path"),
+        ({"type": "image", "url": "a.png"}, "path"),
+        ({"type": "image", "image": URI}, PIXEL),
+        ({"type": "image", "image": {"bytes": PIXEL, "path": None}}, PIXEL),
+        ({"type": "image", "image": {"bytes": None, "path": "a.png"}}, "path"),
+        ({"type": "image_url", "image_url": {"url": URI}}, PIXEL),
+        ({"type": "image_url", "image_url": {"url": "a.png"}}, "path"),
+        ({"type": "image_url", "image_url": "a.png"}, "path"),
+    ],
+)
+@pytest.mark.parametrize("role", ["user", "human"])
+def test_parts_with_images(tmp_path, image, expected, role):
+    """A turn as a list of parts, its image named in the part or taken from the row's images; empty
+    fields beside it, as Arrow fills them in, do not count."""
+    write(tmp_path)
+    path = str(tmp_path / "a.png")
+    for more in ({}, {"text": None, "video": None}):
+        parts = [{"type": "text", "text": "a"}, image | more, {"type": "text", "text": "b"}]
+        row = {"messages": [{"role": role, "content": parts}], "answer": "1"}
+        row |= {"images": ["a.png"]} if expected == "from images" else {}
+        example = parse_row(row, 0, str(tmp_path / "f.jsonl:1"))
+        assert example.images == [PIXEL if expected == PIXEL else path]
+        content = [parts[0], {"type": "image"}, parts[2]]
+        assert example.messages == [{"role": "user", "content": content}]
+
+
+def test_parts_in_every_role(tmp_path):
+    (example,) = load_data(write(tmp_path, PARTS))
+    assert [m["role"] for m in example.messages] == ["system", "user"]
+    assert example.messages[0]["content"] == [{"type": "text", "text": "Be brief."}]
+    assert example.messages[1]["content"][0] == {"type": "image"} and example.response == "two"
+
+
+def test_images_stand_in_the_order_of_their_places(tmp_path):
+    """Those that a part brings itself and those of the row, in several turns."""
+    for name in "bcd":
+        (tmp_path / f"{name}.png").write_bytes(PIXEL)
+    row = {
+        "messages": [
+            {"role": "user", "content": "<image>\nfirst, and <image>"},
+            {"role": "assistant", "content": "yes"},
+            {"role": "user", "content": [{"type": "image", "path": "a.png"}, {"type": "image"}]},
+            {"role": "assistant", "content": "last"},
+        ],
+        "images": ["b.png", "c.png", "d.png"],
+    }
+    (example,) = load_data(write(tmp_path, row))
+    assert [os.path.basename(image) for image in example.images] == [f"{n}.png" for n in "bcad"]
+    assert [m["role"] for m in example.messages] == ["user", "assistant", "user"]
+    first = example.messages[0]["content"]
+    assert first == [{"type": "image"}, {"type": "text", "text": "first, and "}, {"type": "image"}]
+    assert example.response == "last"
+
+
+def test_system_turns(tmp_path):
+    """A top-level `system` stands before the messages; the given prompt only where there is
+    none."""
+    users = {"messages": [{"role": "user", "content": "q"}]}
+    own = {"messages": [{"role": "system", "content": "own"}, *users["messages"]]}
+    path = write(tmp_path, users, users | {"system": "top"}, own, PLAIN, PLAIN | {"system": "top"})
+    for given, expected in ((None, [None, "top", "own", None, "top"]), ("p", ["p", "top", "own"])):
+        examples = load_data(path, system_prompt=given)
+        for example, text in zip(examples, expected):
+            roles = [m["role"] for m in example.messages]
+            assert roles == (["user"] if text is None else ["system", "user"])
+            if text is not None:
+                assert example.messages[0]["content"] == [{"type": "text", "text": text}]
+    with pytest.raises(RowError, match="a system turn that is not the first"):
+        parse_row(own | {"system": "two"}, 0, "f:1")
+
+
+@pytest.mark.parametrize(
+    "fields, expected",
+    [
+        ({"answer": "4"}, ["4"]),
+        ({"answer": 4}, ["4"]),
+        ({"answer": 0}, ["0"]),
+        ({"answer": 0.5}, ["0.5"]),
+        ({"answer": True}, ["True"]),
+        ({"answer": ["4", 5]}, ["4", "5"]),
+        ({"answer": '["4", "four"]'}, ["4", "four"]),
+        ({"answer": '["4", 5]'}, ['["4", 5]']),
+        ({"answer": '["broken'}, ['["broken']),
+        ({"answer": "[1, 2]"}, ["[1, 2]"]),
+        ({"answer": ["__EMPTY__", "4", None, ""]}, ["4"]),
+        ({"answer": "__EMPTY__"}, None),
+        ({"answer": ""}, None),
+        ({"answer": None}, None),
+        ({"answer": [], "equivalent_answers": []}, None),
+        ({"answer": "4", "equivalent_answers": "four"}, ["4", "four"]),
+        ({"answer": "4", "equivalent_answers": 4.0}, ["4", "4.0"]),
+        ({"answer": "4", "equivalent_answers": ["four", "__EMPTY__"]}, ["4", "four"]),
+        ({"answer": "4", "equivalent_answers": '["four", "IV"]'}, ["4", "four", "IV"]),
+        ({"answer": "4", "equivalent_answers": "__EMPTY__"}, ["4"]),
+        ({"reward_model": {"ground_truth": 7, "equivalent_answers": "VII"}}, ["7", "VII"]),
+        ({"reward_model": {"ground_truth": "__EMPTY__"}}, None),
+        ({"reward_model": None}, None),
+    ],
+)
+def test_accepted_answers(fields, expected):
+    assert parse_row({"question": "q", **fields}, 0, "f:1").answer == expected
+
+
+# --------------------------------------------------------------------------------------------------
+# Files
+
+
+def test_opening_parses_nothing(tmp_path, monkeypatch):
+    """A row is parsed when it is drawn, each time, and only that row."""
+    path = write(tmp_path, *[{"question": f"{i}"} for i in range(50)], "{broken", "7")
+    parsed = []
+    parse = rows.parse_row
+    monkeypatch.setattr(rows, "parse_row", lambda row, *a: parsed.append(row) or parse(row, *a))
+    examples = load_data(path)
+    assert len(examples) == 52 and parsed == []
+    assert examples[7].index == 7 and parsed == [{"question": "7"}]
+    assert [e.index for e in examples[10:13]] == [10, 11, 12] and len(parsed) == 4
+    with pytest.raises(IndexError):
+        examples[52]
+    with pytest.raises(RowError, match="JSONDecodeError"):
+        examples[50]
+
+
+def test_memory_does_not_grow_with_the_data(tmp_path):
+    """What is kept of a JSONL file is where its lines start."""
+    path = write(tmp_path, *["{" + f'"question": "{"x" * 10_000}"' + "}"] * 300)
+    examples = load_data(path)
+    held = [x for x in vars(examples.tables[0][1]).values() if hasattr(x, "itemsize")]
+    assert sum(len(x) * x.itemsize for x in held) < 20 * 301
+    assert not any(isinstance(x, (list, dict, str)) for x in vars(examples.tables[0][1]).values())
+    assert len(examples[299].messages[0]["content"][0]["text"]) == 10_000
+
+
+def test_blank_lines_do_not_count_and_keep_the_numbers(tmp_path):
+    lines = ["", json.dumps({"question": "a"}), "  \t", "", json.dumps({"question": "é"}), ""]
+    path = write(tmp_path, *lines)
+    with open(path, "a") as file:
+        file.write(json.dumps({"question": "c"}))  # no line break at the end
+    examples = load_data(path)
+    assert [e.where for e in examples] == [f"{path}:{n}" for n in (2, 5, 7)]
+    assert [e.messages[0]["content"][0]["text"] for e in examples] == ["a", "é", "c"]
+    assert [e.index for e in examples] == [0, 1, 2]
+
+
+def test_every_format_gives_the_same_examples(tmp_path):
+    import datasets
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    whole = [VERL | {"images": [{"bytes": PIXEL, "path": None}]}, VERL]
+    text = [VERL, VERL | {"data_source": "t"}]
+    write(tmp_path, *text)
+    (tmp_path / "data.json").write_text(json.dumps(text))
+    pq.write_table(pa.Table.from_pylist(whole), tmp_path / "data.parquet")
+    data = datasets.Dataset.from_list(whole)
+    data.save_to_disk(tmp_path / "arrow")
+    arrow = next((tmp_path / "arrow").glob("*.arrow")).rename(tmp_path / "data.arrow")
+    paths = [str(tmp_path / name) for name in ("data.jsonl", "data.json", "data.parquet")]
+    several = load_data([*paths, str(arrow)], need=("answer", "response"))
+    assert len(several) == 8 and [e.index for e in several] == list(range(8))
+    places = [f"{paths[0]}:{i}" for i in (1, 2)]
+    places += [f"{path}[{i}]" for path in (*paths[1:], arrow) for i in (0, 1)]
+    assert [e.where for e in several] == places
+    for example in several:
+        assert example.answer == ["2", "two"] and example.response == "two"
+    images = [e.images[0] for e in several]
+    assert images == [str(tmp_path / "a.png")] * 4 + [PIXEL, str(tmp_path / "a.png")] * 2
+    assert [e.source for e in several] == ["s", "t", "s", "t", "s", "s", "s", "s"]
+
+
+def test_parquet_with_encoded_images(tmp_path, processor):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    row = {
+        "prompt": [{"role": "user", "content": "<image>q"}],
+        "images": [{"bytes": PIXEL, "path": None}],
+        "data_source": "s",
+        "reward_model": {"ground_truth": "3", "style": "rule"},
+        "teacher_response": "r",
+    }
+    pq.write_table(pa.Table.from_pylist([row] * 2), tmp_path / "rows.parquet")
+    examples = load_data(str(tmp_path / "rows.parquet"), need=("answer", "response"))
+    assert len(examples) == 2 and examples[0].answer == ["3"] and examples[0].images == [PIXEL]
+    assert encode_prompts(processor, examples)[1].image_grid_thw.tolist() == [[1, 2, 2]]
+
+
+def test_parquet_with_image_features(tmp_path, processor):
+    """As `datasets` writes it: lists of images, one image, and images inside messages, all still
+    encoded when a row is drawn."""
+    import datasets
+
+    picture = Image.open(io.BytesIO(PIXEL))
+    part = {"type": datasets.Value("string"), "image": datasets.Image()}
+    part["text"] = datasets.Value("string")
+    turn = {"role": datasets.Value("string"), "content": datasets.List(part)}
+    text = {"type": "text", "image": None, "text": "q"}
+    inline = {"type": "image", "image": picture, "text": None}
+    word = datasets.Value("string")
+    for i, (column, feature, value) in enumerate(
+        [
+            ("images", datasets.List(datasets.Image()), [picture, picture]),
+            ("image", datasets.Image(), picture),
+            ("messages", datasets.List(turn), [{"role": "user", "content": [inline, text]}]),
+        ]
+    ):
+        row = {column: [value]} | ({} if column == "messages" else {"question": ["q"]})
+        features = {column: feature} | dict.fromkeys(set(row) - {column}, word)
+        path = str(tmp_path / f"{i}.parquet")
+        datasets.Dataset.from_dict(row, features=datasets.Features(features)).to_parquet(path)
+        (example,) = load_data(path)
+        assert all(isinstance(image, bytes) for image in example.images)
+        assert [open_image(image).size for image in example.images] == [(1, 1)] * (1 + (i == 0))
+        (prompt,) = encode_prompts(processor, [example])
+        assert len(prompt.image_grid_thw) == len(example.images)
+
+
+@pytest.mark.parametrize("path", ["no/such/file.jsonl", "missing.json", "."])
+def test_bad_paths(path):
+    with pytest.raises(UserError, match="--data"):
+        load_data(path)
+
+
+@pytest.mark.parametrize("name", ["data.jsonl", "data.json", "data.parquet", "data.arrow"])
+@pytest.mark.parametrize("content", [b"", b"\x00\xff broken {"])
+def test_files_that_cannot_be_read_are_one_line(tmp_path, name, content):
+    path = tmp_path / name
+    path.write_bytes(content)
+    if name == "data.jsonl" and content:  # a line is a row, which is read when it is drawn
+        with pytest.raises(RowError):
+            load_data(str(path))[0]
+        return
+    with pytest.raises(UserError, match="--data .*data") as error:
+        load_data(str(path))
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("content", ['{"question": "q"}', "3", "[]"])
+def test_json_that_is_no_list_of_rows(tmp_path, content):
+    (tmp_path / "data.json").write_text(content)
+    with pytest.raises(UserError, match="--data .*(expected a list of rows|holds no rows)"):
+        load_data(str(tmp_path / "data.json"))
+
+
+@pytest.mark.parametrize(
+    "name", ["owner/name", "open-r1/some.data-1.5", "prism-vlm/gemini_distill"]
+)
+def test_hub_ids(monkeypatch, name):
+    """Names with dots, dashes and underscores are hub ids; their train split is read."""
+    import datasets
+
+    asked = []
+    table = datasets.Dataset.from_list([{"question": "q", "answer": "1"}])
+    monkeypatch.setattr(datasets, "load_dataset", lambda *a, **k: asked.append((a, k)) or table)
+    (example,) = load_data(name, need=("answer",))
+    assert asked == [((name,), {"split": "train"})] and example.where == f"{name}[0]"
+
+
+# --------------------------------------------------------------------------------------------------
+# Bad rows
+
+ROW = {"question": "q", "image": "a.png", "answer": "1", "response": "r"}
+TURN = {"messages": [{"role": "user", "content": "q"}]}
+
+
+def asked(content) -> dict:
+    return {"messages": [{"role": "user", "content": content}], "answer": "1"}
+
+
+@pytest.mark.parametrize(
+    "lines, says",
+    [
+        ([{**ROW, "image": "b.png"}], ["data.jsonl:1", "b.png", "does not exist"]),
+        ([ROW, {"question": "q"}], ["data.jsonl:2", "without `answer`"]),
+        ([{"image": "a.png", "answer": "1"}], ["data.jsonl:1", "question"]),
+        (
+            [{"messages": [{"role": "user", "content": "q"}], "images": ["a.png"], "answer": "1"}],
+            ["0 <image> placeholders for 1 images"],
+        ),
+        (
+            [{"messages": [{"role": "dog", "content": "q"}], "answer": "1"}],
+            ["data.jsonl:1", "role"],
+        ),
+        ([asked(3)], ["must be text", "int"]),
+        (["[1, 2]"], ["data.jsonl:1", "JSON object"]),
+        ([ROW, "{broken"], ["data.jsonl:2", "JSON"]),
+        ([asked("<image><image>") | {"images": ["a.png"]}], ["more <image> placeholders"]),
+        ([ROW | {"videos": ["a.mp4"]}], ["holds `videos`", "no stage can use"]),
+        ([ROW | {"video": "a.mp4"}], ["holds `video`", "no stage can use"]),
+        ([ROW | {"audios": ["a.wav"]}], ["holds `audios`", "no stage can use"]),
+        ([ROW | {"audio": {"path": "a.wav"}}], ["holds `audio`", "no stage can use"]),
+        ([asked([{"type": "video", "video": "a.mp4"}])], ["neither text nor an image", "a.mp4"]),
+        ([asked([{"type": "text", "text": None}])], ["neither text nor an image"]),
+        ([asked(None)], ["must be text or parts", "NoneType"]),
+        ([ROW | {"question": None}], ["expected `messages`, or `question`"]),
+        ([ROW | {"image": "https://host/a.png"}], ["addresses are not fetched"]),
+        ([ROW | {"image": 3}], ["must be a path or encoded bytes", "int"]),
+        ([ROW | {"image": {"bytes": None, "path": None}}], ["path or encoded bytes", "NoneType"]),
+        ([ROW | {"image": "data:image/png;base64,abcde"}], ["data.jsonl:1", "cannot be"]),
+        ([ROW | {"response": 3}], ["expected text", "int"]),
+        ([ROW | {"system": 3}], ["must be text", "int"]),
+        ([ROW | {"answer": {"a": 1}}], ["an answer must be text or a number", "dict"]),
+        ([ROW | {"answer": ["a", {}]}], ["an answer must be text or a number", "dict"]),
+        ([ROW | {"answer": "__EMPTY__"}], ["without `answer`"]),
+        ([asked("a") | {"messages": "not a list"}], ["data.jsonl:1", "found"]),
+        ([{"messages": [], "answer": "1"}], ["data.jsonl:1", "found"]),
+        ([{"messages": [{"role": "assistant", "content": "a"}], "answer": "1"}], ["no user turn"]),
+        ([{"messages": ["a"], "answer": "1"}], ["data.jsonl:1", "cannot be understood"]),
+        ([asked(["a"])], ["data.jsonl:1", "cannot be understood"]),
+        ([ROW | {"reward_model": "x"} | {"answer": None}], ["data.jsonl:1"]),
+        ([ROW | {"question": "half \\ud800 of one"}], None),
+        (['{"question": "half \\ud800 of one", "answer": "1"}'], ["half of a surrogate pair"]),
+        (['{"question": "q", "answer": "\\udfff"}'], ["half of a surrogate pair"]),
+        (['{"question": "q", "answer": "1", "source": "\\udc00"}'], ["half of a surrogate pair"]),
+        (['{"question": "q", "answer": "1", "response": "\\udc00"}'], ["half of a surrogate pair"]),
+        (["null"], ["JSON object", "NoneType"]),
+    ],
+)
+def test_bad_rows_are_named_in_one_line(tmp_path, lines, says):
+    """Opening succeeds; the last row is the bad one. `where` and the reason make one line, and the
+    rows before it are read."""
+    examples = load_data(write(tmp_path, *lines), need=("answer",))
+    for i in range(len(lines) - 1):
+        assert examples[i].answer == ["1"]
+    if says is None:  # a backslash that is text
+        assert examples[0].messages[0]["content"][1]["text"] == "half \\ud800 of one"
+        return
+    for _ in range(2):  # as often as it is drawn
+        with pytest.raises(RowError) as error:
+            examples[len(lines) - 1]
+        line = f"{error.value.where}: {error.value}"
+        assert error.value.where == f"{tmp_path}/data.jsonl:{len(lines)}" and "\n" not in line
+        assert error.value.where not in str(error.value)
+        for part in says:
+            assert part in line
+
+
+def test_a_file_without_rows(tmp_path):
+    for lines in ([], ["", "  "]):
+        with pytest.raises(UserError, match="holds no rows"):
+            load_data(write(tmp_path, *lines), need=("answer",))
+
+
+def test_image_that_cannot_be_opened(tmp_path, processor):
+    """A row is read without its images; the row that cannot be encoded stands beside the others."""
+    path = write(tmp_path, {**ROW, "image": "good.png"}, ROW, {**ROW, "image": "good.png"})
+    (tmp_path / "good.png").write_bytes(PIXEL)
+    (tmp_path / "a.png").write_bytes(b"not a picture")
+    for _ in range(2):
+        prompts = encode_prompts(processor, load_data(path)[:])
+        assert [isinstance(prompt, RowError) for prompt in prompts] == [False, True, False]
+        assert prompts[1].where == f"{path}:2"
+        assert "a.png cannot be opened" in str(prompts[1]) and [prompts[0].index, prompts[2].index]
+        Image.effect_noise((64, 64), 50).save(tmp_path / "a.png")
+        (tmp_path / "a.png").write_bytes(
+            (tmp_path / "a.png").read_bytes()[:500]
+        )  # its header is whole, the rest is missing
+
+
+def test_image_token_in_the_text(tmp_path, processor):
+    good, bad = ROW, {**ROW, "question": "what is <|image_pad|>?"}
+    path = write(tmp_path, good, bad)
+    prompts = encode_prompts(processor, load_data(path)[:])
+    assert prompts[0].index == 0 and isinstance(prompts[1], RowError)
+    assert prompts[1].where == f"{path}:2" and "<|image_pad|>, a control token" in str(prompts[1])
+
+
+ODD = [None, True, False, 0, -1, 3.5, float("nan"), "", " ", "<image>", "<image><image>", "a.png"]
+ODD += ["\ud800", "é\x00", [], [None], [[]], ["a.png"], {}, {"type": "image"}, {"bytes": b""}]
+ODD += [b"", b"x", [{"role": "user"}], [{"type": "text", "text": 1}], {"url": 1}, "__EMPTY__"]
+ODD += ["data:,", "data:image/png;base64,@@@@", "[" * 50, '["a", 1]', 10**400, ("t",), {"a": 1}]
+KEYS = [
+    *SHAREGPT,
+    *OLDER,
+    *PLAIN,
+    *VERL,
+    *PAIR,
+    "system",
+    "videos",
+    "equivalent_answers",
+    "caption",
+]
+
+
+def places(value, at=()):
+    """The path to every value inside a row."""
+    yield at
+    inner = list(enumerate(value)) if isinstance(value, list) else ()
+    for key, part in value.items() if isinstance(value, dict) else inner:
+        yield from places(part, (*at, key))
+
+
+def mutated(row: dict, rng: random.Random):
+    """A row of which a part is replaced, left out, doubled, or put where another stood."""
+    row = copy.deepcopy(row)
+    for _ in range(rng.randint(1, 3)):
+        *outer, last = rng.choice([at for at in places(row) if at] or [("question",)])
+        parent = row
+        for key in outer:
+            parent = parent[key]
+        match rng.randrange(5):
+            case 0:
+                parent[last] = copy.deepcopy(rng.choice(ODD))
+            case 1:
+                parent.pop(last, None) if isinstance(parent, dict) else parent.pop(last)
+            case 2:
+                row[rng.choice(KEYS)] = copy.deepcopy(rng.choice(ODD))
+            case 3:
+                row[rng.choice(KEYS)] = copy.deepcopy(parent.get(last) if outer == [] else parent)
+            case 4 if isinstance(parent, list):
+                parent.append(parent[last])
+    return row
+
+
+def test_any_row_is_an_example_or_a_row_error(tmp_path, monkeypatch, processor):
+    """Some thousands of rows of every layout, mutated at random. What comes through is sound: its
+    chat has as many images as places, and texts that can be encoded."""
+    write(tmp_path)
+    rng = random.Random(0)
+    layouts = [SHAREGPT, OLDER, PLAIN, VERL, PAIR, PARTS, ROW]
+    table = [mutated(rng.choice(layouts), rng) for _ in range(4000)]
+    monkeypatch.setattr(rows, "_open_source", lambda source: (source, table))
+    examples = load_data(str(tmp_path / "f"))
+    good, bad = [], set()
+    for i, row in enumerate(table):
+        try:
+            example = examples[i]
+        except RowError as error:
+            assert error.where == f"{tmp_path}/f[{i}]" and str(error), row
+            bad.add(str(error)[:12])
+            continue
+        good.append(example)
+        assert isinstance(example, Example) and example.index == i
+        parts = [part for message in example.messages for part in message["content"]]
+        assert sum(part["type"] == "image" for part in parts) == len(example.images), row
+        texts = [part["text"] for part in parts if part["type"] == "text"]
+        texts += [example.response, example.student, example.source]
+        texts += [*(example.answer or []), *example.captions]
+        for text in texts:
+            assert text is None or isinstance(text, str), row
+            (text or "").encode()
+        for image in example.images:
+            assert isinstance(image, bytes) or os.path.isfile(image), row
+    assert len(good) > 1000 and len(bad) > 12
+    for example in good[::10]:
+        (prompt,) = encode_prompts(processor, [example])
+        assert isinstance(prompt, RowError) or prompt.index == example.index
+
+
+# --------------------------------------------------------------------------------------------------
+# Images
+
+
+def opened(image: Image.Image, format: str = "PNG", **kwargs) -> Image.Image:
+    buffer = io.BytesIO()
+    image.save(buffer, format, **kwargs)
+    result = open_image(buffer.getvalue())
+    assert result.mode == "RGB"
+    return result
+
+
+def pixels(image: Image.Image) -> list[tuple]:
+    return [tuple(pixel) for pixel in np.asarray(image).reshape(-1, 3).tolist()]
+
+
+def near(image: Image.Image, *expected, by: int = 1) -> bool:
+    return np.abs(np.array(pixels(image)) - np.array(expected)).max() <= by
+
+
+def grey(*values) -> list[tuple]:
+    return [(v, v, v) for v in values]
+
+
+def picture(mode: str, *values) -> Image.Image:
+    image = Image.new(mode, (len(values), 1))
+    for x, value in enumerate(values):
+        image.putpixel((x, 0), value)
+    return image
+
+
+RED, GREEN, WHITE = (255, 0, 0), (0, 255, 0), (255, 255, 255)
+
+
+def test_modes_without_transparency():
+    assert pixels(opened(picture("1", 0, 255))) == grey(0, 255)
+    assert pixels(opened(picture("L", 0, 128, 255))) == grey(0, 128, 255)
+    assert pixels(opened(picture("RGB", RED, (1, 2, 3)))) == [RED, (1, 2, 3)]
+    palette = picture("P", 0, 1)
+    palette.putpalette([*RED, *GREEN])
+    assert pixels(opened(palette)) == [RED, GREEN]
+    assert pixels(opened(palette, "GIF")) == [RED, GREEN]
+    cmyk = opened(picture("CMYK", (0, 255, 255, 0), (0, 0, 0, 255), (0, 0, 0, 0)), "TIFF")
+    assert pixels(cmyk) == [RED, (0, 0, 0), WHITE]
+    coloured = picture("RGB", RED, GREEN, WHITE, (10, 20, 30))
+    for mode, format in (("YCbCr", "TIFF"), ("LAB", "TIFF")):
+        stored = Image.new(mode, (3, 1), (200, 128, 128))
+        assert near(opened(stored, format), *[(200, 200, 200)] * 3, by=10), mode
+    assert near(opened(coloured, "JPEG", quality=100, subsampling=0), *pixels(coloured), by=90)
+
+
+def test_modes_that_no_file_holds(monkeypatch):
+    """HSV, La and RGBa come from other ways of opening: through the same conversions."""
+    for image, expected in [
+        (picture("HSV", (0, 255, 255), (85, 255, 255), (0, 0, 128)), [RED, GREEN, (128,) * 3]),
+        (picture("YCbCr", (255, 128, 128), (0, 128, 128)), grey(255, 0)),
+        (picture("RGBA", (*RED, 255), (*RED, 0)).convert("RGBa"), [RED, WHITE]),
+        (picture("LA", (0, 255), (0, 0)).convert("La"), grey(0, 255)),
+        (picture("PA", (0, 255), (0, 0)), grey(0, 255)),
+        (picture("RGBX", (1, 2, 3, 0)), [(1, 2, 3)]),
+    ]:
+        monkeypatch.setattr(rows.Image, "open", lambda source, image=image: image)
+        result = open_image(b"")
+        assert result.mode == "RGB" and near(result, *expected), image.mode
+
+
+def test_transparency_stands_on_white():
+    clear = picture("RGBA", (*RED, 255), (*RED, 0), (*RED, 128))
+    pink = (255, 127, 127)
+    for format, kwargs in (("PNG", {}), ("WEBP", {"lossless": True}), ("TIFF", {})):
+        assert near(opened(clear, format, **kwargs), RED, WHITE, pink), format
+    assert near(opened(picture("LA", (0, 255), (0, 0), (0, 128))), *grey(0, 255, 127))
+    palette = picture("P", 0, 1)
+    palette.putpalette([*RED, *GREEN])
+    assert pixels(opened(palette, transparency=1)) == [RED, WHITE]
+    assert pixels(opened(palette, transparency=b"\xff\x80"))[0] == RED
+    assert near(opened(palette, transparency=b"\xff\x80"), RED, (127, 255, 127))
+    assert pixels(opened(palette, "GIF", transparency=0)) == [WHITE, GREEN]
+    assert pixels(opened(picture("RGB", RED, GREEN), transparency=GREEN)) == [RED, WHITE]
+    assert pixels(opened(picture("L", 7, 9), transparency=9)) == grey(7, 255)
+    assert pixels(opened(picture("1", 0, 255), transparency=0)) == grey(255, 255)
+
+
+def test_deep_grey_is_scaled_from_its_full_range():
+    values = np.array([[0, 32768, 65535]], dtype=np.uint16)
+    wide = Image.fromarray(values)
+    assert wide.mode == "I;16"
+    assert pixels(opened(wide)) == pixels(opened(wide, "TIFF")) == grey(0, 128, 255)
+    big = Image.fromarray(values.astype(">u2"))
+    assert big.mode == "I;16B" and pixels(opened(big, "TIFF")) == grey(0, 128, 255)
+    assert pixels(opened(Image.fromarray(values.astype(np.int32)), "TIFF")) == grey(0, 128, 255)
+    dark = np.array([[0, 200]], dtype=np.uint16)  # dark, but of the same range
+    assert near(opened(Image.fromarray(dark)), *grey(0, 1))
+    below = np.array([[-5, 70000, 65535]], dtype=np.int32)
+    assert pixels(opened(Image.fromarray(below), "TIFF")) == grey(0, 255, 255)
+
+
+@pytest.mark.parametrize("white", [1, 255, 65535])
+def test_floats_are_scaled_from_their_range(white):
+    values = np.array([[0, 0.5, 1]], dtype=np.float32) * white
+    assert near(opened(Image.fromarray(values), "TIFF"), *grey(0, 128, 255))
+
+
+def test_exif_orientation_is_applied():
+    image = picture("RGB", RED, GREEN, WHITE)
+    exif = Image.Exif()
+    for orientation, size, expected in [
+        (1, (3, 1), [RED, GREEN, WHITE]),
+        (2, (3, 1), [WHITE, GREEN, RED]),
+        (3, (3, 1), [WHITE, GREEN, RED]),
+        (6, (1, 3), [RED, GREEN, WHITE]),
+        (8, (1, 3), [WHITE, GREEN, RED]),
+    ]:
+        exif[0x0112] = orientation
+        result = opened(image, exif=exif)
+        assert result.size == size and pixels(result) == expected
+
+
+@pytest.mark.filterwarnings("ignore:.*decompression bomb")
+def test_pictures_that_are_refused(tmp_path, monkeypatch):
+    noise = io.BytesIO()
+    Image.effect_noise((64, 64), 50).save(noise, "PNG")
+    (tmp_path / "half.png").write_bytes(noise.getvalue()[:500])
+    bad = [b"", b"none", PIXEL[:36], noise.getvalue()[:500], str(tmp_path / "half.png")]
+    for source in [*bad, str(tmp_path / "none.png"), str(tmp_path)]:
+        with pytest.raises(RowError, match="image .* cannot be opened"):
+            open_image(source)
+    for most, fits in ((64 * 64, True), (64 * 64 - 1, False)):  # counted before it is decoded
+        monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", most)
+        if fits:
+            assert open_image(noise.getvalue()).size == (64, 64)
+        else:
+            with pytest.raises(RowError, match="64 x 64 pixels|bomb"):
+                open_image(noise.getvalue())

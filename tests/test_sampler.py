@@ -1,0 +1,284 @@
+"""Sampling: what is sampled is what is scored, a row depends on itself alone, and recorded steps
+give the same branches."""
+
+import copy
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers import AutoModelForImageTextToText
+
+from data import Group, encode_prompts, make_packs
+from model import load_policy, token_logprobs
+from rows import UserError, load_data
+from sampler import RowCache, generate, uniforms
+from tests.test_model import devices, example, on
+
+
+@pytest.fixture(scope="module")
+def policy_processor(world):
+    return load_policy("--model", world["init"])
+
+
+@pytest.mark.parametrize("rollouts, max_rows", [(4, None), (4, 3), (40, None)])
+def test_sampled_is_scored(world, trained, rollouts, max_rows):
+    """What the sampler records is what token_logprobs says of the same tokens; ragged lengths,
+    several prompts, few rows and as many as make products large."""
+    policy, processor = load_policy("--ckpt", trained)
+    prompts = encode_prompts(
+        processor, load_data(world["validation"])[:3] + [example(99, 0, "And without an image?")]
+    )
+    groups = generate(
+        policy, prompts, rollouts, 60, temperature=1.3, seed=5, step=2, max_rollout_rows=max_rows
+    )
+    assert (4 * rollouts * policy.lm_head.weight.numel() >= 2**20) == (rollouts == 40)
+    lengths = [len(b) for g in groups for b in g.branches]
+    assert len(set(lengths)) > 3 and max(lengths) <= 60
+    assert any(int(b[-1]) in policy.ends for g in groups for b in g.branches)
+    for pack in make_packs(groups):
+        scored = token_logprobs(policy, pack, 1.3)[0].detach()
+        recorded = torch.cat([groups[g].logprobs[i] for g, i in pack.members])
+        torch.testing.assert_close(scored, recorded, atol=1e-4, rtol=0)
+
+
+def test_a_row_depends_on_itself_alone(world, trained):
+    """Same seed, step and row: the same tokens, whatever else is sampled beside it and however many
+    rows run at once."""
+    policy, processor = load_policy("--ckpt", trained)
+    prompts = encode_prompts(processor, load_data(world["validation"])[:4])
+    whole = generate(policy, prompts, 5, 50, seed=1, step=3)
+    alone = generate(policy, prompts[2:3], 3, 50, seed=1, step=3)
+    queued = generate(policy, prompts, 5, 50, seed=1, step=3, max_rollout_rows=4)
+    other = generate(policy, prompts, 5, 50, seed=1, step=4)
+    assert all(torch.equal(a, b) for a, b in zip(whole[2].branches, alone[0].branches))
+    assert all(
+        torch.equal(a, b) for x, y in zip(whole, queued) for a, b in zip(x.branches, y.branches)
+    )
+    assert any(
+        not torch.equal(a, b) for x, y in zip(whole, other) for a, b in zip(x.branches, y.branches)
+    )
+
+
+class Recorded(TorchDispatchMode):
+    """A CUDA graph as far as a CPU can have one: the operations of a step with the very tensors
+    they read and wrote, run again by `replay`. Whatever a step reads that was not copied into those
+    tensors is stale; what would wait for a value, or has a shape that depends on one, cannot be
+    recorded."""
+
+    made = replays = 0
+
+    def __init__(self):
+        super().__init__()
+        self.calls = []
+        Recorded.made += 1
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        masks = any(
+            isinstance(a, torch.Tensor) and a.dtype == torch.bool
+            for a in tree_leaves((args, kwargs))
+        )
+        waits = (
+            torch.Tag.data_dependent_output in op.tags or torch.Tag.dynamic_output_shape in op.tags
+        )
+        if masks if "index" in str(op) else waits:
+            raise RuntimeError(f"{op} is not permitted while a stream is recorded")
+        out = op(*args, **(kwargs or {}))
+        self.calls.append((op, args, kwargs or {}, out))
+        return out
+
+    def replay(self):
+        Recorded.replays += 1
+        for op, args, kwargs, out in self.calls:
+            for old, new in zip(tree_leaves(out), tree_leaves(op(*args, **kwargs))):
+                if old.data_ptr() != new.data_ptr():
+                    old.copy_(new)
+
+
+@pytest.fixture
+def recorded(monkeypatch) -> type[Recorded]:
+    """The recorder in the CUDA graph's place."""
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Recorded)
+    monkeypatch.setattr(torch.cuda, "graph", lambda graph, **kwargs: graph)
+    monkeypatch.setattr(Recorded, "made", 0)
+    monkeypatch.setattr(Recorded, "replays", 0)
+    return Recorded
+
+
+@pytest.mark.parametrize("max_rows, temperature", [(None, 1.3), (5, 1.3), (None, 0.0)])
+def test_fixed_places_and_recorded_steps(world, trained, recorded, max_rows, temperature):
+    """The GPU's way of sampling, idle places and steps that are replayed, gives the same branches
+    as the CPU's."""
+    policy, processor = load_policy("--ckpt", trained)
+    prompts = encode_prompts(
+        processor, load_data(world["validation"])[:3] + [example(99, 0, "And without an image?")]
+    )
+    args = policy, prompts, 4, 150, temperature, 5, 2, max_rows
+    plain, fixed = generate(*args), generate(*args, fixed=True)
+    lengths = [len(b) for g in plain for b in g.branches]
+    assert len(set(lengths)) > 3 and max(lengths) > 20
+    assert 1 < recorded.made < recorded.replays / 4
+    for a, b in zip(plain, fixed):
+        assert [x.tolist() for x in a.branches] == [x.tolist() for x in b.branches]
+        for x, y in zip(a.logprobs, b.logprobs):
+            torch.testing.assert_close(x, y, atol=1e-5, rtol=0)
+
+
+def test_a_step_that_cannot_be_recorded(world, trained, recorded):
+    """Sampling goes on without the graph, says so, and gives the same branches."""
+    policy, processor = load_policy("--ckpt", trained)
+    args = policy, encode_prompts(processor, load_data(world["validation"])[:3]), 4, 60, 1.3, 5
+    plain = generate(*args)
+    handle = policy.lm_head.register_forward_hook(
+        lambda module, inputs, logits: logits * logits.isfinite().all().item()
+    )
+    with pytest.warns(UserWarning, match="without CUDA graphs: .*not permitted"):
+        fixed = generate(*args, fixed=True)
+    handle.remove()
+    for a, b in zip(plain, fixed):
+        assert [x.tolist() for x in a.branches] == [x.tolist() for x in b.branches]
+
+
+def test_sampling_follows_the_distribution(world, policy_processor):
+    """First tokens of many rows against the policy's own probabilities (chi-square over the
+    likelier tokens)."""
+    policy, processor = policy_processor
+    prompt = encode_prompts(processor, [example(0, 1, "One?")])[0]
+    rows = 4000
+    groups = generate(policy, [prompt], rows, 1, temperature=0.8, seed=3)
+    tokens = torch.cat(groups[0].branches)
+    every = torch.arange(policy.config.text_config.vocab_size)
+    allowed = every[~torch.isin(every, policy.forbidden)]
+    pack = make_packs([Group(prompt, list(allowed[:, None]))])[0]
+    p = token_logprobs(policy, pack, 0.8)[0].exp().detach()
+    assert abs(float(p.sum()) - 1) < 1e-4
+    assert not torch.isin(tokens, policy.forbidden).any()
+    expected = p * rows
+    seen = torch.bincount(tokens, minlength=len(every))[allowed].float()
+    often = expected > 5
+    chi2 = ((seen - expected) ** 2 / expected)[often].sum()
+    freedom = int(often.sum())
+    assert chi2 < freedom + 5 * (2 * freedom) ** 0.5
+
+
+def test_greedy_equals_transformers_generate(world, trained):
+    policy, processor = load_policy("--ckpt", trained)
+    theirs = AutoModelForImageTextToText.from_pretrained(trained).eval()
+    examples = load_data(world["validation"])[:6]
+    prompts = encode_prompts(processor, examples)
+    ours = generate(policy, prompts, 1, 48, temperature=0.0)
+    for prompt, group in zip(prompts, ours):
+        ids = prompt.input_ids[None]
+        out = theirs.generate(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            pixel_values=prompt.pixel_values,
+            image_grid_thw=prompt.image_grid_thw,
+            do_sample=False,
+            max_new_tokens=48,
+            mm_token_type_ids=(ids == processor.image_token_id).int(),
+        )
+        assert out[0, ids.shape[1] :].tolist() == group.branches[0].tolist()
+
+
+def test_forbidden_tokens_have_no_probability(policy_processor):
+    """A policy that wants nothing but image tokens still samples none."""
+    policy, processor = copy.deepcopy(policy_processor[0]), policy_processor[1]
+    with torch.no_grad():
+        policy.lm_head.weight[policy.config.image_token_id] *= 100
+    prompts = encode_prompts(processor, [example(0, 1, "One?")])
+    groups = generate(policy, prompts, 8, 12)
+    assert not torch.isin(torch.cat(groups[0].branches), policy.forbidden).any()
+    assert torch.isfinite(torch.cat(groups[0].logprobs)).all()
+
+
+def test_the_largest_random_number(policy_processor, monkeypatch):
+    """Where rounding puts a row at the end of the cumulated distribution, it takes a token of some
+    probability."""
+    policy, processor = copy.deepcopy(policy_processor[0]), policy_processor[1]
+    last = policy.config.text_config.vocab_size - 1
+    policy.forbidden = torch.cat([policy.forbidden, torch.tensor([last - 1, last])])
+    monkeypatch.setattr(
+        "sampler.uniforms", lambda seed, step, prompt, row, count: torch.ones(count)
+    )
+    (group,) = generate(policy, encode_prompts(processor, [example(0, 1, "One?")]), 2, 5)
+    assert not torch.isin(torch.cat(group.branches), policy.forbidden).any()
+    assert torch.isfinite(torch.cat(group.logprobs)).all()
+
+
+def test_uniforms_depend_on_the_row_alone():
+    """One stream for each (seed, step, prompt, row), the same for any length, all between 0 and 1;
+    numbers that run together as text are still different rows."""
+    whole = uniforms(1, 2, 3, 4, 50)
+    assert torch.equal(uniforms(1, 2, 3, 4, 20), whole[:20])
+    keys = [
+        (a, b, c, d) for a in (0, 1, 11) for b in (0, 1) for c in (-1, 1, 10**12) for d in (0, 1)
+    ]
+    streams = torch.stack([uniforms(*key, 1000) for key in keys])
+    assert len({tuple(row.tolist()) for row in streams}) == len(keys)
+    assert streams.min() >= 0 and streams.max() < 1
+    assert abs(float(streams.mean()) - 0.5) < 0.01 and abs(float(streams.var()) - 1 / 12) < 0.01
+
+
+def test_no_prompts(policy_processor):
+    """A rank without prompts samples nothing, and the policy is left as it was."""
+    policy, _ = policy_processor
+    for mode in (True, False):
+        assert generate(policy.train(mode), [], 4, 20) == [] and policy.training == mode
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_weights_that_are_not_finite_are_one_line(policy_processor, value):
+    policy, processor = copy.deepcopy(policy_processor[0]), policy_processor[1]
+    prompts = encode_prompts(processor, [example(0, 1, "One?")])
+    with torch.no_grad():
+        policy.model.language_model.layers[0].mlp.up_proj.weight[0, 0] = value
+    with pytest.raises(UserError, match="not finite: its weights hold NaN or infinity"):
+        generate(policy, prompts, 2, 5)
+
+
+@pytest.mark.parametrize("fixed", [False, True])
+def test_row_cache_is_plain_attention(fixed):
+    """Rows of two prompts come and go; each step attends to [prompt | the row's own]."""
+    torch.manual_seed(0)
+    kv_heads, heads, dim, lengths = 2, 4, 8, [3, 5]
+    prompts = [torch.randn(2, kv_heads, length, dim) for length in lengths]
+    collected = [tuple(torch.cat([kv[i] for kv in prompts], 1) for i in range(2))]
+    cache = RowCache(collected, lengths, limit=300, fixed=fixed)
+    rows = []  # (prompt, keys and values so far) of each place
+    for step in range(140):
+        if step in (0, 2, 7):
+            new = torch.tensor([[0, 1, 1], [1], [0, 0]][(0, 2, 7).index(step)])
+            cache.add(new)
+            rows += [(int(p), torch.zeros(2, kv_heads, 0, dim)) for p in new]
+        if step in (5, 9):
+            ended = torch.arange(len(rows)) % 3 == 1
+            rows = [rows[i] for i in cache.drop(ended).tolist()]
+            assert len(rows) == len(ended) - int(ended.sum())
+        q, k, v = (torch.randn(len(rows), n, 1, dim) for n in (heads, kv_heads, kv_heads))
+        cache.step = cache.begin_step()
+        out = cache.attend(0, q, k, v, 0.3)
+        for i, (prompt, own) in enumerate(rows):
+            own = torch.cat([own, torch.stack([k[i], v[i]])], 2)
+            rows[i] = prompt, own
+            keys, values = torch.cat([prompts[prompt], own], 2)
+            attend = torch.nn.functional.scaled_dot_product_attention
+            plain = attend(q[i], keys, values, scale=0.3, enable_gqa=True)
+            torch.testing.assert_close(out[i, 0], plain[:, 0], atol=1e-5, rtol=1e-5)
+        cache.length = cache.length + 1
+    assert len(rows) == 3
+
+
+@devices
+@pytest.mark.parametrize("max_rows", [None, 3])
+def test_sampled_is_scored_on(world, trained, device, tolerance, max_rows):
+    policy, processor = load_policy("--ckpt", trained)
+    policy = on(device, policy)
+    prompts = encode_prompts(processor, load_data(world["validation"])[:3])
+    groups = generate(policy, prompts, 4, 60, temperature=1.3, seed=5, max_rollout_rows=max_rows)
+    assert len({len(b) for g in groups for b in g.branches}) > 3
+    (pack,) = make_packs(groups)
+    recorded = torch.cat([groups[g].logprobs[i] for g, i in pack.members])
+    with torch.no_grad():
+        error = (token_logprobs(policy, pack.to(device), 1.3)[0].cpu() - recorded).abs()
+    assert error.mean() <= tolerance and error.max() <= 10 * tolerance
