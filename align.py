@@ -16,6 +16,7 @@ Deviations from the published run:
 D7  The supervision response is not cut; the release cuts its two parts to 512 tokens each.
 D8  Length debiasing acts on the rewards only; in the release also on the discriminator's loss.
 D10 A supervision response of broken format is a bad row.
+D1 to D5 and D13 are in discriminator.py, D9 and D11 in policy_gradient.py.
 
     torchrun --nproc_per_node=8 align.py --ckpt sft_out --output_dir align_out
     python align.py                                                 the embedded world of digits
@@ -29,14 +30,14 @@ import torch
 from data import SYSTEM_PROMPT, decode, parse_response
 from discriminator import Comparison, judge, load_discriminator, save_discriminator
 from model import learning_rate_at, load_policy, optimizer_step, save_policy, shard
-from policy_gradient import group_advantage, update_policy
+from policy_gradient import group_advantage, policy_backward
 from rows import RowError, load_data
-from run import Run, main
-from sampler import generate
+from run import Count, Positive, Run, RunConfig, Share, Weight, main
+from sampler import generate, sampling_flags
 
 
 @dataclass
-class AlignConfig:
+class AlignConfig(RunConfig):
     ckpt: str = "prism-vlm/Qwen3-VL-4B-Instruct-SFT"  # the SFT policy
     data: list[str] = field(  # prompts with a supervision response; paper: 5.9K
         default_factory=lambda: ["hf://datasets/prism-vlm/rl_dataset/rl_training_data_5.9k.parquet"]
@@ -44,35 +45,26 @@ class AlignConfig:
     discriminator: str = "prism-vlm/Qwen3-VL-2B-4X-Moe-warmup-120k"  # or a model to be upcycled
     output_dir: str = "out/align"
     system_prompt: str = SYSTEM_PROMPT  # of rows without one
-    learning_rate: float = 1e-6  # paper: 1e-6
-    discriminator_learning_rate: float = 1e-6  # paper: 1e-6
+    learning_rate: Weight = 1e-6  # paper: 1e-6
+    discriminator_learning_rate: Weight = 1e-6  # paper: 1e-6
     lr_scheduler_type: str = "constant"  # paper: constant
-    warmup_steps: float = 0.0  # paper: none
-    weight_decay: float = 0.01  # paper: 0.01, both models
-    max_steps: int = 500  # paper: 500 (one of its files: 1500)
-    prompts_per_step: int = 4  # paper: 4, over all ranks
-    num_generations: int = 16  # paper: 16 rollouts a prompt
-    temperature: float = 1.0  # paper: 1.0
-    max_prompt_length: int = 2048  # paper: 2048
-    max_completion_length: int = 6144  # paper: 6144
-    alpha: float = 0.5  # paper: 0.5
-    format_penalty: float = 1.5  # paper: 1.5
-    epsilon: float = 0.2  # paper: 0.2, both sides
-    score_l2: float = 0.001  # paper: 0.001
-    router_aux_loss_coef: float = 0.01  # paper: 0.01; the release: 0 in the game (D4)
-    length_beta_perception: float = 0.0  # paper: off
-    length_beta_reasoning: float = 0.0  # paper: off
-    max_grad_norm: float = 1.0  # not stated
-    max_bad_fraction: float = 0.01
-    max_tokens_per_pack: int = 16384
-    max_rollout_rows: int | None = None  # rows sampled at a time; None: all
-    activation_checkpointing: bool = False
-    dataloader_num_workers: int = 2
-    save_steps: int = 100
-    save_total_limit: int = 1
-    report_to: str = "none"
-    seed: int = 0
-    resume: bool = False
+    warmup_steps: Weight = 0.0  # paper: none
+    weight_decay: Weight = 0.01  # paper: 0.01, both models
+    max_steps: Count = 500  # paper: 500 (one of its files: 1500)
+    prompts_per_step: Count = 4  # paper: 4, over all ranks
+    num_generations: Count = 16  # paper: 16 rollouts a prompt
+    temperature: Positive = 1.0  # paper: 1.0
+    max_prompt_length: Count = 2048  # paper: 2048
+    max_completion_length: Count = 6144  # paper: 6144
+    alpha: Share = 0.5  # paper: 0.5
+    format_penalty: Weight = 1.5  # paper: 1.5
+    epsilon: Share = 0.2  # paper: 0.2, both sides
+    score_l2: Weight = 0.001  # paper: 0.001
+    router_aux_loss_coef: Weight = 0.01  # paper: 0.01; the release: 0 in the game (D4)
+    length_beta_perception: Weight = 0.0  # paper: off
+    length_beta_reasoning: Weight = 0.0  # paper: off
+    max_grad_norm: Positive = 1.0  # not stated
+    max_rollout_rows: Count | None = None  # rows sampled at a time; None: all
 
 
 def alignment_advantage(
@@ -110,14 +102,14 @@ def game_advantage(judged, config: AlignConfig) -> torch.Tensor:
     """A Judgement (discriminator.py) -> the advantages (P, N), by (12), (9), (10), (11)."""
     perception = debias(judged.perception, judged.length[0], config.length_beta_perception)
     reasoning = debias(judged.reasoning, judged.length[1], config.length_beta_reasoning)
-    weights = config.alpha, config.format_penalty
-    return alignment_advantage(perception, reasoning, judged.valid, *weights)
+    alpha, penalty = config.alpha, config.format_penalty
+    return alignment_advantage(perception, reasoning, judged.valid, alpha, penalty)
 
 
 def train() -> None:
     run = Run(AlignConfig)
     config = run.config
-    examples = load_data(config.data, ("response",), config.system_prompt)
+    examples = load_data(config.data, ("response",), config.system_prompt, config.image_dir)
     policy, processor = load_policy("--ckpt", config.ckpt, config.activation_checkpointing)
     policy = shard(policy, run.device).train()
     discriminator, d_processor = load_discriminator(
@@ -142,58 +134,66 @@ def train() -> None:
         save_discriminator(discriminator, d_processor, os.path.join(path, "discriminator"))
 
     stream = run.batches(examples, processor, encode, config.prompts_per_step)
-    limits = config.num_generations, config.max_completion_length, config.temperature, config.seed
-    losses = config.max_tokens_per_pack, config.score_l2, config.router_aux_loss_coef
-    clips, d_peak = (config.epsilon, config.epsilon, None), config.discriminator_learning_rate
+    sampling = sampling_flags(config)
+    scoring = dict(
+        max_tokens=config.max_tokens_per_pack,
+        score_l2=config.score_l2,
+        balance_coef=config.router_aux_loss_coef,
+    )
+    # "grpo": ratio and mean by token. Strictly on policy, the clips never act.
+    objective = dict(algorithm="grpo", clips=(config.epsilon, config.epsilon, None), on_policy=True)
 
+    # A step of the game (2).
     for step in run.steps(config.max_steps, modules, save):
+        rate = learning_rate_at(step, config.max_steps, config)
+        d_rate = learning_rate_at(
+            step, config.max_steps, config, config.discriminator_learning_rate
+        )
         # Prompts x, each with its supervision response y+.
         with run.phase("data"):
-            rows = next(stream)
-            prompts = [prompt for _, prompt, _ in rows]
+            batch = next(stream)
+            prompts = [prompt for _, prompt, _ in batch]
         # Rollouts y ~ G(x), N a prompt.
         with run.phase("rollout"):
-            groups = generate(policy, prompts, *limits, step, config.max_rollout_rows)
+            groups = generate(policy, prompts, step=step, **sampling)
             texts = [[decode(processor, branch) for branch in g.branches] for g in groups]
         # Scores D_k(x, y+) and D_k(x, y), and in the same forward the gradient of (7); D steps.
-        rate = learning_rate_at(step, config.max_steps, config)
-        d_rate = learning_rate_at(step, config.max_steps, config, d_peak)
         with run.phase("judge"):
             students = [[parse_response(text) for text in of_prompt] for of_prompt in texts]
-            compared = [Comparison(x, y, s) for (_, x, y), s in zip(rows, students)]
-            judged = judge(discriminator, compared, processor, *losses, backward=True)
+            compared = [Comparison(x, y, s) for (_, x, y), s in zip(batch, students)]
+            judged = judge(discriminator, compared, processor, backward=True, **scoring)
             d_grad_norm = optimizer_step(discriminator, d_optimizer, d_rate, config.max_grad_norm)
         # Advantages (11).
         advantage = game_advantage(judged, config)
-        # The clipped policy gradient (14) to (16), strictly on policy; G steps.
+        # The clipped policy gradient (14) to (16); G steps.
         with run.phase("update"):
-            args = policy, groups, advantage.flatten(), processor, config, "grpo", clips
-            means, _ = update_policy(*args, on_policy=True)
+            flat = advantage.flatten()
+            means, _ = policy_backward(policy, groups, flat, processor, config, **objective)
             grad_norm = optimizer_step(policy, optimizer, rate, config.max_grad_norm)
 
         values = {"learning_rate": rate, "d_learning_rate": d_rate}
         values |= {"grad_norm": grad_norm, "d_grad_norm": d_grad_norm}
-        log(run, step, rows, groups, texts, judged, advantage, means, values)
+        log_step(run, step, batch, groups, texts, judged, advantage, means, values)
 
 
-def log(run, step, rows, groups, texts, judged, advantage, means, values) -> None:
+def log_step(run, step, batch, groups, texts, judged, advantage, means, values) -> None:
     """The step's line in metrics.jsonl, and the first prompt's rollouts in rollouts.jsonl."""
     lengths = [len(branch) for group in groups for branch in group.branches]
     without = int((~judged.valid.any(1)).sum())
-    kept = {name: means[name] for name in ("loss", "entropy")}
-    kept["format_valid"] = judged.valid.sum(), judged.valid.numel()
-    kept["response_length"] = sum(lengths), len(lengths)
+    measures = {name: means[name] for name in ("loss", "entropy")}
+    measures["format_valid"] = judged.valid.sum(), judged.valid.numel()
+    measures["response_length"] = sum(lengths), len(lengths)
     sums = {
         "prompts_without_valid": without,
         "ranks_without_valid": len(groups) > 0 and without == len(groups),
-        "tokens": sum(lengths) + sum(len(prompt.input_ids) for _, prompt, _ in rows),
+        "tokens": sum(lengths) + sum(len(prompt.input_ids) for _, prompt, _ in batch),
     }
-    run.log(step, judged.means | kept, sums, values=values | judged.expert_shares)
-    if rows:
+    run.log(step, judged.means | measures, sums, values=values | judged.expert_shares)
+    if batch:
         names = ("perception", "reasoning", "valid", "teacher_perception", "teacher_reasoning")
         columns = {name: getattr(judged, name)[0] for name in names}
         columns |= {"advantage": advantage[0], "length": lengths}
-        run.log_rollouts(step, rows[0][0], texts[0], **columns)
+        run.log_rollouts(step, batch[0][0], texts[0], **columns)
 
 
 if __name__ == "__main__":

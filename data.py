@@ -4,8 +4,9 @@ Everything PRISM computes is one prompt (system + image + question) followed by 
 continuations, its *branches*:
 
     stage 1, SFT         one demonstration                                         1 branch
-    stage 2, alignment   N rollouts for the policy; for the discriminator the
-                         two views of each rollout and of the supervision response N, 2N + 2
+    stage 2, alignment   the policy: N rollouts                                    N branches
+                         the discriminator: two views of each rollout, and two of
+                         the supervision response                                  2N + 2 branches
     stage 3, RLVR        N rollouts                                                N branches
 
 So one structure serves all stages. The prompt stands once, its branches behind it, in one row:
@@ -82,11 +83,11 @@ def parse_response(text: str) -> Response | None:
 class Prompt:
     """System + image + question, up to where the response begins. L tokens, I images.
 
-    Images are what the model's processor makes of them: in the Qwen-VL family V patches of d
-    values and the grid of each image, in models with images of one size pixels alone.
+    Images are what the model's processor makes of them. In the Qwen-VL family: V patches of d
+    values, and the grid of each image. In models with images of one size: pixels alone.
     """
 
-    index: int  # the row's identity
+    index: int  # the draw's identity, for its random numbers: a row drawn twice differs
     input_ids: torch.Tensor  # (L,)
     position_ids: torch.Tensor  # (3, L), mrope; three equal rows where a model counts tokens only
     pixel_values: torch.Tensor | None = None  # (V, d), or (I, channels, height, width)
@@ -249,15 +250,16 @@ def epoch_rows(start: int, end: int, rows: int, seed: int) -> list[int]:
 
 
 class Encoded(torch.utils.data.Dataset):
-    """Rows by a list of numbers, encoded: `encode(example, prompt)` for each, or its RowError.
-    `limits` may hold max_image_size, see encode_prompts, and max_prompt_length in tokens."""
+    """Draws (place in the stream, number of the row), encoded: for each (where, `encode(example,
+    prompt)` or a RowError). `limits` may hold max_image_size, see encode_prompts, and
+    max_prompt_length in tokens."""
 
     def __init__(self, examples, processor, encode: Callable, **limits):
         self.examples, self.processor = examples, processor
         self.encode, self.limits = encode, limits
 
-    def __getitem__(self, numbers: list[int]) -> list:
-        items = [_attempt(self.examples.__getitem__, number) for number in numbers]
+    def __getitem__(self, draws: list[tuple[int, int]]) -> list[tuple[str, object]]:
+        items = [_attempt(self.examples.__getitem__, number) for _, number in draws]
         rows = [(i, item) for i, item in enumerate(items) if isinstance(item, Example)]
         longest = self.limits.get("max_prompt_length") or torch.inf
         size = self.limits.get("max_image_size")
@@ -269,10 +271,12 @@ class Encoded(torch.utils.data.Dataset):
                 length = f"{len(prompt.input_ids)} tokens"
                 items[i] = Unfit(f"{length} are more than --max_prompt_length {longest}")
             else:
+                prompt.index = draws[i][0]
                 items[i] = _attempt(self.encode, example, prompt)
             if isinstance(items[i], RowError):
                 items[i].where = example.where
-        return items
+        wheres = {i: example.where for i, example in rows}
+        return [(wheres.get(i) or item.where, item) for i, item in enumerate(items)]
 
 
 def _attempt(function: Callable, *args):
@@ -288,10 +292,10 @@ def batches(
     seed: int,
     start: int = 0,
     total: int | None = None,
-    part: tuple[int, int] = (0, 1),
+    share: tuple[int, int] = (0, 1),
     workers: int = 0,
 ) -> Iterator[list]:
-    """This rank's share (`part` = rank, ranks) of one global batch after another.
+    """This rank's `share` (rank, ranks) of one global batch after another.
 
     Batches are cuts of the stream of shuffled epochs from row `start` on, so what a batch holds
     depends neither on the number of ranks nor on where a run was resumed. Behind row `total`
@@ -301,9 +305,10 @@ def batches(
     def numbers():
         for at in itertools.count(start, batch_size):
             end = at + batch_size if total is None else min(at + batch_size, total)
-            yield epoch_rows(at, end, len(encoded.examples), seed)[part[0] :: part[1]]
+            rows = epoch_rows(at, end, len(encoded.examples), seed)
+            yield list(enumerate(rows, at))[share[0] :: share[1]]
 
-    own = torch.Generator()  # or the loader would draw from the one that dropout draws from
+    own = torch.Generator()  # otherwise the loader would draw from the global one, as dropout does
     return iter(
         torch.utils.data.DataLoader(
             encoded, None, sampler=numbers(), num_workers=workers, collate_fn=list, generator=own
@@ -326,7 +331,8 @@ class Segment:
 
 @dataclass
 class Pack:
-    """One row of T tokens: prompts, each with its branches behind it. B branches of K tokens."""
+    """One row of T tokens: prompts, each with its branches behind it. B branches, K tokens in all
+    of them together."""
 
     input_ids: torch.Tensor  # (1, T)
     position_ids: torch.Tensor  # (3, 1, T)
@@ -337,7 +343,7 @@ class Pack:
     units: list[tuple[int, int]]  # (group, unit) of each unit that stands here, see make_packs
     predictors: torch.Tensor  # (K,) where in the row each branch token is predicted
     targets: torch.Tensor  # (K,) the branch tokens
-    ends: torch.Tensor  # (B,) where in the row each branch's last token stands
+    last_tokens: torch.Tensor  # (B,) where in the row each branch's last token stands
 
     @property
     def lengths(self) -> list[int]:
@@ -345,13 +351,13 @@ class Pack:
 
     @property
     def mask(self) -> torch.Tensor:
-        """(B, T) boolean: the real tokens of the pack's branches as padded rows."""
+        """(B, longest) boolean: the real tokens of the pack's branches as padded rows."""
         lengths = torch.tensor(self.lengths, dtype=torch.long, device=self.targets.device)
         steps = torch.arange(max(self.lengths, default=0), device=lengths.device)
         return steps < lengths[:, None]
 
-    def rows(self, flat: torch.Tensor) -> torch.Tensor:
-        """(K,) values, one a branch token, as (B, T) padded rows (padding 0)."""
+    def padded(self, flat: torch.Tensor) -> torch.Tensor:
+        """(K,) values, one a branch token, as (B, longest) padded rows (padding 0)."""
         mask = self.mask
         out = torch.zeros(mask.shape, dtype=flat.dtype, device=flat.device)
         return out.masked_scatter(mask, flat)
@@ -366,8 +372,9 @@ def make_packs(groups: list[Group], max_tokens: int | None = None, units=None) -
     """Groups -> packs of at most `max_tokens` tokens (None: all in one).
 
     A group too long for what is left of a pack goes on in the next one, its prompt repeated
-    there. `units` lists for each group which of its branches must stand in one pack (default:
-    each by itself). A branch of several units stands once in every pack that needs it.
+    there. `units` lists for each group the sets of branches that must stand in one pack, such as
+    the four views of a pair (default: each branch by itself). A branch of several units stands
+    once in every pack that needs it.
     Takes along: Prompt, Group, Segment, Pack, _pack.
     """
     bins: list[list[tuple[int, list[int], list[int]]]] = []  # packs of (group, branches, units)
@@ -426,7 +433,7 @@ def _pack(groups: list[Group], parts: list[tuple[int, list[int], list[int]]]) ->
         units=[(g, u) for g, _, units in parts for u in units],
         predictors=torch.cat([none, *predictors]),
         targets=torch.cat([none, *targets]),
-        ends=torch.tensor(ends, dtype=torch.long),
+        last_tokens=torch.tensor(ends, dtype=torch.long),
     )
 
 
@@ -458,12 +465,11 @@ def load_processor(path: str | Path):
         wanted = [*PROCESSOR_FILES, "config.json"]
         folder = Path(snapshot_download(str(path), allow_patterns=wanted))
     try:
-        processor = AutoProcessor.from_pretrained(folder)
+        processor = AutoProcessor.from_pretrained(folder, trust_remote_code=False)
     except ImportError:  # the video processor wants torchvision
         processor = None
-    if not isinstance(
-        processor, ProcessorMixin
-    ):  # or it is passed over, and a tokenizer comes back
+    # Without torchvision the processor may also be passed over, and a bare tokenizer comes back.
+    if not isinstance(processor, ProcessorMixin):
         processor = ImageTextProcessor.from_pretrained(folder)
     if processor.chat_template is None:  # it may stand in tokenizer_config.json only
         processor.chat_template = processor.tokenizer.chat_template

@@ -3,25 +3,31 @@ warm-up on pairs, which is what running this file does (PRISM, the MoE discrimin
 
     (3)  expert_e = dense MLP + N(0, 0.01^2),  e = 1 .. 4     sparse upcycling; routers N(0, 0.02^2)
     (4)  MLP(h)  = sum over the top 2 of  p_e / (their sum) * expert_e(h),   p = softmax(W h)
-    (5)  D_k(x, y) = w_k . h(x, view_k(y))    k = perception: the caption; reasoning: the rest
+    (5)  D_k(x, y) = clip(w_k . dropout(h(x, view_k(y))), -10, 10)
+                     k = perception: the caption; reasoning: the rest
     (6)  L_pair  = sum_k - log sigmoid(D_k(x, y+) - D_k(x, y))      Bradley-Terry, y+ against y
     (7)  L_D     = L_pair + 0.001 * mean of the squared scores + 0.01 * L_balance
-    (8)  L_balance = E * sum_e f_e P_e        f_e: share of choices, P_e: mean router probability
+    (8)  L_balance = E * sum_e f_e P_e        f_e: share of tokens that chose e (they sum to top_k),
+                                             P_e: mean router probability
 
-h is the last hidden state at the last token of the view. A prompt with the views of its rollouts
-and of its supervision response is one pack, so prompt and image are computed once for all views.
-Supervision and rollout go through one function (`data.encode_views`), and equal views of a prompt
-are one branch, so two sides of the same text score exactly the same. Nothing is cut.
+h is the last hidden state at the last token of the view. Rewards are read without dropout. In
+names, teacher is the supervision response y+ and student the response y compared with it.
 
-Deviations from the published run (the README lists D1 to D11 with the reasons):
+A prompt with the views of its rollouts and of its supervision response is one pack, so prompt and
+image are computed once for all views. Both sides go through one function (`data.encode_views`),
+and equal views of a prompt are one branch, so two sides of the same text score exactly the same.
+Nothing is cut.
+
+Deviations from the published run (all are in the README, with the reasons):
 D1  Each view has a score vector of its own; the release reads both views from one.
 D2  Views keep the image's rotary positions; the release drops them.
 D3  Prompt tokens are computed once, so they enter (8) once and not once a view. (8) is taken in
     each pack and averaged by tokens: it is the one number that depends on how a batch is cut.
-D4  The score penalty of (7) also acts in the warm-up and the balance loss also in the game; the
-    release has the penalty in the game only and the balance loss in the warm-up only.
+D4  The clamp of (5) and the score penalty of (7) also act in the warm-up, the balance loss also in
+    the game; the release has the first two in the game only, the last in the warm-up only.
 D5  A step of the warm-up takes both views of 64 pairs; the release shuffles the 128 single-view
     comparisons apart from each other.
+D13 A twentieth of the pairs is held out, so the warm-up has 1,782 steps and not 1,875.
 
     torchrun --nproc_per_node=8 discriminator.py --model Qwen/Qwen3-VL-2B-Instruct
     python discriminator.py                                     the embedded world of digits
@@ -53,7 +59,7 @@ from model import (
     world_size,
 )
 from rows import RowError, Unfit, UserError, load_data
-from run import Run, add, main, say
+from run import Count, Positive, Run, RunConfig, Share, Weight, add, main, say
 from sampler import generate
 
 EXPERTS = ("learned", "dedicated", "dense", "text")
@@ -61,7 +67,7 @@ VIEWS = ("perception", "reasoning")
 
 
 @dataclass
-class DiscriminatorConfig:
+class DiscriminatorConfig(RunConfig):
     model: str = "Qwen/Qwen3-VL-2B-Instruct"  # what is upcycled (paper), or a discriminator
     data: list[str] = field(  # pairs of a supervision and a student response
         default_factory=lambda: [
@@ -72,31 +78,25 @@ class DiscriminatorConfig:
     output_dir: str = "out/discriminator"
     system_prompt: str = SYSTEM_PROMPT  # of rows without one; the release always inserts one
     experts: str = "learned"  # learned (paper), dedicated, dense, text
-    dropout: float = 0.1  # paper: 0.1, before the score head
-    learning_rate: float = 1e-5  # paper: 1e-5
+    dropout: Share = 0.1  # paper: 0.1, before the score head
+    learning_rate: Weight = 1e-5  # paper: 1e-5
     lr_scheduler_type: str = "cosine"  # paper: cosine
-    warmup_steps: float = 0.1  # paper: 0.1 of the run
-    weight_decay: float = 0.01  # paper: 0.01
-    num_train_epochs: float = 1.0  # paper: 1
+    warmup_steps: Weight = 0.1  # paper: 0.1 of the run
+    weight_decay: Weight = 0.01  # paper: 0.01
+    num_train_epochs: Positive = 1.0  # paper: 1
     max_steps: int = -1  # where positive, in place of the epochs
-    per_device_train_batch_size: int = 2  # pairs of two comparisons; paper: 4 comparisons
-    gradient_accumulation_steps: int = 4  # paper: 4, which with 8 GPUs makes 128 comparisons a step
-    max_grad_norm: float = 1.0  # paper: 1.0
-    max_length: int = 8192  # paper: 8192, prompt and view
-    max_image_size: int = 560  # paper: 560 px on the long side; larger ones are scaled down
-    max_completion_length: int = 6144  # of the policy's samples
-    max_bad_fraction: float = 0.01
-    score_l2: float = 0.001  # paper: 0.001, in the game (D4)
-    router_aux_loss_coef: float = 0.01  # paper: 0.01
-    validation_share: float = 0.05  # of the pairs, held out
-    max_tokens_per_pack: int = 16384
-    activation_checkpointing: bool = False
-    dataloader_num_workers: int = 2
-    save_steps: int = 500
-    save_total_limit: int = 1
-    report_to: str = "none"
-    seed: int = 0
-    resume: bool = False
+    per_device_train_batch_size: Count = 2  # pairs of two comparisons; paper: 4 comparisons
+    gradient_accumulation_steps: Count = (
+        4  # paper: 4, which with 8 GPUs makes 128 comparisons a step
+    )
+    max_grad_norm: Positive = 1.0  # paper: 1.0
+    max_length: Count = 8192  # paper: 8192, prompt and view
+    max_image_size: Count = 560  # paper: 560 px on the long side; larger ones are scaled down
+    max_completion_length: Count = 6144  # of the policy's samples
+    score_l2: Weight = 0.001  # paper: 0.001, in the game (D4)
+    router_aux_loss_coef: Weight = 0.01  # paper: 0.01
+    validation_share: Share = 0.05  # of the pairs, held out; paper: none (D13)
+    save_steps: Count = 500
 
 
 # --------------------------------------------------------------------------------------------------
@@ -227,7 +227,7 @@ class Discriminator(torch.nn.Module):
                 count = len(mlp.gate.weight)
                 half = torch.arange(count, device=owner.device) * len(VIEWS) // count
                 mlp.allowed = (owner[:, None] < 0) | (owner[:, None] == half)
-        hidden = self.model(**inputs).last_hidden_state[0, pack.ends]
+        hidden = self.model(**inputs).last_hidden_state[0, pack.last_tokens]
         both = torch.stack([self.score(self.dropout(hidden)), self.score(hidden)])
         return both.gather(2, views.expand(2, -1)[..., None])[..., 0].float().clamp(-10, 10)
 
@@ -348,7 +348,7 @@ def judge(
     processor,
     max_tokens: int,
     score_l2: float = 0.001,
-    balance: float = 0.01,
+    balance_coef: float = 0.01,
     *,
     backward: bool,
 ) -> Judgement:
@@ -377,12 +377,13 @@ def judge(
             four = of_branches.index_select(1, v.pairs.flatten()).view(2, -1, 4)
             loss = discriminator_loss(four[0], max(num_pairs, 1), score_l2)
             if sparse:
-                balanced = balance_loss(
+                balance = balance_loss(
                     [m.probabilities for m in sparse], [m.chosen for m in sparse]
                 )
                 share = v.pack.input_ids.numel() / num_tokens
-                loss = loss + balance * share * balanced * bool(num_pairs)
-                balance_total += share * balanced.item()
+                share = share if num_pairs else 0.0  # a batch without pairs moves nothing
+                loss = loss + balance_coef * share * balance
+                balance_total += share * balance.item()
                 owner = view_of_tokens(v.pack, v.views)
                 for layer, mlp in enumerate(sparse):
                     for view in range(len(VIEWS)):
@@ -434,9 +435,9 @@ def load_discriminator(
     flag: str, path: str, kind=None, dropout: float = 0.1, seed: int = 0, policy_processor=None
 ):
     """-> (discriminator, processor). A dense vision-language model is upcycled. A discriminator,
-    ours or the released one, is loaded as it is, with its score head or heads. `kind` None: what a
-    discriminator says it is, else learned. UserError where it cannot be loaded, or where prompts
-    that `policy_processor` encodes would mean something else to it."""
+    ours or the released one, is loaded as it is, with its score head or heads. `kind` None: the
+    kind that was saved with a discriminator, else learned. UserError where it cannot be loaded, or
+    where prompts that `policy_processor` encodes would mean something else to it."""
     if kind not in (None, *EXPERTS):
         raise UserError(f"--experts {kind}: choose one of {', '.join(EXPERTS)}")
     config = read_config(flag, path)
@@ -446,10 +447,10 @@ def load_discriminator(
     kind = saved or kind or "learned"
     if ready and kind == "dense":
         raise UserError(f"{flag} {path}: holds experts, which --experts dense has not")
-    # Models without a class for experts have no place for them: they are read further down.
-    homeless = saved and not ready and kind != "dense"
-    head = r"score|^v_head|^value_head"
-    unused = rf"{head}|language_model.*\.mlp\." if homeless else head
+    # Where transformers has no experts for the model, they are read further down.
+    no_class = saved and not ready and kind != "dense"
+    head_names = r"score|^v_head|^value_head"
+    unused = rf"{head_names}|language_model.*\.mlp\." if no_class else head_names
     whole, processor = load_pretrained(flag, path, unused)
     ours = policy_processor or processor
     same = ours.tokenizer.get_vocab() == processor.tokenizer.get_vocab()
@@ -477,13 +478,13 @@ def load_discriminator(
             upcycle(backbone, seed=seed)
         except UserError as error:
             raise UserError(f"{flag} {path}: {error}") from None
-    if homeless:
+    if no_class:
         for name, tensor in read_tensors(path, r"layers\.\d+\.mlp\.(gate|experts)\.").items():
             layer, _, parameter = name.rpartition("layers.")[2].partition(".")
             layers[int(layer)].get_parameter(parameter).data.copy_(tensor)
     torch.manual_seed(seed)
     discriminator = Discriminator(backbone, kind, dropout)
-    heads = [head for head in read_tensors(path, head).values() if head.ndim == 2]
+    heads = [head for head in read_tensors(path, head_names).values() if head.ndim == 2]
     if heads:  # (1, h), one row for both views, or (2, h)
         discriminator.score.weight.data.copy_(heads[0].float())
     else:
@@ -527,7 +528,7 @@ def save_discriminator(discriminator, processor, path: str) -> None:
             config = Qwen3VLMoeConfig(text_config=text, vision_config=vision, **ids)
         else:
             config = type(discriminator.model.config).from_dict(config)
-        # It has no language head of its own.
+        # It has no language head; tied embeddings keep transformers from asking for one.
         config.tie_word_embeddings = config.get_text_config().tie_word_embeddings = True
         config.prism_experts = discriminator.kind
         with torch.device("meta"):
@@ -545,7 +546,7 @@ def warm_up() -> None:
     run = Run(DiscriminatorConfig)
     config = run.config
     need = ("response",) if config.policy else ("response", "student")
-    examples = load_data(config.data, need, config.system_prompt)
+    examples = load_data(config.data, need, config.system_prompt, config.image_dir)
     order = list(range(len(examples)))
     random.Random(config.seed).shuffle(order)
     held_out = math.ceil(config.validation_share * len(examples))
@@ -561,15 +562,14 @@ def warm_up() -> None:
     if config.activation_checkpointing:
         discriminator.model.activation_checkpointing_enable()
     discriminator = shard(discriminator, run.device).train()
-    optimizer = torch.optim.AdamW(
-        discriminator.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay
-    )
+    parameters = discriminator.parameters()
+    optimizer = torch.optim.AdamW(parameters, weight_decay=config.weight_decay)
 
     def encode(example, prompt) -> Comparison:
         teacher = parse_response(example.response)
         students = [] if policy else [parse_response(example.student)]
         if teacher is None:
-            raise RowError("the teacher's response breaks the format")
+            raise RowError("the supervision response breaks the format")
         if None in students:
             raise Unfit("the student's response breaks the format")
         views = [view for side in (teacher, *students) for view in encode_views(processor, side)]
@@ -582,11 +582,19 @@ def warm_up() -> None:
         """One batch through the discriminator; the policy, where there is one, answers first."""
         if policy:
             prompts = [comparison.prompt for comparison in batch]
-            limits = 1, config.max_completion_length, 1.0, config.seed, step
-            for comparison, group in zip(batch, generate(policy, prompts, *limits)):
+            limit, seed = config.max_completion_length, config.seed
+            groups = generate(policy, prompts, 1, limit, temperature=1.0, seed=seed, step=step)
+            for comparison, group in zip(batch, groups):
                 comparison.students = [parse_response(decode(processor, group.branches[0]))]
-        losses = config.max_tokens_per_pack, config.score_l2, config.router_aux_loss_coef
-        return judge(discriminator, batch, processor, *losses, backward=backward)
+        return judge(
+            discriminator,
+            batch,
+            processor,
+            max_tokens=config.max_tokens_per_pack,
+            score_l2=config.score_l2,
+            balance_coef=config.router_aux_loss_coef,
+            backward=backward,
+        )
 
     batch_size = config.per_device_train_batch_size * config.gradient_accumulation_steps
     batch_size *= world_size()
@@ -613,7 +621,7 @@ def warm_up() -> None:
         return
     discriminator.eval()
     rows = torch.utils.data.Subset(examples, validation)
-    stream = run.batches(rows, processor, encode, batch_size, held_out, own=True)
+    stream = run.batches(rows, processor, encode, batch_size, len(validation), held_out=True)
     means = {}
     for _ in range(math.ceil(held_out / batch_size)):
         means = add(means, compare(next(stream), max_steps, backward=False).means)

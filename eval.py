@@ -24,7 +24,7 @@ from data import SYSTEM_PROMPT, Encoded
 from data import batches, decode, parse_response
 from model import join_ranks, load_policy, rank, shard, world_size
 from rows import RowError, UserError, load_data
-from run import main, parse, say
+from run import Count, main, parse, say, write_json
 from sampler import generate
 from verifier import start as start_verifier
 from verifier import verify
@@ -36,9 +36,10 @@ class EvalConfig:
     data: list[str] = field(default_factory=list)  # rows with `answer`
     output_dir: str | None = None  # left out: the directory of the checkpoint
     system_prompt: str = SYSTEM_PROMPT  # of rows without one
-    per_device_eval_batch_size: int = 64
-    max_completion_length: int = 8192
-    max_rollout_rows: int | None = None  # rows sampled at a time; None: all
+    image_dir: str | None = None  # where images may lie besides the data's own folder
+    per_device_eval_batch_size: Count = 64
+    max_completion_length: Count = 8192
+    max_rollout_rows: Count | None = None  # rows sampled at a time; None: all
 
 
 def same_caption(caption: str, accepted: list[str]) -> bool:
@@ -67,8 +68,8 @@ def summarise(rows: list[dict]) -> dict:
 
 def evaluate() -> None:
     start = time.perf_counter()
-    device = join_ranks()
     config = parse(EvalConfig)
+    device = join_ranks()
     if not config.data:
         raise UserError("--data: name the rows to answer, or `digits`")
     if config.output_dir and os.path.isfile(config.output_dir):
@@ -76,20 +77,20 @@ def evaluate() -> None:
     here = config.ckpt if os.path.isdir(config.ckpt) else "out/eval"
     output_dir = config.output_dir or here
     start_verifier()  # a broken math-verify is an error now, not wrong answers later
-    examples = load_data(config.data, ("answer",), config.system_prompt)
+    examples = load_data(config.data, ("answer",), config.system_prompt, config.image_dir)
     policy, processor = load_policy("--ckpt", config.ckpt)
     policy = shard(policy, device).eval()
     batch_size = config.per_device_eval_batch_size * world_size()
     encoded = Encoded(examples, processor, lambda *row: row)
-    part = rank(), world_size()
-    stream = batches(encoded, batch_size, seed=0, total=len(examples), part=part)
+    share = rank(), world_size()
+    stream = batches(encoded, batch_size, seed=0, total=len(examples), share=share)
     limits = 1, config.max_completion_length, 0.0, 0, 0, config.max_rollout_rows
     rows, left_out = [], []
     steps = range(math.ceil(len(examples) / batch_size))
     for _ in tqdm(steps, desc="eval", disable=rank() != 0):
         items = next(stream)
-        left_out += [f"{item.where}: {item}" for item in items if isinstance(item, RowError)]
-        pairs = [item for item in items if not isinstance(item, RowError)]
+        left_out += [f"{where}: {item}" for where, item in items if isinstance(item, RowError)]
+        pairs = [item for _, item in items if not isinstance(item, RowError)]
         groups = generate(policy, [prompt for _, prompt in pairs], *limits)
         for (example, _), group in zip(pairs, groups):
             branch = group.branches[0]
@@ -107,7 +108,7 @@ def evaluate() -> None:
                     "correct": response is not None and verify(response.answer, example.answer),
                     "caption_correct": reads if example.captions else None,
                     "tokens": len(branch),
-                    "truncated": int(branch[-1]) not in policy.ends.tolist(),
+                    "truncated": int(branch[-1]) not in policy.stop_ids.tolist(),
                 }
             )
     if world_size() > 1:
@@ -132,10 +133,11 @@ def evaluate() -> None:
             "seconds": time.perf_counter() - start,
         }
         os.makedirs(output_dir, exist_ok=True)
-        with open(os.path.join(output_dir, "generations.jsonl"), "w") as file:
+        generations = os.path.join(output_dir, "generations.jsonl")
+        with open(generations + ".new", "w") as file:
             file.writelines(json.dumps(row) + "\n" for row in rows)
-        with open(os.path.join(output_dir, "eval.json"), "w") as file:
-            json.dump(result, file, indent=1)
+        os.replace(generations + ".new", generations)
+        write_json(os.path.join(output_dir, "eval.json"), result)
         names = ("accuracy", "caption_accuracy", "format_valid")
         shown = [f"{name} {result[name]:.3f}" for name in names if result[name] is not None]
         where = f"written to {output_dir}/eval.json"

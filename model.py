@@ -15,6 +15,7 @@ shards nothing and computes in float32.
 """
 
 import contextlib
+import datetime
 import itertools
 import math
 import os
@@ -46,8 +47,8 @@ from rows import UserError
 
 
 def load_policy(flag: str, path: str, activation_checkpointing: bool = False):
-    """-> (policy, processor), in float32. The policy is adapted to packs and carries `ends`, the
-    ids that end a response. UserError, which names `flag`, where it cannot be loaded."""
+    """-> (policy, processor), in float32. The policy is adapted to packs and carries `stop_ids`,
+    which end a response. UserError, which names `flag`, where it cannot be loaded."""
     config = read_config(flag, path)
     if hasattr(config, "prism_experts"):
         raise UserError(f"{flag} {path}: a discriminator, without a language head; name a policy")
@@ -55,7 +56,7 @@ def load_policy(flag: str, path: str, activation_checkpointing: bool = False):
     adapt(policy, f"{flag} {path}")
     ends = policy.generation_config.eos_token_id
     ends = {processor.tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])}
-    policy.ends = torch.tensor(sorted(end for end in ends if end is not None))
+    policy.stop_ids = torch.tensor(sorted(end for end in ends if end is not None))
     if activation_checkpointing:
         policy.activation_checkpointing_enable()
     return policy, processor
@@ -68,7 +69,7 @@ def read_config(flag: str, path: str):
             f"{flag} {path}: no config.json in it; give a Hugging Face model directory or a hub id"
         )
     try:
-        return AutoConfig.from_pretrained(path)
+        return AutoConfig.from_pretrained(path, trust_remote_code=False)
     except Exception as error:
         raise UserError(
             f"{flag} {path}: neither a Hugging Face directory nor a hub id that can be loaded "
@@ -82,7 +83,7 @@ def load_pretrained(flag: str, path: str, unused: str = "$^"):
     may be left over or missing."""
     try:
         model, found = AutoModelForImageTextToText.from_pretrained(
-            path, dtype=torch.float32, output_loading_info=True
+            path, dtype=torch.float32, output_loading_info=True, trust_remote_code=False
         )
         processor = load_processor(path)
     except Exception as error:
@@ -311,12 +312,12 @@ class LogProbs(torch.autograd.Function):
         out = hidden.new_empty(2, len(targets), dtype=wide)
         normaliser = out.new_empty(len(targets))
         for start in range(0, len(targets), chunk):
-            part = slice(start, start + chunk)
-            logits = _logits(hidden[predictors[part]], weight, temperature, forbidden)
-            normaliser[part] = logits.logsumexp(-1)
-            out[0, part] = logits.gather(1, targets[part, None])[:, 0] - normaliser[part]
-            p = (logits - normaliser[part, None]).exp_()
-            out[1, part] = normaliser[part] - (p * logits.masked_fill_(p == 0, 0)).sum(-1)
+            span = slice(start, start + chunk)
+            logits = _logits(hidden[predictors[span]], weight, temperature, forbidden)
+            normaliser[span] = logits.logsumexp(-1)
+            out[0, span] = logits.gather(1, targets[span, None])[:, 0] - normaliser[span]
+            p = (logits - normaliser[span, None]).exp_()
+            out[1, span] = normaliser[span] - (p * logits.masked_fill_(p == 0, 0)).sum(-1)
         ctx.save_for_backward(hidden, weight, predictors, targets, normaliser)
         ctx.rest = temperature, forbidden, chunk
         return out
@@ -328,13 +329,13 @@ class LogProbs(torch.autograd.Function):
         grad_hidden = torch.zeros_like(hidden, dtype=grad.dtype)
         grad_weight = torch.zeros_like(weight)
         for start in range(0, len(targets), chunk):
-            part = slice(start, start + chunk)
-            rows = hidden[predictors[part]]
+            span = slice(start, start + chunk)
+            rows = hidden[predictors[span]]
             d = _logits(rows, weight, temperature, forbidden)
-            d.sub_(normaliser[part, None]).exp_().neg_()
-            d.scatter_add_(1, targets[part, None], torch.ones_like(d[:, :1]))  # one-hot - p
-            d = d.mul_(grad[0, part, None] / temperature).to(hidden.dtype)
-            grad_hidden.index_add_(0, predictors[part], (d @ weight).to(grad.dtype))
+            d.sub_(normaliser[span, None]).exp_().neg_()
+            d.scatter_add_(1, targets[span, None], torch.ones_like(d[:, :1]))  # one-hot - p
+            d = d.mul_(grad[0, span, None] / temperature).to(hidden.dtype)
+            grad_hidden.index_add_(0, predictors[span], (d @ weight).to(grad.dtype))
             grad_weight.addmm_(d.T, rows)
         return grad_hidden.to(hidden.dtype), grad_weight, None, None, None, None, None
 
@@ -377,22 +378,23 @@ def token_logprobs(policy, pack: Pack, temperature: float = 1.0, chunk: int = 25
 # Processes and sharding
 
 
-def join_ranks() -> torch.device:
+def join_ranks(timeout: datetime.timedelta | None = None) -> torch.device:
     """Joins the processes that torchrun started (gloo on CPU, nccl on GPU). A bare `python` is one
-    process. -> the device of this rank."""
+    process. A collective that takes longer than `timeout` fails. -> the device of this rank."""
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
         if not dist.is_initialized():
             alone = dict(store=dist.HashStore(), rank=0, world_size=1)
-            dist.init_process_group("cpu:gloo,cuda:nccl", **({} if "RANK" in os.environ else alone))
+            alone = {} if "RANK" in os.environ else alone
+            dist.init_process_group("cpu:gloo,cuda:nccl", timeout=timeout, **alone)
         return torch.device("cuda", torch.cuda.current_device())
     if "RANK" in os.environ and not dist.is_initialized():
-        dist.init_process_group("gloo")
+        dist.init_process_group("gloo", timeout=timeout)
     return torch.device("cpu")
 
 
 def rank() -> int:
-    return dist.get_rank() if dist.is_initialized() else 0
+    return dist.get_rank() if dist.is_initialized() else int(os.environ.get("RANK", 0))
 
 
 def world_size() -> int:
@@ -545,7 +547,7 @@ def save_policy(policy, processor, path: str) -> None:
 
 
 def __getattr__(name: str):
-    """`model.generate` is known to others by this name; it lives in sampler.py, above this file."""
+    """Kept for callers outside, who know `model.generate`; the function is in sampler.py."""
     if name == "generate":
         from sampler import generate
 

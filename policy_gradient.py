@@ -11,7 +11,9 @@
     clip (15)      0.2 / 0.2, dual 3       0.2 / 0.28, dual 10     0.0003 / 0.0004, no dual
     mean (16)      over all tokens         over all tokens         over sequences, of token means
 
-The token mean of GRPO is verl's and the release's; 2402.03300 averages each sequence first.
+The clips and dual clips are the published run's. The dual clip is PPO's (1912.09729); neither
+2402.03300 nor 2503.14476 has one. The token mean of GRPO is verl's and the release's; 2402.03300
+averages each sequence first.
 Denominators are those of the whole batch, over all ranks and packs (D9), so neither the loss nor
 its gradient depends on how the batch was cut. GSPO has no dual clip, and its KL is a mean over
 sequences as its loss is (D11). With one optimiser step per batch of rollouts the ratio
@@ -59,26 +61,20 @@ def policy_loss(
     num_tokens: float | None = None,
     num_sequences: float | None = None,
 ) -> torch.Tensor:
-    """(14) to (16): the clipped policy gradient. logp, old_logp, mask (B, T), mask boolean;
+    """(14), (15), (16): the clipped policy gradient. logp, old_logp, mask (B, T), mask boolean;
     advantage (B,). -> scalar. `num_tokens` and `num_sequences` are the global denominators, those
     of this batch where None. ValueError for an algorithm that is not in ALGORITHMS.
-    Takes along: ALGORITHMS, importance_ratio.
+    Takes along: ALGORITHMS, importance_ratio, aggregate.
     """
     if algorithm not in ALGORITHMS:
         raise ValueError(f"algorithm {algorithm!r}: one of {', '.join(ALGORITHMS)}")
-    length = mask.sum(1)
     r = importance_ratio(logp, old_logp, mask, algorithm)
     # (15) A negative advantage with a huge ratio is bounded by the dual clip.
     a = advantage[:, None].to(r.dtype)
     loss = torch.maximum(-a * r, -a * r.clamp(1 - clip_low, 1 + clip_high))
     if dual_clip is not None and math.isfinite(dual_clip):
         loss = torch.where(a < 0, torch.minimum(loss, -a * dual_clip), loss)
-    loss = torch.where(mask, loss, 0.0)
-    # (16)
-    if algorithm == "gspo":
-        sequences = max(len(mask), 1) if num_sequences is None else num_sequences
-        return (loss.sum(1) / length.clamp(min=1)).sum() / sequences
-    return loss.sum() / (max(int(length.sum()), 1) if num_tokens is None else num_tokens)
+    return aggregate(loss, mask, algorithm, num_tokens, num_sequences)
 
 
 def importance_ratio(logp, old_logp, mask, algorithm: str) -> torch.Tensor:
@@ -88,7 +84,17 @@ def importance_ratio(logp, old_logp, mask, algorithm: str) -> torch.Tensor:
     if algorithm == "gspo":
         mean = log_ratio.sum(1, keepdim=True) / mask.sum(1).clamp(min=1)[:, None]
         log_ratio = torch.where(mask, mean, 0.0)
-    return log_ratio.clamp(-20, 20).exp()
+    return log_ratio.clamp(-20, 20).exp()  # +-20 as in the release
+
+
+def aggregate(values, mask, algorithm: str, num_tokens=None, num_sequences=None) -> torch.Tensor:
+    """(16): (B, T) values -> their mean as the algorithm takes it. GSPO averages each sequence
+    first, GRPO and DAPO all tokens."""
+    values = torch.where(mask, values, 0.0)
+    if algorithm == "gspo":
+        sequences = max(len(mask), 1) if num_sequences is None else num_sequences
+        return (values.sum(1) / mask.sum(1).clamp(min=1)).sum() / sequences
+    return values.sum() / (max(int(mask.sum()), 1) if num_tokens is None else num_tokens)
 
 
 def kl_k3(logp: torch.Tensor, ref_logp: torch.Tensor) -> torch.Tensor:
@@ -97,7 +103,7 @@ def kl_k3(logp: torch.Tensor, ref_logp: torch.Tensor) -> torch.Tensor:
     return d.exp() - d - 1
 
 
-def update_policy(
+def policy_backward(
     policy,
     groups: list[Group],
     advantage: torch.Tensor,
@@ -119,12 +125,12 @@ def update_policy(
     place = {}  # (group, branch) -> its place in `advantage`
     for g, group in enumerate(groups):
         place |= {(g, i): len(place) + i for i in range(len(group.branches))}
-    sampled_at = [logp for group in groups for logp in group.logprobs]
+    recorded = [logp for group in groups for logp in group.logprobs]  # when they were sampled
     # The denominators of (16), over all ranks.
-    num_tokens, num_sequences = all_sum([sum(map(len, sampled_at)), len(sampled_at)]).tolist()
-    num_tokens, num_sequences = max(num_tokens, 1), max(num_sequences, 1)
-    names = ("entropy", "clipped_low", "clipped_high", "kl_old", "kl_ref")
-    sums = dict.fromkeys(names[: 5 if reference else 4], 0.0)
+    num_tokens, num_sequences = all_sum([sum(map(len, recorded)), len(recorded)]).tolist()
+    counts = max(num_tokens, 1), max(num_sequences, 1)
+    names = ["entropy", "clipped_low", "clipped_high", "kl_old", *(["kl_ref"] if reference else [])]
+    sums = dict.fromkeys(names, 0.0)
     peaks = {"ratio_max": -math.inf, "ratio_min": math.inf, "sampled_scored_gap": 0.0}
     total, tokens = 0.0, 0
 
@@ -132,16 +138,16 @@ def update_policy(
         pack = pack.to(device)
         members = [place[member] for member in pack.members]
         logp, entropy = token_logprobs(policy, pack, config.temperature)
-        sampled = torch.cat([torch.zeros(0), *(sampled_at[i] for i in members)]).to(device)
-        old = logp.detach() if on_policy else sampled
+        sampled = torch.cat([torch.zeros(0), *(recorded[i] for i in members)]).to(device)
+        old_logp = logp.detach() if on_policy else sampled
+        new, old = pack.padded(logp), pack.padded(old_logp)
         a, mask = advantage[members].to(device), pack.mask
-        rows = pack.rows(logp), pack.rows(old), a, mask
-        loss = policy_loss(*rows, algorithm, *clips, num_tokens, num_sequences)
+        loss = policy_loss(new, old, a, mask, algorithm, *clips, *counts)
         if reference is not None:
             with torch.no_grad():
                 ref_logp, _ = token_logprobs(reference, pack, config.temperature)
             kl = kl_k3(logp, ref_logp)
-            loss = loss + config.beta * mean_loss(pack, kl, algorithm, num_tokens, num_sequences)
+            loss = loss + config.beta * aggregate(pack.padded(kl), mask, algorithm, *counts)
             sums["kl_ref"] += kl.sum().item()
         loss.backward()
 
@@ -150,21 +156,14 @@ def update_policy(
         tokens += len(logp)
         if len(logp):
             with torch.no_grad():
-                r = importance_ratio(rows[0], rows[1], mask, algorithm)[mask]
+                r = importance_ratio(new, old, mask, algorithm)[mask]
             sign = a[:, None].expand_as(mask)[mask]
             sums["clipped_low"] += ((r < 1 - clips[0]) & (sign < 0)).sum().item()
             sums["clipped_high"] += ((r > 1 + clips[1]) & (sign > 0)).sum().item()
-            sums["kl_old"] += kl_k3(logp.detach(), old).sum().item()
+            sums["kl_old"] += kl_k3(logp.detach(), old_logp).sum().item()
             peaks["ratio_max"] = max(peaks["ratio_max"], r.max().item())
             peaks["ratio_min"] = min(peaks["ratio_min"], r.min().item())
             gap = (logp.detach() - sampled).abs().max().item()
             peaks["sampled_scored_gap"] = max(peaks["sampled_scored_gap"], gap)
     means = {name: (value, tokens) for name, value in sums.items()}
     return means | {"loss": (total, 1 / world_size())}, peaks
-
-
-def mean_loss(pack, values: torch.Tensor, algorithm: str, num_tokens, num_sequences):
-    """(16) for (K,) values, one a branch token: their mean as the algorithm takes it."""
-    if algorithm != "gspo":
-        return values.sum() / num_tokens
-    return (pack.rows(values).sum(1) / pack.mask.sum(1).clamp(min=1)).sum() / num_sequences

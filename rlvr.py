@@ -3,12 +3,12 @@
     (13)  R    = 0.8 * accuracy + 0.2 * format, 0 where the format is broken
     (10)  A    = group normalisation of R over the N rollouts of a prompt
     (14) - (16)  the clipped policy gradient of the algorithm                    policy_gradient.py
-    (18)  DAPO: R - (length - (limit - buffer)) / buffer, between 0 and 1: overlong responses cost
+    (18)  DAPO: R - clip((length - (limit - buffer)) / buffer, 0, 1): overlong responses cost
     (19)  DAPO: groups whose accuracy has no spread are dropped, and prompts sampled until the
           batch is full
 
-`--num_minibatches` and `--num_epochs` make several optimiser steps of one batch of rollouts; then
-the ratio leaves 1 and the clips act.
+`--num_minibatches` and `--num_iterations` make several optimiser steps of one batch of rollouts;
+then the ratio leaves 1 and the clips act.
 
     torchrun --nproc_per_node=8 rlvr.py --ckpt align_out --algorithm dapo --output_dir rl_out
     python rlvr.py                                                  the embedded world of digits
@@ -22,10 +22,11 @@ import torch
 from data import SYSTEM_PROMPT, Group, decode, parse_response
 from model import all_max, all_sum, learning_rate_at, load_policy, optimizer_step, rank
 from model import save_policy, shard, world_size
-from policy_gradient import ALGORITHMS, group_advantage, policy_loss, update_policy  # noqa: F401
+from policy_gradient import ALGORITHMS, group_advantage, policy_backward
+from policy_gradient import policy_loss  # noqa: F401, others know it as rlvr.policy_loss
 from rows import Example, RowError, UserError, load_data
-from run import Run, add, main
-from sampler import generate
+from run import Count, Natural, Positive, Run, RunConfig, Share, Weight, add, main
+from sampler import generate, sampling_flags
 from verifier import start as start_verifier
 from verifier import verify
 
@@ -33,7 +34,7 @@ ACCURACY, FORMAT = 0.8, 0.2  # paper: 0.8, 0.2
 
 
 @dataclass
-class RLVRConfig:
+class RLVRConfig(RunConfig):
     ckpt: str = "prism-vlm/Qwen3-VL-4B-Instruct-SFT-PRISM"  # the aligned policy, or any other
     data: list[str] = field(  # prompts with a ground truth; paper: 2K
         default_factory=lambda: [
@@ -43,36 +44,27 @@ class RLVRConfig:
     output_dir: str = "out/rlvr"
     system_prompt: str = SYSTEM_PROMPT  # of rows without one
     algorithm: str = "grpo"  # grpo, dapo, gspo
-    learning_rate: float = 1e-6  # paper: 1e-6
+    learning_rate: Weight = 1e-6  # paper: 1e-6
     lr_scheduler_type: str = "constant"  # paper: constant
-    warmup_steps: float | None = None  # paper: by algorithm, see ALGORITHMS
-    weight_decay: float | None = None  # paper: by algorithm (its README: 0.01)
-    max_steps: int = 1500  # paper: 1500
-    prompts_per_step: int = 32  # paper: 32, over all ranks
-    num_generations: int = 16  # paper: 16 rollouts a prompt
-    temperature: float = 1.0  # paper: 1.0
-    max_prompt_length: int = 2048  # paper: 2048
-    max_completion_length: int = 8192  # paper: 8192
-    epsilon: float | None = None  # clip low; paper: by algorithm
-    epsilon_high: float | None = None  # clip high; paper: by algorithm
-    dual_clip: float | None = None  # paper: by algorithm
-    beta: float = 0.0  # of the k3 KL to the starting policy; 0: no reference is loaded
-    num_minibatches: int = 1  # optimiser steps per batch and epoch; paper: 1
-    num_epochs: int = 1  # passes over a batch of rollouts; paper: 1
-    max_gen_batches: int = 10  # DAPO: sampled batches before giving up; paper: 10
-    gen_batch_factor: int = 3  # DAPO: prompts sampled at a time, in batches; paper: 96 for 32
-    overlong_buffer: int = 4096  # DAPO: tokens over which the penalty grows to 1; paper: 4096
-    max_grad_norm: float = 1.0  # not stated
-    max_bad_fraction: float = 0.01
-    max_tokens_per_pack: int = 16384
-    max_rollout_rows: int | None = None  # rows sampled at a time; None: all
-    activation_checkpointing: bool = False
-    dataloader_num_workers: int = 2
-    save_steps: int = 100
-    save_total_limit: int = 1
-    report_to: str = "none"
-    seed: int = 0
-    resume: bool = False
+    warmup_steps: Weight | None = None  # paper: by algorithm, see ALGORITHMS
+    weight_decay: Weight | None = None  # paper: by algorithm (its README: 0.01)
+    max_steps: Count = 1500  # batches of rollouts; paper: 1500
+    prompts_per_step: Count = 32  # paper: 32, over all ranks
+    num_generations: Count = 16  # paper: 16 rollouts a prompt
+    temperature: Positive = 1.0  # paper: 1.0
+    max_prompt_length: Count = 2048  # paper: 2048
+    max_completion_length: Count = 8192  # paper: 8192
+    epsilon: Share | None = None  # clip low; paper: by algorithm
+    epsilon_high: Weight | None = None  # clip high; None: the algorithm's, not --epsilon as in TRL
+    dual_clip: Weight | None = None  # paper: by algorithm
+    beta: Weight = 0.0  # of the k3 KL to the starting policy; paper: its algorithm's default
+    num_minibatches: Count = 1  # optimiser steps per batch and epoch; paper: 1
+    num_iterations: Count = 1  # passes over a batch of rollouts; paper: 1
+    max_gen_batches: Count = 10  # DAPO: sampled batches before giving up; paper: 10
+    gen_batch_factor: Count = 3  # DAPO: prompts sampled at a time, in batches; paper: 96 / 32
+    overlong_buffer: Natural = 4096  # DAPO: tokens over which the penalty grows to 1; paper: 4096
+    max_grad_norm: Positive = 1.0  # not stated
+    max_rollout_rows: Count | None = None  # rows sampled at a time; None: all
 
 
 def reward(response_text: str, ground_truth) -> float:
@@ -101,7 +93,7 @@ def select_groups(useful: torch.Tensor, wanted: int) -> tuple[list[int], int]:
     not depend on the number of ranks. Every rank calls it.
     """
     number = torch.arange(len(useful)) * world_size() + rank()
-    flags = torch.zeros(int(all_max([len(useful)])[0]) * world_size() + 1)
+    flags = torch.zeros(int(all_max([len(useful)])[0]) * world_size() + 1)  # + 1: maybe of none
     flags[number] = useful.float()
     order = all_sum(flags).cumsum(0)
     kept = useful & (order[number] <= wanted)
@@ -131,7 +123,7 @@ def train() -> None:
     config = run.config
     settle_algorithm(config)
     start_verifier()  # a broken math-verify is an error now, not wrong rewards later
-    examples = load_data(config.data, ("answer",), config.system_prompt)
+    examples = load_data(config.data, ("answer",), config.system_prompt, config.image_dir)
     policy, processor = load_policy("--ckpt", config.ckpt, config.activation_checkpointing)
     policy = shard(policy, run.device).train()
     reference = None
@@ -139,32 +131,36 @@ def train() -> None:
         reference = shard(load_policy("--ckpt", config.ckpt)[0], run.device).eval()
     optimizer = torch.optim.AdamW(policy.parameters(), weight_decay=config.weight_decay)
 
+    dapo, wanted = config.algorithm == "dapo", config.prompts_per_step
+    batch_size = wanted * (config.gen_batch_factor if dapo else 1)
+    sampling = sampling_flags(config)
+
     def encode(example, prompt):
         if not any(verify(answer, answer) for answer in example.answer):
             raise RowError(f"the ground truth {example.answer} is one that no answer can match")
         return example, prompt
 
-    def sample(batch: list, number: int) -> list[Rollouts]:
-        """Rollouts y ~ pi(x) of one batch of prompts, and their rewards (13), (18)."""
-        prompts = [prompt for _, prompt in batch]
-        limits = config.num_generations, config.max_completion_length, config.temperature
+    def sample(batch: list, draw: int) -> list[Rollouts]:
+        """Rollouts y ~ pi(x) of one batch of prompts, and their rewards (13), (18). `draw` keys the
+        random numbers: 1000 of them belong to a step, one to each batch sampled in it."""
         with run.phase("rollout"):
-            rows = config.max_rollout_rows
-            groups = generate(policy, prompts, *limits, config.seed, number, rows)
+            groups = generate(policy, [prompt for _, prompt in batch], step=draw, **sampling)
         out = []
         with run.phase("reward"):
             for (example, _), group in zip(batch, groups):
                 texts = [decode(processor, branch) for branch in group.branches]
                 earned = torch.tensor([reward(text, example.answer) for text in texts])
-                measures = (earned > ACCURACY).float(), (earned > 0).float()
+                accuracy = (earned > FORMAT).float()  # more than the format alone earns
+                valid = (earned > 0).float()
                 length = torch.tensor([float(len(branch)) for branch in group.branches])
                 if dapo:
-                    earned = earned + overlong_penalty(length, limits[1], config.overlong_buffer)
-                out.append(Rollouts(example, group, texts, *measures, length, earned))
+                    limit, buffer = config.max_completion_length, config.overlong_buffer
+                    earned = earned + overlong_penalty(length, limit, buffer)
+                out.append(Rollouts(example, group, texts, accuracy, valid, length, earned))
         return out
 
     def dynamic_sampling(step: int) -> tuple[list[Rollouts], list[Rollouts], int]:
-        """(19) -> what is kept of the batches that were sampled, all of it, their number."""
+        """(19) -> (prompts kept, all prompts sampled, number of batches)."""
         kept, sampled, count = [], [], 0
         for number in range(config.max_gen_batches):
             new = sample(next(stream), step * 1000 + number)
@@ -178,11 +174,13 @@ def train() -> None:
             f"harder data, or more --max_gen_batches"
         )
 
-    dapo, wanted = config.algorithm == "dapo", config.prompts_per_step
-    batch_size = wanted * (config.gen_batch_factor if dapo else 1)
     stream = run.batches(examples, processor, encode, batch_size)
-    clips = config.epsilon, config.epsilon_high, config.dual_clip
-    on_policy = config.num_minibatches * config.num_epochs == 1
+    objective = dict(
+        algorithm=config.algorithm,
+        clips=(config.epsilon, config.epsilon_high, config.dual_clip),
+        on_policy=config.num_minibatches * config.num_iterations == 1,
+        reference=reference,
+    )
     modules = {"policy": (policy, optimizer)}
 
     for step in run.steps(config.max_steps, modules, partial(save_policy, policy, processor)):
@@ -198,16 +196,17 @@ def train() -> None:
         updates, rate = [], learning_rate_at(step, config.max_steps, config)
         generator = torch.Generator().manual_seed(config.seed * 1_000_003 + step)
         with run.phase("update"):
-            for _ in range(config.num_epochs):
+            for _ in range(config.num_iterations):
                 shuffled = torch.randperm(len(rollouts), generator=generator)
-                for part in shuffled.tensor_split(config.num_minibatches):
-                    groups, a = [rollouts[i].group for i in part], advantage[part].flatten()
-                    args = policy, groups, a, processor, config, config.algorithm, clips
-                    updates.append(update_policy(*args, on_policy, reference))
+                for minibatch in shuffled.tensor_split(config.num_minibatches):
+                    groups = [rollouts[i].group for i in minibatch]
+                    a = advantage[minibatch].flatten()
+                    measured = policy_backward(policy, groups, a, processor, config, **objective)
+                    updates.append(measured)
                     grad_norm = optimizer_step(policy, optimizer, rate, config.max_grad_norm)
 
         values = {"grad_norm": grad_norm, "learning_rate": rate, "gen_batches": gen_batches}
-        log(run, step, rollouts, sampled, advantage, updates, values)
+        log_step(run, step, rollouts, sampled, advantage, updates, values)
 
 
 def settle_algorithm(config: RLVRConfig) -> None:
@@ -218,9 +217,14 @@ def settle_algorithm(config: RLVRConfig) -> None:
     for name, value in ALGORITHMS[config.algorithm].items():
         if getattr(config, name) is None:
             setattr(config, name, value)
+    if config.algorithm == "dapo" and config.overlong_buffer >= config.max_completion_length:
+        raise UserError(
+            f"--overlong_buffer {config.overlong_buffer}: must be less than "
+            f"--max_completion_length {config.max_completion_length}, or every length costs"
+        )
 
 
-def log(run, step, rollouts, sampled, advantage, updates, values) -> None:
+def log_step(run, step, rollouts, sampled, advantage, updates, values) -> None:
     """The step's line in metrics.jsonl, and the first prompt's rollouts in rollouts.jsonl."""
     measures = {name: column(sampled, name) for name in ("accuracy", "reward")}
     measures |= {"format_valid": column(sampled, "valid")}

@@ -68,10 +68,11 @@ class Examples(Sequence):
     A row is read and parsed when it is asked for, so memory does not grow with the data.
     `need` names the fields of Example that a stage cannot do without; a row without one of them
     raises RowError. A row without a system turn is given `system_prompt`, where there is one.
+    Images lie in the folder of the file that names them, or below it, or in `image_dir`.
     """
 
-    def __init__(self, sources: list[str], need=(), system_prompt: str | None = None):
-        self.need, self.system_prompt = need, system_prompt
+    def __init__(self, sources: list[str], need=(), system_prompt=None, image_dir=None):
+        self.need, self.defaults = need, (system_prompt, image_dir)
         self.tables = [_open_source(source) for source in sources]
         self.ends = list(itertools.accumulate(len(table) for _, table in self.tables))
 
@@ -89,7 +90,7 @@ class Examples(Sequence):
         where = f"{source}:{table.numbers[at]}" if isinstance(table, Lines) else f"{source}[{at}]"
         try:
             row = table[at]
-            example = parse_row(row, i, where, self.system_prompt)
+            example = parse_row(row, i, where, *self.defaults)
             for name in self.need:
                 if not getattr(example, name):
                     found = f"found {sorted(row)}, expected {FIELDS[name]}"
@@ -104,11 +105,12 @@ class Examples(Sequence):
             raise bad from None
 
 
-def load_data(sources, need: tuple[str, ...] = (), system_prompt: str | None = None) -> Examples:
+def load_data(sources, need=(), system_prompt=None, image_dir: str | None = None) -> Examples:
     """Opens one source or several: JSON, JSONL, parquet or Arrow files, hub data sets
     (OWNER/NAME), or a file in one (hf://datasets/OWNER/NAME/FILE). UserError where one cannot be
     opened or holds no rows."""
-    return Examples([sources] if isinstance(sources, str) else sources, need, system_prompt)
+    sources = [sources] if isinstance(sources, str) else sources
+    return Examples(sources, need, system_prompt, image_dir)
 
 
 class Lines:
@@ -199,7 +201,7 @@ def hub_file(source: str) -> str:
 ROLES = {"human": "user", "gpt": "assistant"} | {r: r for r in ("system", "user", "assistant")}
 
 
-def parse_row(row: dict, index: int, where: str, system_prompt: str | None = None) -> Example:
+def parse_row(row: dict, index: int, where: str, system_prompt=None, image_dir=None) -> Example:
     """One row -> Example, or RowError. The fields of the row tell its schema: `messages` or
     `conversations` (sharegpt), a list `prompt` with `reward_model` (verl), else plain
     (`question` or `prompt`, `image` or `images`, `system`, `response`, `answer`, ...)."""
@@ -248,7 +250,7 @@ def parse_row(row: dict, index: int, where: str, system_prompt: str | None = Non
         raise RowError(
             f"{len(images) - left} <image> placeholders for {len(images)} images; make them equal"
         )
-    folder = os.path.dirname(where)
+    folders = [os.path.dirname(where), image_dir]
     truth = row.get("reward_model") or {}
     equivalent = row.get("equivalent_answers") or truth.get("equivalent_answers")
     answers = _accepted(row.get("answer", truth.get("ground_truth"))) + _accepted(equivalent)
@@ -256,7 +258,7 @@ def parse_row(row: dict, index: int, where: str, system_prompt: str | None = Non
         index=index,
         where=where,
         messages=messages,
-        images=[_image_source(image, folder) for image in ordered],
+        images=[_image_source(image, folders) for image in ordered],
         response=_text(response or row.get("response") or _side(row, "teacher")),
         student=_text(_side(row, "student")),
         answer=answers or None,
@@ -335,8 +337,9 @@ def _text(value) -> str | None:
     return value
 
 
-def _image_source(image, folder: str) -> str | bytes:
-    """A path, encoded bytes, a data URI, or a dict of these -> bytes or an existing path."""
+def _image_source(image, folders: list[str | None]) -> str | bytes:
+    """A path, encoded bytes, a data URI, or a dict of these -> bytes or an existing path in one of
+    the folders."""
     if isinstance(image, dict):
         image = image.get("bytes") or image.get("path") or image.get("url")
     if isinstance(image, str) and image.startswith("data:"):
@@ -349,10 +352,13 @@ def _image_source(image, folder: str) -> str | bytes:
         raise RowError(
             f"image {image[:80]}: addresses are not fetched; download it beside the data"
         )
-    path = os.path.join(folder, image.removeprefix("file://"))
-    if not os.path.isfile(path):
-        raise RowError(f"image {path} does not exist; image paths are relative to the data file")
-    return path
+    for folder in (os.path.abspath(folder) for folder in folders if folder is not None):
+        path = os.path.normpath(os.path.join(folder, image.removeprefix("file://")))
+        if path.startswith(os.path.join(folder, "")) and os.path.isfile(path):
+            return path
+    raise RowError(
+        f"image {image} does not exist in the folder of the data file; --image_dir names another"
+    )
 
 
 def open_image(source: str | bytes) -> Image.Image:

@@ -1,37 +1,43 @@
 """A run: its flags, its directory, its log, its checkpoints. What all stages do alike around their
 loops.
 
-    output_dir/run.json            every field of the stage's dataclass as it ran
+    output_dir/run.json            every field of the stage's dataclass as it ran; `finished`, the
+                                   last step, once the result is whole
     output_dir/metrics.jsonl       one line a step, over all ranks; null where nothing was measured
     output_dir/rollouts.jsonl      the rollouts of one prompt a step, with all their scores
     output_dir/left_out.jsonl      every row that was left out, by any rank, and why
+    output_dir/skipped.jsonl       every step whose gradient was not finite, and its rows
     output_dir/checkpoint-N/       a Hugging Face directory, and in `state/` what resuming needs:
                                    weights in full precision and the moments of the optimiser
                                    (torch.distributed.checkpoint, sharded as the run was)
     output_dir/                    at the end, the Hugging Face directory of the result
+
+A killed run goes on with --resume and gives, to the last bit, what it would have given. Whatever is
+written is written beside and renamed, so a kill leaves the old or the new, never a half.
 """
 
 import contextlib
 import dataclasses
+import datetime
+import fcntl
 import json
 import math
 import os
 import re
 import resource
 import shutil
+import signal
 import sys
 import time
+import zlib
 from collections.abc import Callable, Iterator
+from typing import Annotated, get_args, get_type_hints
 
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from huggingface_hub import HfApi, snapshot_download
-from torch.distributed.checkpoint.state_dict import (
-    get_optimizer_state_dict,
-    get_state_dict,
-    set_state_dict,
-)
+from torch.distributed.checkpoint.api import CheckpointException
 from tqdm import tqdm
 from transformers import HfArgumentParser
 from transformers.utils import logging
@@ -43,6 +49,34 @@ from rows import Example, RowError, Unfit, UserError
 
 # --------------------------------------------------------------------------------------------------
 # Flags
+
+# The types of flags, with the smallest and the largest value that they may have.
+Count = Annotated[int, 1, math.inf]
+Natural = Annotated[int, 0, math.inf]
+Positive = Annotated[float, sys.float_info.min, sys.float_info.max]
+Weight = Annotated[float, 0.0, sys.float_info.max]
+Share = Annotated[float, 0.0, 1.0]
+Minutes = Annotated[float, sys.float_info.min, 1e6]
+Seed = Annotated[int, 0, 2**32 - 1]
+
+
+@dataclasses.dataclass
+class RunConfig:
+    """The flags that every stage has. A stage's own dataclass adds its hyperparameters."""
+
+    output_dir: str = "out/run"
+    image_dir: str | None = None  # where images may lie besides the data's own folder
+    max_bad_fraction: Share = 0.01  # of the rows drawn; more that cannot be used end the run
+    max_tokens_per_pack: Count = 16384  # how a batch is cut; the results do not depend on it
+    activation_checkpointing: bool = False  # less memory, a forward more
+    dataloader_num_workers: Natural = 2  # processes that encode rows ahead
+    save_steps: Count = 100
+    save_total_limit: Count = 2  # checkpoints that are kept
+    timeout: Minutes = 30.0  # minutes that a rank waits for another
+    max_skipped: Count = 5  # steps in a row without a finite gradient that end the run
+    report_to: str = "none"  # none, tensorboard, wandb
+    seed: Seed = 0
+    resume: bool = False
 
 
 def parse(config_class):
@@ -56,9 +90,11 @@ def parse(config_class):
     logging.disable_progress_bar()  # loading and writing weights; a stage has its own bar
     about = sys.modules["__main__"].__doc__.strip().splitlines()[0]
     parser = HfArgumentParser(config_class, description=about, allow_abbrev=False)
+    parser.error = _refuse
     config, unknown = parser.parse_args_into_dataclasses(return_remaining_strings=True)
     if unknown:
         raise UserError(f"{' '.join(unknown)}: no such flag; --help lists them")
+    check_ranges(config)
     given = {arg.split("=")[0][2:].replace("-", "_") for arg in sys.argv[1:] if arg[:2] == "--"}
     stage = config_class.__name__.removesuffix("Config").lower()
     if config.data == ["digits"] or not given & {"model", "ckpt", "data"}:
@@ -69,6 +105,22 @@ def parse(config_class):
             for source in [value] if isinstance(value, str) else value:
                 announce(name, source)
     return config
+
+
+def _refuse(message: str) -> None:
+    raise UserError(f"{message}; --help lists the flags")
+
+
+def check_ranges(config) -> None:
+    """UserError for a number outside the range that its type gives."""
+    for name, hint in get_type_hints(type(config), include_extras=True).items():
+        value = getattr(config, name)
+        for kind in (hint, *get_args(hint)):  # Count, or Count | None
+            low, high = getattr(kind, "__metadata__", (-math.inf, math.inf))
+            if value is not None and hasattr(kind, "__metadata__") and not low <= value <= high:
+                few = "above 0" if low == sys.float_info.min else f"at least {low:g}"
+                most = "" if high >= sys.float_info.max else f" and at most {high:.10g}"
+                raise UserError(f"--{name} {value}: must be {few}{most}")
 
 
 def announce(name: str, source: str) -> None:
@@ -96,17 +148,64 @@ def announce(name: str, source: str) -> None:
             ) from None
 
 
+class Ended(Exception):
+    """The run ends here, by a signal or because it had finished before. (words, exit code)."""
+
+
 def main(stage: Callable) -> None:
-    """Runs `stage()`. What the user can mend ends in one line and exit code 2."""
+    """Runs `stage()`. What the user can mend, a full disk and a rank that is gone end in one line
+    (exit code 2; 1 for the rank), and the other ranks are not waited for."""
+    code = 0
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until there is a run, Ctrl-C ends at once
     try:
         stage()
+        if Run.current:
+            Run.current.finish()
+    except Ended as end:
+        say(end.args[0])
+        code = end.args[1]
     except UserError as error:
-        tqdm.write(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.stderr.flush()
-        os._exit(2) if dist.is_initialized() else sys.exit(2)  # other ranks wait in a collective
-    if dist.is_initialized():
-        dist.barrier()  # a thread of the last collective may still hold tensors
-        dist.destroy_process_group()
+        _die(str(error), 2)
+    except OSError as error:
+        if error.errno not in (28, 122, 30, 13):  # no space, quota, read-only, permission
+            raise
+        where = error.filename or (Run.current.path if Run.current else "")
+        _die(f"{where}: {error.strerror}; go on with --resume once that is mended", 2)
+    except RuntimeError as error:
+        if not _of_another_rank(error):
+            raise
+        lost = Run.current.lagging() if Run.current else "a rank is gone"
+        _die(f"{lost} ({str(error).splitlines()[0][:120]}); go on with --resume", 1)
+    if not dist.is_initialized():
+        sys.exit(code)
+    dist.barrier()  # a thread of the last collective may still hold tensors
+    dist.destroy_process_group()
+    if "wandb" in sys.modules:
+        sys.modules["wandb"].finish()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)  # the interpreter's own end may abort on threads that collectives have left
+
+
+def _of_another_rank(error: BaseException) -> bool:
+    """Whether a collective has failed, because a rank is gone or does not answer."""
+    return dist.is_initialized() and bool(re.search(r"gloo|NCCL|[Tt]imed out|peer", str(error)))
+
+
+def _die(message: str, code: int) -> None:
+    if not Run.current or Run.current.speaks_first():
+        tqdm.write(f"error: {' '.join(message.split())}", file=sys.stderr)
+    sys.stderr.flush()
+    os._exit(code) if dist.is_initialized() else sys.exit(code)  # others wait in a collective
+
+
+def write_json(path: str, content) -> None:
+    """Written beside, forced to the disk, renamed."""
+    with open(path + ".new", "w") as file:
+        json.dump(content, file, indent=1)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(path + ".new", path)
 
 
 def say(*words) -> None:
@@ -135,90 +234,231 @@ def finite(line: dict) -> dict:
 class Run:
     """A stage's run. Made first, so that a directory that is in use is noticed before any work."""
 
+    current = None  # the run of this process, for messages
+
     def __init__(self, config_class):
-        self.device = join_ranks()
         self.config = config = parse(config_class)
+        self.device = join_ranks(datetime.timedelta(minutes=config.timeout))
+        Run.current = self
         self.stage = config_class.__name__.removesuffix("Config").lower()
         self.path = config.output_dir
         self.seconds: dict[str, float] = {}
         self.last = time.perf_counter()
-        self.bar = self.writer = None
+        self.bar = self.writer = self.lock = None
+        self.left_out, self.left_out_before, self.bad = 0, 0, set()
+        self.skipped = self.skipped_in_a_row = 0
+        self.rows: list[str] = []  # where the rows of this step come from
+        self.asked = self.stopping = 0  # the signal that this rank got, and that all know of
+        self.started = False
+        self.found = self._holds()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._ask_to_stop)
         if os.path.isfile(self.path):
             raise UserError(f"--output_dir {self.path} is a file; name a directory")
-        if os.path.isdir(self.path) and os.listdir(self.path) and not config.resume:
+        if self.found and not config.resume:
             raise UserError(
                 f"--output_dir {self.path} is not empty; pass --resume to go on there, or name "
                 f"another"
             )
-        self.step = max(self._checkpoints(), default=0) if config.resume else 0  # the last done
+        before = self._before() if config.resume else {}
+        if before.get("finished"):
+            raise Ended(f"{self.path}: finished at step {before['finished']}; nothing to do", 0)
+        self.step = self._newest() if config.resume else 0  # the last that is done
         self.checkpoint = os.path.join(self.path, f"checkpoint-{self.step}") if self.step else None
-        self.position = 0  # rows drawn so far, over all ranks
+        self.progress = {
+            "position": 0,
+            "skipped": 0,
+            "rows_used": 0,
+        }  # what a checkpoint keeps besides tensors
         if self.checkpoint:
             with open(os.path.join(self.checkpoint, "state", "progress.json")) as file:
-                self.position = json.load(file)["position"]
-        self.left_out, self.left_out_before, self.bad = 0, 0, set()
+                self.progress = json.load(file)
+        elif config.resume:
+            say(f"--resume: no checkpoint in {self.path}, starting from step 1")
+        self.position, self.skipped = self.progress["position"], self.progress["skipped"]
+        self.rows_used = self.progress["rows_used"]
+
+    def _ask_to_stop(self, number: int, frame) -> None:
+        """Schedulers and torchrun send SIGTERM more than once; a second Ctrl-C is meant at once."""
+        self.asked = number
+        if number == signal.SIGINT:
+            signal.signal(number, signal.SIG_DFL)
+
+    def _holds(self) -> set[str]:
+        """What lies in the directory, but for the lock and the ranks' notes."""
+        return set(os.listdir(self.path)) - {"ranks"} if os.path.isdir(self.path) else set()
+
+    def _before(self) -> dict:
+        """run.json of the run that this one goes on with; UserError where it was another's."""
+        name = os.path.join(self.path, "run.json")
+        if not os.path.exists(name):
+            if self.found:
+                raise UserError(f"--resume: {self.path} is no run's directory, no run.json in it")
+            return {}
+        try:
+            with open(name) as file:
+                before = json.load(file)
+        except ValueError:
+            raise UserError(f"--resume: {name} is damaged; name another directory") from None
+        source = "model" if hasattr(self.config, "model") else "ckpt"
+        mine = {"stage": self.stage, source: getattr(self.config, source)}
+        theirs = {"stage": before.get("stage"), source: before.get("run", {}).get(source)}
+        for name in mine:
+            if mine[name] != theirs[name]:
+                said = f"its {name} is {theirs[name]}, not {mine[name]}"
+                raise UserError(f"--resume: {self.path} belongs to another run: {said}")
+        return before
 
     def _checkpoints(self) -> list[int]:
         names = os.listdir(self.path) if os.path.isdir(self.path) else []
         return [int(n[11:]) for n in names if n.startswith("checkpoint-") and n[11:].isdigit()]
 
+    def _newest(self) -> int:
+        """The step of the newest checkpoint that is whole, by its checksums; 0 for none."""
+        for step in sorted(self._checkpoints(), reverse=True):
+            path = os.path.join(self.path, f"checkpoint-{step}")
+            if not all_max([not _is_whole(path)])[0]:
+                return step
+            say(f"{path} is damaged; taking the one before")
+        return 0
+
+    def _note(self, *more) -> None:
+        """Leaves a word for the other ranks, should this one be lost: its step and process."""
+        path = os.path.join(self.path, "ranks", str(rank()))
+        with open(path + ".new", "w") as file:
+            print(self.step, os.uname().nodename, os.getpid(), *more, file=file)
+        os.replace(path + ".new", path)
+
+    def lagging(self) -> str:
+        """The rank that the others wait for, by the notes: none that waits itself; rather one
+        whose process is gone or stopped; among those, the one with the fewest steps."""
+        if not self.started:
+            return "a rank is gone"
+        self._note("waits")
+        time.sleep(3)  # the others notice at about the same time
+        notes = {}
+        for number in range(world_size()):
+            try:
+                with open(os.path.join(self.path, "ranks", str(number))) as file:
+                    step, node, pid, *waits = file.read().split()
+            except FileNotFoundError:
+                step, node, pid, waits = 0, "", 0, []
+            gone = node == os.uname().nodename and not _runs(pid)
+            notes[number] = bool(waits), not gone, int(step)
+        slow = min(notes, key=notes.get)
+        return f"rank {slow} is gone or stuck, last heard of at step {notes[slow][2]}"
+
+    def speaks_first(self) -> bool:
+        """Whether no other rank has said why the run ends. It is said once."""
+        if not self.started or world_size() == 1:
+            return True
+        try:
+            os.close(os.open(os.path.join(self.path, "ranks", "ended"), os.O_CREAT | os.O_EXCL))
+        except FileExistsError:
+            return False
+        except OSError:
+            pass
+        return True
+
     # ----------------------------------------------------------------------------------------------
     # Rows
 
-    def batches(self, examples, processor, encode, batch_size: int, total=None, own=False):
+    def batches(self, examples, processor, encode, batch_size: int, total=None, held_out=False):
         """This rank's share of one global batch after another: `encode(example, prompt)` of each
-        row, from where the run stands (`own`: from the first row, outside the run's count). Rows
+        row, from where the run stands (`held_out`: from the first row, and not counted). Rows
         that cannot be used are left out, counted and named."""
+        before = self.progress.setdefault("batch_size", batch_size)
+        if not held_out and before != batch_size:
+            raise UserError(
+                f"--resume: a step had {before} rows over all ranks and would now have "
+                f"{batch_size}; set the batch size or the number of ranks so that they agree"
+            )
         limits = ("max_prompt_length", "max_image_size")
         limits = {name: getattr(self.config, name, None) for name in limits}
         encoded = Encoded(examples, processor, encode, **limits)
-        start, part = 0 if own else self.position, (rank(), world_size())
-        workers = 0 if own else self.config.dataloader_num_workers
+        start, share = 0 if held_out else self.position, (rank(), world_size())
+        workers = 0 if held_out else self.config.dataloader_num_workers
         drawn = 0
-        for items in batches(encoded, batch_size, self.config.seed, start, total, part, workers):
-            self.position += 0 if own else batch_size
+        # What encodes rows ahead ends with this process, not by signals to the whole job.
+        held = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT})
+        stream = batches(encoded, batch_size, self.config.seed, start, total, share, workers)
+        signal.pthread_sigmask(signal.SIG_SETMASK, held)
+        for items in stream:
+            self.position += 0 if held_out else batch_size
             drawn += len(items)
-            for error in (item for item in items if isinstance(item, RowError)):
-                self._leave_out(error, drawn, len(examples))
-            yield [item for item in items if not isinstance(item, RowError)]
+            for where, error in items:
+                if isinstance(error, RowError):
+                    self._leave_out(where, error, drawn, len(examples))
+            used = [(where, item) for where, item in items if not isinstance(item, RowError)]
+            self.rows += [where for where, _ in used]
+            yield [item for _, item in used]
 
-    def _leave_out(self, error: RowError, drawn: int, rows: int) -> None:
+    def _leave_out(self, where: str, error: RowError, drawn: int, rows: int) -> None:
         self.left_out += 1
-        line = {"step": self.step, "row": error.where, "why": str(error)}
-        with open(os.path.join(self.path, "left_out.jsonl"), "a") as file:
-            file.write(json.dumps(line) + "\n")
+        self._append("left_out.jsonl", {"step": self.step, "row": where, "why": str(error)})
         if self.left_out <= 3:
             more = "; more of them go to left_out.jsonl only" if self.left_out == 3 else ""
-            say(f"{error.where}: left out, {error}{more}")
+            say(f"{where}: left out, {error}{more}")
         if not isinstance(error, Unfit):
-            self.bad.add(error.where)
+            self.bad.add(where)
         drawn = min(drawn, rows)
         if len(self.bad) >= min(3, rows) and len(self.bad) > self.config.max_bad_fraction * drawn:
             raise UserError(
                 f"{len(self.bad)} bad rows among the first {drawn} are more than "
-                f"--max_bad_fraction {self.config.max_bad_fraction}; {error.where}: {error}"
+                f"--max_bad_fraction {self.config.max_bad_fraction}; {where}: {error}"
             )
+
+    def _append(self, name: str, *lines: dict) -> None:
+        with open(os.path.join(self.path, name), "a") as file:
+            file.write("".join(json.dumps(line) + "\n" for line in lines))
 
     # ----------------------------------------------------------------------------------------------
     # Steps, log
 
     def steps(self, max_steps: int, modules: dict, save: Callable) -> Iterator[int]:
         """The steps that are still to do, counted from 1. Loads the checkpoint that the run goes
-        on from, saves one every `save_steps`, and the result at the end. `modules` are name ->
-        (module, optimiser); `save(path)` writes the Hugging Face directory."""
+        on from, saves one every `save_steps` and before a signal ends the run, and the result at
+        the end. `modules` are name -> (module, optimiser); `save(path)` writes the Hugging Face
+        directory."""
         self._start()
         self._load(modules)
         show = dict(desc=self.stage, disable=rank() != 0)
         self.bar = tqdm(total=max_steps, initial=min(self.step, max_steps), **show)
         for step in range(self.step + 1, max_steps + 1):
             self.step = step
+            self._note()
+            # Dropout draws from (seed, step, rank): other masks on every rank, and a resumed run
+            # draws what it would have drawn.
+            torch.manual_seed((self.config.seed * 1_000_003 + step) * 4096 + rank())
+            self.rows = []
             yield step
             self.bar.update()
-            if step % self.config.save_steps == 0 and step < max_steps:
+            due = step % self.config.save_steps == 0 and not self.skipped_in_a_row
+            if step < max_steps and (self.stopping or due):
                 self._save(step, modules, save)
+            if step < max_steps and self.stopping:
+                self.bar.close()
+                code = 0 if self.stopping == signal.SIGTERM else 130
+                where = os.path.join(self.path, f"checkpoint-{step}")
+                raise Ended(f"stopped by a signal; saved {where}, go on with --resume", code)
         self.bar.close()
-        save(self.path)
+        if not self.rows_used:
+            raise UserError(
+                f"not one row could be used ({self.left_out} were left out, see {self.path}/"
+                f"left_out.jsonl, and {self.skipped} steps skipped); nothing was learned and "
+                f"nothing is saved"
+            )
+        self._check_weights(modules)
+        with _all_or_nothing(self.path):
+            save(self.path)
         say(f"saved {self.path}")
+
+    def finish(self) -> None:
+        """Marks the run as finished, once all that belongs to it is written."""
+        barrier()
+        if rank() == 0:
+            record = {"stage": self.stage, "run": dataclasses.asdict(self.config)}
+            write_json(os.path.join(self.path, "run.json"), record | {"finished": self.step})
 
     @contextlib.contextmanager
     def phase(self, name: str):
@@ -233,10 +473,11 @@ class Run:
         """One line of metrics. `means` are (sum, count) and `sums` numbers of this rank, summed
         over ranks; `peaks` are extremes of this rank (the smallest where the name ends in _min);
         `values` are the same on all ranks. A mean of nothing is null: nothing stands in for a
-        measurement that was not made."""
+        measurement that was not made. A loss that is already divided by a global denominator has
+        the count 1 / world_size: then its sum over ranks is the loss."""
         means, sums, peaks = means or {}, sums or {}, peaks or {}
         left_out = self.left_out + (self.left_out_before if rank() == 0 else 0)
-        sums = sums | {"rows_left_out": left_out}
+        sums = sums | {"rows_left_out": left_out, "rows": len(self.rows)}
         flat = [float(x) for pair in means.values() for x in pair] + list(map(float, sums.values()))
         flat = all_sum(flat).tolist()
         pairs = zip(flat[: 2 * len(means) : 2], flat[1 : 2 * len(means) : 2])
@@ -246,26 +487,46 @@ class Run:
         sign = [-1 if name.endswith("_min") else 1 for name in peaks]
         peak = torch.cuda.max_memory_allocated() if self.device.type == "cuda" else 0
         peak = peak or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        most = all_max([s * x for s, x in zip(sign, peaks.values())] + [peak / 2**30]).tolist()
+        extremes = [s * x for s, x in zip(sign, peaks.values())]
+        *most, self.stopping, peak = all_max([*extremes, self.asked, peak / 2**30]).tolist()
         line |= {name: s * x for name, s, x in zip(peaks, sign, most)}
         line |= values or {}
+        line["steps_skipped"] = self._count_skipped(step, line)
         now = time.perf_counter()
         line["time/step"] = now - self.last
         line |= {f"time/{name}": seconds for name, seconds in self.seconds.items()}
-        line["peak_memory_gb"] = most[-1]
+        line["peak_memory_gb"] = peak
         if "tokens" in line:
             line["tokens_per_second"] = line["tokens"] / line["time/step"]
         self.last, self.seconds = now, {}
         line = finite(line)
+        self.rows_used += 0 if self.skipped_in_a_row else line["rows"]
         if rank() == 0:
-            with open(os.path.join(self.path, "metrics.jsonl"), "a") as file:
-                file.write(json.dumps(line) + "\n")
+            self._append("metrics.jsonl", line)
             if self.writer:
                 self.writer({k: v for k, v in line.items() if isinstance(v, (int, float))}, step)
             shown = ("loss", "reward", "accuracy", "format_valid", "discriminator_loss")
             shown = {k: f"{line[k]:.3f}" for k in shown if line.get(k) is not None}
             self.bar.set_postfix(shown)
         return line
+
+    def _count_skipped(self, step: int, line: dict) -> int:
+        """A step whose gradient is not finite was skipped, on every rank alike: counts it, names
+        its rows, and ends the run after --max_skipped in a row."""
+        norms = [v for k, v in line.items() if k.endswith("grad_norm")]
+        if all(map(math.isfinite, norms)):
+            self.skipped_in_a_row = 0
+            return self.skipped
+        self.skipped, self.skipped_in_a_row = self.skipped + 1, self.skipped_in_a_row + 1
+        self._append("skipped.jsonl", {"step": step, "rank": rank(), "rows": self.rows})
+        say(f"step {step}: skipped, its gradient is not finite; its rows are in skipped.jsonl")
+        if self.skipped_in_a_row >= self.config.max_skipped:
+            raise UserError(
+                f"--max_skipped {self.config.max_skipped} steps in a row, the last {step}, had a "
+                f"gradient that is not finite: the weights or the data hold NaN or infinity, or "
+                f"--learning_rate is too high; nothing was saved over the last checkpoint"
+            )
+        return self.skipped
 
     def log_rollouts(self, step: int, example: Example, texts: list[str], **columns) -> None:
         """The rollouts of one prompt, with a value of each column for each of them."""
@@ -281,23 +542,36 @@ class Run:
             "answer": example.answer,
             "supervision": example.response,
         }
-        with open(os.path.join(self.path, "rollouts.jsonl"), "a") as file:
-            for i, text in enumerate(texts):
-                own = {name: float(column[i]) for name, column in columns.items()}
-                line = finite({"step": step, **shared, "response": text, **own})
-                file.write(json.dumps(line, ensure_ascii=False) + "\n")
+        lines = []
+        for i, text in enumerate(texts):
+            own = {name: float(column[i]) for name, column in columns.items()}
+            lines.append(finite({"step": step, **shared, "response": text, **own}))
+        self._append("rollouts.jsonl", *lines)
 
     # ----------------------------------------------------------------------------------------------
     # Directory
 
     def _start(self) -> None:
-        """Writes run.json and opens the logs. All that can go wrong at the start has gone well by
-        then, so a wrong flag leaves nothing behind."""
+        """Locks the directory, writes run.json and opens the logs. All that can go wrong at the
+        start has gone well by then, so a wrong flag leaves nothing behind."""
         barrier()  # every rank has looked into the directory before rank 0 writes
         if rank() == 0:
-            os.makedirs(self.path, exist_ok=True)
-            self._cut("metrics.jsonl")
-            self._cut("rollouts.jsonl")
+            os.makedirs(os.path.join(self.path, "ranks"), exist_ok=True)
+            # The lock goes with the process, however it ends, and is not its children's.
+            self.lock = open(os.path.join(self.path, "ranks", "lock"), "w")  # noqa: SIM115
+            try:
+                fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                raise UserError(f"--output_dir {self.path}: another run is writing there") from None
+            if self._holds() != self.found:
+                raise UserError(f"--output_dir {self.path}: another run has just written there")
+            for name in set(os.listdir(os.path.join(self.path, "ranks"))) - {"lock"}:
+                os.remove(os.path.join(self.path, "ranks", name))
+            for name in self.found:
+                if name.endswith(".incomplete"):
+                    shutil.rmtree(os.path.join(self.path, name))
+            for name in ("metrics.jsonl", "rollouts.jsonl", "skipped.jsonl"):
+                self._cut(name)
             self.left_out_before = self._cut("left_out.jsonl")
             fields = dataclasses.asdict(self.config)
             name = os.path.join(self.path, "run.json")
@@ -308,39 +582,63 @@ class Run:
                 changed = [f"{k}: {before.get(k)} -> {fields[k]}" for k in other]
                 if changed:
                     say("resumed with other settings:", ", ".join(changed))
-            with open(name, "w") as file:
-                json.dump({"stage": self.stage, "run": fields}, file, indent=1)
+            write_json(name, {"stage": self.stage, "run": fields})
             self.writer = _writer(self.config.report_to, self.path, fields)
         barrier()  # no rank logs a row before rank 0 has cut the files
+        self.started = True
 
     def _cut(self, name: str) -> int:
-        """Drops what a killed run had logged behind the checkpoint that this run goes on from.
-        -> the number of lines that are left."""
+        """Drops what a killed run had logged behind the checkpoint that this run goes on from, and
+        lines that are no JSON. -> the number of lines that are left."""
         path = os.path.join(self.path, name)
         if not os.path.exists(path):
             return 0
-        with open(path) as file:
-            whole = [line for line in file if line.endswith("\n")]
-        lines = [line for line in whole if json.loads(line)["step"] <= self.step]
-        with open(path, "w") as file:
-            file.writelines(lines)
-        return len(lines)
+        kept = 0
+        with open(path, errors="replace") as file, open(path + ".new", "w") as new:
+            for line in file:
+                try:
+                    done = json.loads(line)["step"] <= self.step
+                except (ValueError, TypeError, KeyError):
+                    done = False
+                new.write(line.rstrip("\n") + "\n" if done else "")
+                kept += done
+            new.flush()
+            os.fsync(new.fileno())
+        os.replace(path + ".new", path)
+        return kept
 
     def _save(self, step: int, modules: dict, save: Callable) -> None:
-        """checkpoint-<step>, written beside and renamed: a killed save leaves no half of one."""
+        """checkpoint-<step>, written beside, checked, forced to the disk and renamed; only then the
+        older ones go. A killed save leaves no half of one."""
+        self._check_weights(modules)
         final = os.path.join(self.path, f"checkpoint-{step}")
         beside = final + ".incomplete"
         if rank() == 0:
             shutil.rmtree(beside, ignore_errors=True)
-        save(beside)
-        state, alone = os.path.join(beside, "state"), not dist.is_initialized()
-        dcp.save(_state(modules), checkpoint_id=state, no_dist=alone)
+        barrier()
+        progress = self.progress | {"position": self.position, "skipped": self.skipped}
+        progress["rows_used"] = self.rows_used
+        progress["stepped"] = _stepped(modules)
+        with _all_or_nothing(beside):
+            save(beside)
+            state, alone = os.path.join(beside, "state"), not dist.is_initialized()
+            dcp.save(_state(modules, progress["stepped"]), checkpoint_id=state, no_dist=alone)
+            if rank() == 0:
+                write_json(os.path.join(state, "progress.json"), progress)
+            barrier()
+            sums = {name: _checksum(os.path.join(beside, name)) for name in _my_files(beside)}
+            barrier()
+            write_json(os.path.join(beside, f"checksums-{rank()}.json"), sums)
+        barrier()
         if rank() == 0:
-            with open(os.path.join(state, "progress.json"), "w") as file:
-                json.dump({"position": self.position}, file)
             shutil.rmtree(final, ignore_errors=True)
             os.rename(beside, final)
-            kept = sorted(self._checkpoints())[-self.config.save_total_limit :]
+            folder = os.open(self.path, os.O_RDONLY)
+            os.fsync(folder)
+            os.close(folder)
+            # A later one is damaged: this run has passed it over.
+            kept = sorted(n for n in self._checkpoints() if n <= step)
+            kept = kept[-self.config.save_total_limit :]
             for number in set(self._checkpoints()) - set(kept):
                 shutil.rmtree(os.path.join(self.path, f"checkpoint-{number}"))
         barrier()
@@ -348,23 +646,108 @@ class Run:
     def _load(self, modules: dict) -> None:
         if not self.checkpoint:
             return
-        state, alone = _state(modules), not dist.is_initialized()
+        stepped = self.progress["stepped"]
+        for name, (module, optimizer) in modules.items():  # Adam's moments, to be filled
+            parameters = dict(module.named_parameters())
+            for p in map(parameters.get, stepped[name]):
+                zeros = {"exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
+                optimizer.state[p] = {"step": torch.tensor(0.0), **zeros}
+        state, alone = _state(modules, stepped), not dist.is_initialized()
         dcp.load(state, checkpoint_id=os.path.join(self.checkpoint, "state"), no_dist=alone)
-        for name, (module, optimizer) in modules.items():
-            groups = get_optimizer_state_dict(module, optimizer)["param_groups"]
-            moments = {"state": state[name]["moments"], "param_groups": groups}
-            weights = state[name]["model"]
-            set_state_dict(module, optimizer, model_state_dict=weights, optim_state_dict=moments)
         say(f"resumed from {self.checkpoint}")
 
+    def _check_weights(self, modules: dict) -> None:
+        """UserError where a weight of any rank is no number: that is not to be saved."""
+        for name, (module, _) in modules.items():
+            parts = (getattr(p, "_local_tensor", p.detach()) for p in module.parameters())
+            bad = [not all(bool(part.isfinite().all()) for part in parts)]
+            if all_max(bad)[0]:
+                raise UserError(
+                    f"the weights of the {name} hold NaN or infinity at step {self.step}; nothing "
+                    f"was saved over the last checkpoint"
+                )
 
-def _state(modules: dict) -> dict:
-    """Tensors only: weights and moments. Rates and schedules are functions of the step."""
+
+@contextlib.contextmanager
+def _all_or_nothing(path: str) -> Iterator[None]:
+    """A full disk is one line, and what could not be finished is removed."""
+    try:
+        yield
+    except (Exception, CheckpointException) as error:
+        if _of_another_rank(error):
+            raise RuntimeError(str(error)) from error
+        if path.endswith(".incomplete"):
+            shutil.rmtree(path, ignore_errors=True)
+        free = shutil.disk_usage(os.path.dirname(os.path.abspath(path))).free / 1e9
+        said = (str(error).strip() or repr(error)).splitlines()[-1][:150]
+        raise UserError(
+            f"{path} could not be written ({said}; {free:.1f} GB are free there); the last "
+            f"checkpoint is as it was, go on with --resume"
+        ) from error
+
+
+def _runs(pid) -> bool:
+    """Whether a process of this machine is there and not stopped."""
+    try:
+        with open(f"/proc/{pid}/stat") as file:
+            return file.read().rpartition(")")[2].split()[0] not in "TtZX"
+    except OSError:
+        return not os.path.isdir("/proc/self")  # elsewhere it cannot be seen
+
+
+def _stepped(modules: dict) -> dict[str, list[str]]:
+    """The parameters that have moments. One that no row has used, as what sees images where there
+    are none, has not."""
+    return {
+        name: [key for key, parameter in module.named_parameters() if parameter in optimizer.state]
+        for name, (module, optimizer) in modules.items()
+    }
+
+
+def _state(modules: dict, stepped: dict[str, list[str]]) -> dict:
+    """The very tensors of weights and moments, to be saved, or to be loaded in place. Rates and
+    schedules are functions of the step. `get_state_dict` of torch would make an empty step of an
+    optimiser that has made none, which changes what Adam does later."""
     state = {}
     for name, (module, optimizer) in modules.items():
-        weights, moments = get_state_dict(module, optimizer)
-        state[name] = {"model": weights, "moments": moments["state"]}
+        parameters = dict(module.named_parameters())
+        moments = {key: optimizer.state[parameters[key]] for key in stepped[name]}
+        weights = {key: p.detach() for key, p in parameters.items()}
+        state[name] = {"model": weights, "moments": moments}
     return state
+
+
+def _my_files(path: str) -> list[str]:
+    """This rank's share of the files of a checkpoint, relative to it."""
+    found = (os.path.join(top, name) for top, _, names in os.walk(path) for name in names)
+    files = sorted(os.path.relpath(file, path) for file in found)
+    return [file for file in files if "checksums-" not in file][rank() :: world_size()]
+
+
+def _checksum(path: str) -> int:
+    """Also forces the file to the disk."""
+    total = 0
+    with open(path, "rb") as file:
+        while block := file.read(1 << 24):
+            total = zlib.crc32(block, total)
+        os.fsync(file.fileno())
+    return total
+
+
+def _is_whole(path: str) -> bool:
+    """Whether this rank's share of a checkpoint's files has the checksums of the save."""
+    expected = {}
+    try:
+        for name in os.listdir(path):
+            if name.startswith("checksums-"):
+                with open(os.path.join(path, name)) as file:
+                    expected |= json.load(file)
+        mine = sorted(expected)[rank() :: world_size()]
+        return bool(expected) and all(
+            _checksum(os.path.join(path, name)) == expected[name] for name in mine
+        )
+    except (OSError, ValueError):
+        return False
 
 
 def _writer(report_to: str, path: str, fields: dict) -> Callable | None:

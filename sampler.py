@@ -39,12 +39,12 @@ class RowCache:
         self.kv_heads, _, dim = collected[0][0].shape
         device = collected[0][0].device
         lengths = torch.tensor(lengths)
-        first, step = lengths.cumsum(0) - lengths, torch.arange(int(lengths.max()))
-        index = torch.where(step < lengths[:, None], first[:, None] + step, 0).to(device)
+        first, offset = lengths.cumsum(0) - lengths, torch.arange(int(lengths.max()))
+        index = torch.where(offset < lengths[:, None], first[:, None] + offset, 0).to(device)
         # Of each layer: the prompts' keys (P * K, D, longest), their values (P * K, longest, D)
         tables = [[x[:, index].transpose(0, 1).flatten(0, 1) for x in kv] for kv in collected]
         self.prompts = [(k.mT.contiguous(), v) for k, v in tables]
-        self.beyond = self._bias((step >= lengths[:, None]).to(device))
+        self.beyond = self._bias((offset >= lengths[:, None]).to(device))
         # Of each layer, the rows' own keys (places, K, D, room) and values (places, K, room, D)
         keys, values = (self.kv_heads, dim, 0), (self.kv_heads, 0, dim)
         self.own = [(k.new_zeros(0, *keys), v.new_zeros(0, *values)) for k, v in tables]
@@ -95,7 +95,7 @@ class RowCache:
 
     def begin_step(self) -> list[torch.Tensor]:
         """Before each forward of the S rows, one token a row: makes room. -> what `attend` reads
-        from `self.step`."""
+        from `self.inputs`."""
         need = int(self.length.max()) + 1
         self.seen = min(self.limit, -(-need // 128) * 128) if self.fixed else need
         places, room = self.own[0][1].shape[0], self.own[0][1].shape[2]
@@ -110,7 +110,7 @@ class RowCache:
 
     def attend(self, layer: int, q, k, v, scale: float) -> torch.Tensor:
         """(S, H, 1, D), (S, K, 1, D) twice -> (S, 1, H, D)."""
-        rows, length, table, place, unseen = self.step
+        rows, length, table, place, unseen = self.inputs
         heads, dim = q.shape[1], q.shape[3]
         own_k, own_v = (x[: len(rows)] for x in self.own[layer])
         own_k[rows, :, :, length] = k[:, :, 0]
@@ -179,7 +179,7 @@ class Decoder:
             self.graphs, self.cache.fixed = {}, False
 
     def _forward(self, read) -> torch.Tensor:
-        token, position, *self.cache.step = read
+        token, position, *self.cache.inputs = read
         inputs = dict(input_ids=token, position_ids=position, use_cache=False, layout=self.cache)
         return self.policy(**inputs).logits[:, 0]
 
@@ -189,6 +189,12 @@ def uniforms(seed: int, step: int, prompt: int, row: int, count: int) -> torch.T
     key = hashlib.blake2b(f"{seed} {step} {prompt} {row}".encode(), digest_size=7).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(key, "big"))
     return torch.rand(count, generator=generator)
+
+
+def sampling_flags(config) -> dict:
+    """What `generate` takes of a stage's flags."""
+    names = "num_generations max_completion_length temperature seed max_rollout_rows".split()
+    return {name: getattr(config, name) for name in names}
 
 
 def generate(
@@ -239,7 +245,7 @@ def _generate(policy, prompts, n, limit, max_rows, temperature, seed, step, fixe
     decoder = Decoder(policy, cache)
     del collected
     following = torch.tensor([prompt.next_position for prompt in prompts], device=device)
-    forbidden, ends = policy.forbidden.to(device), policy.ends.to(device)
+    forbidden, ends = policy.forbidden.to(device), policy.stop_ids.to(device)
     if temperature > 0:
         keys = [(seed, step, prompt.index, row) for prompt in prompts for row in range(n)]
         u = torch.stack([uniforms(*key, limit) for key in keys]).to(device)

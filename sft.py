@@ -25,35 +25,27 @@ from data import Group, encode_response, make_packs
 from model import even_packs, learning_rate_at, load_policy, optimizer_step, save_policy, shard
 from model import all_sum, token_logprobs, world_size
 from rows import Unfit, load_data
-from run import Run, main
+from run import Count, Positive, Run, RunConfig, Weight, main
 
 
 @dataclass
-class SFTConfig:
+class SFTConfig(RunConfig):
     model: str = "Qwen/Qwen3-VL-4B-Instruct"  # a Hugging Face directory or hub id; paper: 4B, 8B
     data: list[str] = field(  # files or hub ids, one after the other; paper: 1.26M + 113K rows
         default_factory=lambda: ["prism-vlm/gemini_public_mmr1", "prism-vlm/gemini_distill"]
     )
     output_dir: str = "out/sft"
-    learning_rate: float = 1e-5  # paper: 1e-5
+    learning_rate: Weight = 1e-5  # paper: 1e-5
     lr_scheduler_type: str = "cosine"  # paper: cosine
-    warmup_steps: float = 0.1  # paper: 0.1 of the run; from 1 on, a number of steps
-    weight_decay: float = 0.0  # not stated
-    num_train_epochs: float = 1.0  # paper: 1
+    warmup_steps: Weight = 0.1  # paper: 0.1 of the run; from 1 on, a number of steps
+    weight_decay: Weight = 0.0  # not stated
+    num_train_epochs: Positive = 1.0  # paper: 1
     max_steps: int = -1  # where positive, in place of the epochs
-    per_device_train_batch_size: int = 2  # paper: 2
-    gradient_accumulation_steps: int = 1  # not stated; multiplies the batch
-    max_grad_norm: float = 1.0  # not stated
-    max_length: int = 8192  # paper: 8192, prompt and response
-    max_bad_fraction: float = 0.01  # of the rows; more that cannot be used end the run
-    max_tokens_per_pack: int = 16384  # how the batch is cut
-    activation_checkpointing: bool = False
-    dataloader_num_workers: int = 2
-    save_steps: int = 500
-    save_total_limit: int = 1
-    report_to: str = "none"  # none, tensorboard, wandb
-    seed: int = 0
-    resume: bool = False
+    per_device_train_batch_size: Count = 2  # paper: 2
+    gradient_accumulation_steps: Count = 1  # not stated; multiplies the batch
+    max_grad_norm: Positive = 1.0  # not stated
+    max_length: Count = 8192  # paper: 8192; longer rows are left out, not cut (D6)
+    save_steps: Count = 500
 
 
 def sft_loss(logp: torch.Tensor, num_tokens: float) -> torch.Tensor:
@@ -65,12 +57,10 @@ def sft_loss(logp: torch.Tensor, num_tokens: float) -> torch.Tensor:
 def train() -> None:
     run = Run(SFTConfig)
     config = run.config
-    examples = load_data(config.data, need=("response",))
+    examples = load_data(config.data, ("response",), None, config.image_dir)
     policy, processor = load_policy("--model", config.model, config.activation_checkpointing)
     policy = shard(policy, run.device).train()
-    optimizer = torch.optim.AdamW(
-        policy.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay
-    )
+    optimizer = torch.optim.AdamW(policy.parameters(), weight_decay=config.weight_decay)
 
     def encode(example, prompt) -> Group:
         """A demonstration as a prompt with one branch."""

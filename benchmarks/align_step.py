@@ -31,7 +31,7 @@ from views import ROLLOUTS, build, make_comparison, one_by_one, pairs_of, set_up
 from align import AlignConfig, alignment_advantage, game_advantage
 from discriminator import discriminator_loss, judge
 from model import load_policy, optimizer_step
-from policy_gradient import policy_loss, update_policy
+from policy_gradient import policy_loss, policy_backward
 from sampler import generate
 
 PROMPTS, LIMIT = 4, 256
@@ -59,7 +59,7 @@ def main() -> None:
         policy, _ = load_policy("--ckpt", path)
         plain_policy = AutoModelForImageTextToText.from_pretrained(path, dtype=torch.float32)
     ends = list(range(300, 300 + round(policy.config.text_config.vocab_size * ENDS)))
-    policy.ends = torch.tensor(ends)
+    policy.stop_ids = torch.tensor(ends)
     judges = {
         "ours": discriminator.train(),
         "straightforward": copy.deepcopy(discriminator).train(),
@@ -84,7 +84,7 @@ def main() -> None:
         optimizer_step(judges["ours"], steppers["ours"][1], 1e-6, 1.0)
         clock("judge")
         advantage = game_advantage(judged, config).flatten()
-        update_policy(policy, groups, advantage, processor, config, "grpo", clips, on_policy=True)
+        policy_backward(policy, groups, advantage, processor, config, "grpo", clips, on_policy=True)
         optimizer_step(policy, steppers["ours"][0], 1e-6, 1.0)
         clock("update")
         return torch.tensor([len(branch) for group in groups for branch in group.branches])

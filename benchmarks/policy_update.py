@@ -37,7 +37,7 @@ def main() -> None:
             pack = make_packs([Group(one, branches)])[0]
             logp, _ = token_logprobs(ours, pack)
             logp.mean().backward()
-            return pack.rows(logp.detach())
+            return pack.padded(logp.detach())
 
         def padded():
             inputs = repeated([one], 16)

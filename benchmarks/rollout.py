@@ -129,7 +129,7 @@ def main() -> None:
     ours, theirs = build(args.hidden_size, args.layers)
     prompts = [prompt(i, 302) for i in range(4)]
     ends = list(range(100, 100 + 2048 // 92))  # random weights: about 1/2048 each
-    ours.ends = torch.tensor(ends)
+    ours.stop_ids = torch.tensor(ends)
     size = sum(p.numel() for p in theirs.parameters()) / 1e6
     print(f"{size:.1f}M parameters, 4 prompts of 302 tokens x 16 rows")
 

@@ -24,7 +24,7 @@ import digits
 from data import decode, encode_prompts, parse_response
 from discriminator import Comparison, judge, load_discriminator
 from model import load_policy, optimizer_step
-from policy_gradient import group_advantage, update_policy
+from policy_gradient import group_advantage, policy_backward
 from rlvr import RLVRConfig, reward, settle_algorithm
 from rows import load_data
 from sampler import generate
@@ -84,7 +84,9 @@ def main() -> None:
 
     def update(step):
         sampled = state["groups"], state["advantage"]
-        update_policy(policy, *sampled, processor, config, config.algorithm, clips, on_policy=True)
+        policy_backward(
+            policy, *sampled, processor, config, config.algorithm, clips, on_policy=True
+        )
         optimizer_step(policy, optimizers[policy], 1e-6, 1.0)
 
     phases = {

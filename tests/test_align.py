@@ -596,7 +596,7 @@ def test_judge_gives_the_papers_scores_loss_and_gradient(sparse, reference):
     head = load_file(f"{path}/model.safetensors")["score.weight"].double().requires_grad_()
     discriminator.train().zero_grad()
     judged = judge(
-        discriminator, pairs, processor, 100_000, score_l2=0.05, balance=0.1, backward=True
+        discriminator, pairs, processor, 100_000, score_l2=0.05, balance_coef=0.1, backward=True
     )
     assert not discriminator.sparse[0].allowed and discriminator.sparse[0].chosen is None
 
@@ -702,7 +702,7 @@ def test_judge_does_not_depend_on_how_views_are_packed(sparse):
     results = []
     for max_tokens in (100_000, 250, 10):
         discriminator.zero_grad()
-        judged = judge(discriminator, pairs, processor, max_tokens, balance=0.0, backward=True)
+        judged = judge(discriminator, pairs, processor, max_tokens, balance_coef=0.0, backward=True)
         named = discriminator.named_parameters()
         gradient = {n: p.grad.clone() for n, p in named if p.grad is not None}
         results.append((judged, gradient))
@@ -750,7 +750,8 @@ def test_balance_of_several_packs_is_their_mean_over_tokens(sparse):
     expected = np.average(totals, weights=tokens)
     assert len(tokens) > 1 and np.ptp(totals) > 0.01
     judgements = [
-        judge(discriminator, pairs, processor, 250, balance=b, backward=False) for b in (0.0, 0.7)
+        judge(discriminator, pairs, processor, 250, balance_coef=b, backward=False)
+        for b in (0.0, 0.7)
     ]
     close(judgements[0].means["balance_loss"][0], expected, 1e-5)
     losses = [judged.means["discriminator_loss"][0] for judged in judgements]

@@ -191,11 +191,11 @@ def test_without_adapt_a_copy_fails(world, groups, tmp_path):
 def test_generate(world, groups, tmp_path):
     policy, _, given = groups
     body = """
-    adapt(policy).ends = inputs["ends"]
+    adapt(policy).stop_ids = inputs["ends"]
     sampled = generate(policy, [group.prompt for group in groups], 3, 12, 1.1, 4, 7)
     out = [branch for group in sampled for branch in group.branches + group.logprobs]
     """
-    inputs = dict(path=world["init"], groups=[plain(g) for g in given], ends=policy.ends)
+    inputs = dict(path=world["init"], groups=[plain(g) for g in given], ends=policy.stop_ids)
     body = textwrap.dedent(body).replace("\n", "\n    ")
     out = run(tmp_path, ("sampler.generate",), PACKS.format(body=body), **inputs)
     sampled = generate(policy, [group.prompt for group in given], 3, 12, 1.1, 4, 7)

@@ -202,25 +202,28 @@ def test_batches_do_not_depend_on_ranks_or_on_where_one_resumes(world, processor
     examples = load_data(world["prompts"])
     encoded = Encoded(examples, processor, lambda *row: row)
     whole = batches(encoded, 8, seed=1)
-    first, second = ([e.index for e, _ in next(whole)] for _ in range(2))
-    parts = [[e.index for e, _ in next(batches(encoded, 8, 1, part=(r, 2)))] for r in range(2)]
-    assert sorted(first) == sorted(parts[0] + parts[1]) and first[0::2] == parts[0]
+    first, second = ([e.index for _, (e, _) in next(whole)] for _ in range(2))
+    shares = [next(batches(encoded, 8, 1, share=(r, 2))) for r in range(2)]
+    shares = [[e.index for _, (e, _) in share] for share in shares]
+    assert sorted(first) == sorted(shares[0] + shares[1]) and first[0::2] == shares[0]
     resumed = next(batches(encoded, 8, seed=1, start=8))
-    assert [e.index for e, _ in resumed] == second
-    assert all(e.index == p.index for e, p in resumed)
+    assert [e.index for _, (e, _) in resumed] == second
+    # A prompt's number is its place in the stream: a row that is drawn twice has two.
+    assert [p.index for _, (_, p) in resumed] == list(range(8, 16))
+    assert all(where == e.where for where, (e, _) in resumed)
 
 
 def test_the_stream_ends_at_total(world, processor):
     """Behind it batches are empty, and a rank may be left without rows before."""
     encoded = Encoded(load_data(world["prompts"]), processor, lambda example, _: example.index)
-    lengths = lambda steps, *args, **part: [  # noqa: E731
-        len(batch) for _, batch in zip(range(steps), batches(encoded, *args, **part))
+    lengths = lambda steps, *args, **share: [  # noqa: E731
+        len(batch) for _, batch in zip(range(steps), batches(encoded, *args, **share))
     ]
     assert lengths(5, 8, 3, 0, 20) == [8, 8, 4, 0, 0]
     assert lengths(3, 8, 3, 8, 20) == [8, 4, 0]
-    shares = [lengths(3, 8, 3, 0, 20, part=(r, 3)) for r in range(3)]
+    shares = [lengths(3, 8, 3, 0, 20, share=(r, 3)) for r in range(3)]
     assert shares == [[3, 3, 2], [3, 3, 1], [2, 2, 1]]
-    assert lengths(2, 2, 3, 0, 3, part=(1, 2)) == [1, 0]
+    assert lengths(2, 2, 3, 0, 3, share=(1, 2)) == [1, 0]
 
 
 def test_batches_do_not_touch_the_random_numbers_of_a_run(world, processor):
@@ -244,7 +247,8 @@ def test_rows_encoded_ahead_are_the_same(world, processor):
     streams = [batches(encoded, 8, 1, total=24, workers=w) for w in (0, 2)]
     here, ahead = ([next(stream) for _ in range(3)] for stream in streams)
     assert len(here) == len(ahead) == 3
-    for a, b in zip(sum(here, []), sum(ahead, [])):
+    for (where, a), (where_ahead, b) in zip(sum(here, []), sum(ahead, [])):
+        assert where == where_ahead
         if isinstance(a, RowError):
             assert (str(a), a.where) == (str(b), b.where) and str(a) == "odd"
             assert int(a.where.rsplit(":", 1)[1]) % 2 == 0  # lines count from 1
@@ -269,14 +273,16 @@ def test_encoded_keeps_errors_in_their_places(world, processor):
             raise RowError("not this one")
         return example.where, len(prompt.input_ids)
 
-    items = Encoded(Rows(rows), processor, encode)[[3, 0, 1, 2]]
+    draws = list(enumerate([3, 0, 1, 2]))
+    wheres, items = zip(*Encoded(Rows(rows), processor, encode)[draws])
+    assert wheres[1:] == (good[0].where, "f:1", good[1].where)
     assert [type(item) for item in items] == [RowError, tuple, RowError, RowError]
     assert [str(item)[:14] for item in items[::3]] == ["cannot be read", "not this one"]
     assert "cannot be opened" in str(items[2]) and items[2].where == "f:1"
     assert items[1][0] == good[0].where and items[3].where == good[1].where
     longest = items[1][1]
     for limit, kind in ((longest, tuple), (longest - 1, Unfit)):
-        (item,) = Encoded(good, processor, encode, max_prompt_length=limit)[[0]]
+        ((_, item),) = Encoded(good, processor, encode, max_prompt_length=limit)[[(0, 0)]]
         assert type(item) is kind
     assert str(item) == f"{longest} tokens are more than --max_prompt_length {longest - 1}"
     assert item.where == good[0].where

@@ -197,7 +197,7 @@ def test_no_shortcut_by_the_end_of_sequence(learned, prompts):
     scores, _ = both_scores(discriminator, processor, [Comparison(prompts[0], TEACHER, students)])
     assert torch.equal(scores[..., :2], scores[..., 2:])
     (v,) = view_packs([Comparison(prompts[0], TEACHER, [OTHER, LONG])], processor)
-    assert (v.pack.input_ids[0, v.pack.ends] == eos).all()  # every view ends alike, and once
+    assert (v.pack.input_ids[0, v.pack.last_tokens] == eos).all()  # every view ends alike, and once
     assert int((v.pack.targets == eos).sum()) == len(v.views) == 6
 
 
@@ -253,7 +253,7 @@ def test_no_shortcut_by_position_or_side(learned, prompts):
                 some = torch.stack(some)
                 assert len(some) == 6 and (some - some[0]).abs().max() < 1e-5
         (v,) = view_packs(comparisons[:1], processor)
-        starts = v.pack.ends - torch.tensor(v.pack.lengths) + 1
+        starts = v.pack.last_tokens - torch.tensor(v.pack.lengths) + 1
         assert (v.pack.position_ids[:, 0, starts] == prompt.next_position).all()
 
 
@@ -365,7 +365,7 @@ def test_the_gradient_does_not_depend_on_the_cut(world, prompts, kind):
     for max_tokens in (100_000, 300, 1):
         discriminator.zero_grad(set_to_none=True)
         judged = judge(
-            discriminator, comparisons, processor, max_tokens, balance=0.0, backward=True
+            discriminator, comparisons, processor, max_tokens, balance_coef=0.0, backward=True
         )
         gradients.append(
             torch.cat([p.grad.flatten() for p in discriminator.parameters() if p.grad is not None])
@@ -462,6 +462,8 @@ def test_pairs_in_both_schemas_and_those_that_are_left_out(world, tmp_path, shar
         world["init"],
         "--data",
         data,
+        "--image_dir",
+        "/",
         "--output_dir",
         out,
         "--max_length",
@@ -478,7 +480,7 @@ def test_pairs_in_both_schemas_and_those_that_are_left_out(world, tmp_path, shar
         where in done.stderr for where in left
     )
     assert "student" in left[f"{data}:4"] and "format" in left[f"{data}:4"]
-    assert "teacher" in left[f"{data}:7"] and "format" in left[f"{data}:7"]
+    assert "supervision" in left[f"{data}:7"] and "format" in left[f"{data}:7"]
     assert "--max_length 400" in left[f"{data}:10"]
     steps = lines(out / "metrics.jsonl")
     assert steps[-1]["rows_left_out"] == bad
@@ -504,7 +506,7 @@ def test_pairs_with_missing_fields_are_named_and_too_many_end_the_run(world, tmp
     assert len(bad) > 3
     data, out = tmp_path / "pairs.jsonl", tmp_path / "d"
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    flags = ("--model", world["init"], "--data", data, "--output_dir", out)
+    flags = ("--model", world["init"], "--data", data, "--image_dir", "/", "--output_dir", out)
     said = fails("discriminator.py", *flags)
     left = lines(out / "left_out.jsonl")
     assert len(left) == 3 and {row["row"] for row in left} < {f"{data}:{n}" for n in bad}
@@ -549,6 +551,8 @@ def test_a_model_without_gated_mlps_is_one_line(world, tmp_path):
         tmp_path / "phi",
         "--data",
         data,
+        "--image_dir",
+        "/",
         "--output_dir",
         tmp_path / "d",
     )
@@ -563,7 +567,9 @@ def test_a_prompt_without_a_valid_rollout_adds_nothing(learned, prompts):
     results = []
     for comparisons in (some, [none, *some, none]):
         discriminator.zero_grad(set_to_none=True)
-        judged = judge(discriminator, comparisons, processor, 1000, balance=0.01, backward=True)
+        judged = judge(
+            discriminator, comparisons, processor, 1000, balance_coef=0.01, backward=True
+        )
         results.append((judged, [p.grad.clone() for p in discriminator.parameters()]))
     (one, g1), (two, g2) = results
     assert all(torch.equal(a, b) for a, b in zip(g1, g2))

@@ -110,7 +110,7 @@ def test_packed_equals_separate(world, policy_processor, temperature, max_tokens
         for member, length in zip(pack.members, pack.lengths):
             got[member] = logp[at : at + length].detach(), entropy[at : at + length]
             at += length
-        assert torch.equal(pack.rows(logp)[pack.mask], logp)
+        assert torch.equal(pack.padded(logp)[pack.mask], logp)
         (logp * torch.cat([weights[m] for m in pack.members])).sum().backward()
 
     reference = AutoModelForImageTextToText.from_pretrained(world["init"], dtype=torch.float64)

@@ -341,6 +341,8 @@ def test_checkpoints_look_like_the_original(trained):
                 1,
                 "--max_gen_batches",
                 100,
+                "--overlong_buffer",
+                8,
                 *TINY,
             ),
         ),
@@ -477,7 +479,15 @@ def test_bad_input_is_one_line(world, trained, tmp_path):
     broken = tmp_path / "broken.jsonl"
     broken.write_text(json.dumps({**row, "image": "bad.png"}) + "\n")
     assert "broken.jsonl:1" in fails(
-        "rlvr.py", "--ckpt", trained, "--data", broken, "--output_dir", tmp_path / "o4"
+        "rlvr.py",
+        "--ckpt",
+        trained,
+        "--data",
+        broken,
+        "--image_dir",
+        "/",
+        "--output_dir",
+        tmp_path / "o4",
     )
 
 
@@ -497,6 +507,8 @@ def test_over_long_rows_are_counted_and_named(world, trained, tmp_path):
         trained,
         "--data",
         data,
+        "--image_dir",
+        "/",
         "--output_dir",
         tmp_path / "o",
         "--max_steps",
@@ -536,7 +548,18 @@ def test_bad_rows_are_left_out_counted_and_named(world, trained, tmp_path):
     """Two of six: the run goes on without them. On two ranks the count is of both."""
     data, out = tmp_path / "rows.jsonl", tmp_path / "o"
     places = with_bad_rows(world, data, 4, 2)
-    flags = ("--data", data, "--output_dir", out, "--max_steps", 3, "--learning_rate", 1e-3)
+    flags = (
+        "--data",
+        data,
+        "--image_dir",
+        "/",
+        "--output_dir",
+        out,
+        "--max_steps",
+        3,
+        "--learning_rate",
+        1e-3,
+    )
     batch = ("--per_device_train_batch_size", 3)
     done = launch("sft.py", "--model", trained, *flags, *batch, ranks=2)
     steps, left_out = lines(out / "metrics.jsonl"), lines(out / "left_out.jsonl")
@@ -552,7 +575,18 @@ def test_bad_rows_are_left_out_counted_and_named(world, trained, tmp_path):
 def test_too_many_bad_rows_end_the_run(world, trained, tmp_path):
     data, out = tmp_path / "rows.jsonl", tmp_path / "o"
     places = with_bad_rows(world, data, 4, 3)
-    flags = ("--ckpt", trained, "--data", data, "--max_steps", 3, "--num_generations", 2)
+    flags = (
+        "--ckpt",
+        trained,
+        "--data",
+        data,
+        "--image_dir",
+        "/",
+        "--max_steps",
+        3,
+        "--num_generations",
+        2,
+    )
     said = fails("rlvr.py", *flags, "--output_dir", out, "--prompts_per_step", 7, *TINY)
     assert "3 bad rows among the first 7 are more than --max_bad_fraction 0.01" in said
     assert any(place in said for place in places)
@@ -563,7 +597,7 @@ def test_eval_leaves_bad_rows_out(world, trained, tmp_path):
     """Also where one of two ranks has no row in its last batch."""
     data = tmp_path / "rows.jsonl"
     (place,) = with_bad_rows(world, data, 2, 1, "test")
-    flags = ("--ckpt", trained, "--data", data, "--output_dir", tmp_path / "o")
+    flags = ("--ckpt", trained, "--data", data, "--image_dir", "/", "--output_dir", tmp_path / "o")
     done = launch("eval.py", *flags, "--per_device_eval_batch_size", 1, *TINY, ranks=2)
     result = json.loads((tmp_path / "o" / "eval.json").read_text())
     assert (result["rows"], result["rows_left_out"]) == (2, 1)
@@ -580,6 +614,7 @@ def test_a_rank_without_prompts_hangs_nobody(world, trained, discriminator, tmp_
     rows[1]["question"] = "why? " * 400
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     flags = ("--ckpt", trained, "--data", tmp_path / "rows.jsonl", "--output_dir", tmp_path / "o")
+    flags += ("--image_dir", "/")
     flags += ("--discriminator", discriminator) if script == "align.py" else ()
     flags += ("--max_prompt_length", 200, "--prompts_per_step", 2, "--num_generations", 4)
     launch(script, *flags, "--max_steps", 2, "--learning_rate", 1e-3, *TINY, ranks=2)

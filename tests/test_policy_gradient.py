@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 import digits
 from data import Group, encode_prompts, encode_response
 from model import load_policy
-from policy_gradient import group_advantage, kl_k3, policy_loss, update_policy
+from policy_gradient import group_advantage, kl_k3, policy_loss, policy_backward
 from rlvr import RLVRConfig
 from rows import Example
 
@@ -642,7 +642,7 @@ def test_update_policy(tiny, algorithm, on_policy, max_tokens, beta):
 
     policy.zero_grad()
     config = RLVRConfig(temperature=0.7, max_tokens_per_pack=max_tokens, beta=beta)
-    means, peaks = update_policy(
+    means, peaks = policy_backward(
         policy,
         groups,
         torch.tensor(advantage),

@@ -163,7 +163,7 @@ def test_defaults_are_the_papers():
     assert (config.max_steps, config.num_generations, config.temperature) == (1500, 16, 1.0)
     assert (config.max_prompt_length, config.max_completion_length) == (2048, 8192)
     assert config.prompts_per_step == 32  # over all ranks
-    assert config.num_minibatches * config.num_epochs == 1  # one optimiser step a batch
+    assert config.num_minibatches * config.num_iterations == 1  # one optimiser step a batch
     assert (config.beta, config.algorithm) == (0.0, "grpo")
     assert (
         32 * config.gen_batch_factor == 96

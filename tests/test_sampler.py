@@ -35,7 +35,7 @@ def test_sampled_is_scored(world, trained, rollouts, max_rows):
     assert (4 * rollouts * policy.lm_head.weight.numel() >= 2**20) == (rollouts == 40)
     lengths = [len(b) for g in groups for b in g.branches]
     assert len(set(lengths)) > 3 and max(lengths) <= 60
-    assert any(int(b[-1]) in policy.ends for g in groups for b in g.branches)
+    assert any(int(b[-1]) in policy.stop_ids for g in groups for b in g.branches)
     for pack in make_packs(groups):
         scored = token_logprobs(policy, pack, 1.3)[0].detach()
         recorded = torch.cat([groups[g].logprobs[i] for g, i in pack.members])
@@ -256,7 +256,7 @@ def test_row_cache_is_plain_attention(fixed):
             rows = [rows[i] for i in cache.drop(ended).tolist()]
             assert len(rows) == len(ended) - int(ended.sum())
         q, k, v = (torch.randn(len(rows), n, 1, dim) for n in (heads, kv_heads, kv_heads))
-        cache.step = cache.begin_step()
+        cache.inputs = cache.begin_step()
         out = cache.attend(0, q, k, v, 0.3)
         for i, (prompt, own) in enumerate(rows):
             own = torch.cat([own, torch.stack([k[i], v[i]])], 2)

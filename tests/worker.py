@@ -15,7 +15,7 @@ from data import Group, encode_prompts, encode_response, parse_response
 from discriminator import Comparison, judge, load_discriminator
 from model import all_sum, full_state, join_ranks, load_policy, optimizer_step, rank, shard
 from model import world_size
-from policy_gradient import update_policy
+from policy_gradient import policy_backward
 from rows import Example, load_data
 from sampler import generate
 
@@ -53,7 +53,7 @@ def main(out: str, path: str, data: str) -> None:
     own = policy, [groups[i] for i in mine], advantage.view(4, 2)[mine].flatten(), processor, config
     clips = 0.2, 0.2, 3.0
     for algorithm in ("grpo", "gspo"):
-        means, _ = update_policy(*own, algorithm, clips, on_policy=False)
+        means, _ = policy_backward(*own, algorithm, clips, on_policy=False)
         result[f"{algorithm}_loss"] = float(all_sum([means["loss"][0]])[0])
         grads = whole_gradients(policy)
         result[f"{algorithm}_grads"] = {n: float(g.double().norm()) for n, g in grads.items()}
@@ -68,7 +68,7 @@ def main(out: str, path: str, data: str) -> None:
     result["sampled"] = all_sum(rows.flatten()).tolist()
 
     # Training goes on after sampling: the weights are sharded again.
-    update_policy(*own, "grpo", clips, on_policy=True)
+    policy_backward(*own, "grpo", clips, on_policy=True)
     optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-3)
     result["grad_norm"] = optimizer_step(policy, optimizer, 1e-3, 1.0)
     state = full_state(policy)
