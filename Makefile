@@ -1,6 +1,7 @@
 # make demo   the whole pipeline on handwritten digits, into out/demo
 # make test   ruff, then the tests
-# Both make .venv from requirements.txt where it is missing. PYTHON=python3.11 picks the interpreter
+# make chaos  kills, signals and two runs at once at random moments; TRIES and SEED may be given
+# They make .venv from requirements.txt where it is missing. PYTHON=python3.11 picks the interpreter
 # that it is made with.
 
 SHELL := bash
@@ -9,7 +10,7 @@ PY := .venv/bin/python
 DEMO := out/demo
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test lint
+.PHONY: demo test lint chaos
 .DELETE_ON_ERROR:
 
 .venv/installed: requirements.txt
@@ -19,6 +20,11 @@ export TOKENIZERS_PARALLELISM := false
 
 test: lint
 	$(PY) -m pytest
+
+TRIES ?= 56
+SEED ?= 0
+chaos: .venv/installed
+	$(PY) tests/chaos.py --tries $(TRIES) --seed $(SEED)
 
 lint: .venv/installed
 	$(PY) -m ruff check .

@@ -32,7 +32,7 @@ from discriminator import Comparison, judge, load_discriminator, save_discrimina
 from model import learning_rate_at, load_policy, optimizer_step, save_policy, shard
 from policy_gradient import group_advantage, policy_backward
 from rows import RowError, load_data
-from run import Count, Positive, Run, RunConfig, Share, Weight, main
+from run import Count, Positive, Run, RunConfig, Schedule, Share, Weight, main
 from sampler import generate, sampling_flags
 
 
@@ -47,7 +47,7 @@ class AlignConfig(RunConfig):
     system_prompt: str = SYSTEM_PROMPT  # of rows without one
     learning_rate: Weight = 1e-6  # paper: 1e-6
     discriminator_learning_rate: Weight = 1e-6  # paper: 1e-6
-    lr_scheduler_type: str = "constant"  # paper: constant
+    lr_scheduler_type: Schedule = "constant"  # paper: constant
     warmup_steps: Weight = 0.0  # paper: none
     weight_decay: Weight = 0.01  # paper: 0.01, both models
     max_steps: Count = 500  # paper: 500 (one of its files: 1500)
@@ -118,9 +118,8 @@ def train() -> None:
     if config.activation_checkpointing:
         discriminator.model.activation_checkpointing_enable()
     discriminator = shard(discriminator, run.device).train()
-    decay = config.weight_decay
-    optimizer = torch.optim.AdamW(policy.parameters(), weight_decay=decay)
-    d_optimizer = torch.optim.AdamW(discriminator.parameters(), weight_decay=decay)
+    optimizer = torch.optim.AdamW(policy.parameters(), weight_decay=config.weight_decay)
+    d_optimizer = torch.optim.AdamW(discriminator.parameters(), weight_decay=config.weight_decay)
     modules = {"policy": (policy, optimizer), "discriminator": (discriminator, d_optimizer)}
 
     def encode(example, prompt):
@@ -141,14 +140,13 @@ def train() -> None:
         balance_coef=config.router_aux_loss_coef,
     )
     # "grpo": ratio and mean by token. Strictly on policy, the clips never act.
-    objective = dict(algorithm="grpo", clips=(config.epsilon, config.epsilon, None), on_policy=True)
+    clips, d_peak = (config.epsilon, config.epsilon, None), config.discriminator_learning_rate
+    objective = dict(algorithm="grpo", clips=clips, on_policy=True)
 
     # A step of the game (2).
     for step in run.steps(config.max_steps, modules, save):
         rate = learning_rate_at(step, config.max_steps, config)
-        d_rate = learning_rate_at(
-            step, config.max_steps, config, config.discriminator_learning_rate
-        )
+        d_rate = learning_rate_at(step, config.max_steps, config, d_peak)
         # Prompts x, each with its supervision response y+.
         with run.phase("data"):
             batch = next(stream)

@@ -587,7 +587,11 @@ def _alone(path: Path):
     """One process at a time; the lock goes with the process, so a killed one blocks nobody."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print(f"waiting for another process ({path})", file=sys.stderr)
+            fcntl.flock(lock, fcntl.LOCK_EX)
         yield
 
 
@@ -600,6 +604,8 @@ def settle(config, stage: str, given: set[str]) -> str:
     if source not in given:
         setattr(config, source, _made(paths, "base"))
     own = _is_own(getattr(config, source))
+    if own and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(1)  # a second one computes nothing sooner, and may wait for others
     for name, value in (SETTINGS[stage] | {"dataloader_num_workers": 0}).items() if own else ():
         if name not in given and hasattr(config, name):
             setattr(config, name, value)
@@ -609,7 +615,7 @@ def settle(config, stage: str, given: set[str]) -> str:
         config.discriminator = _made(paths, "discriminator")
     settings = "its settings" if own else "the published settings"
     model = f"--{source} {getattr(config, source)}"
-    return f"the embedded world of handwritten digits: {config.data[0]}, {model}, {settings}"
+    return f"on the built-in handwritten digits: --data {config.data[0]}, {model}, with {settings}"
 
 
 def _is_own(path: str) -> bool:

@@ -39,6 +39,7 @@ import random
 import re
 from dataclasses import dataclass, field
 from functools import partial
+from glob import glob
 
 import torch
 import torch.nn.functional as F
@@ -59,7 +60,7 @@ from model import (
     world_size,
 )
 from rows import RowError, Unfit, UserError, load_data
-from run import Count, Positive, Run, RunConfig, Share, Weight, add, main, say
+from run import Count, Positive, Run, RunConfig, Schedule, Share, Weight, add, main, say
 from sampler import generate
 
 EXPERTS = ("learned", "dedicated", "dense", "text")
@@ -80,7 +81,7 @@ class DiscriminatorConfig(RunConfig):
     experts: str = "learned"  # learned (paper), dedicated, dense, text
     dropout: Share = 0.1  # paper: 0.1, before the score head
     learning_rate: Weight = 1e-5  # paper: 1e-5
-    lr_scheduler_type: str = "cosine"  # paper: cosine
+    lr_scheduler_type: Schedule = "cosine"  # paper: cosine
     warmup_steps: Weight = 0.1  # paper: 0.1 of the run
     weight_decay: Weight = 0.01  # paper: 0.01
     num_train_epochs: Positive = 1.0  # paper: 1
@@ -497,11 +498,9 @@ def read_tensors(path: str, pattern: str) -> dict[str, torch.Tensor]:
     if not os.path.isdir(path):
         path = snapshot_download(path, allow_patterns=["*.safetensors"])
     found = {}
-    for name in sorted(os.listdir(path)):
-        if name.endswith(".safetensors"):
-            with safe_open(os.path.join(path, name), "pt") as file:
-                names = [key for key in file.keys() if re.search(pattern, key)]
-                found |= {key: file.get_tensor(key) for key in names}
+    for name in sorted(glob(os.path.join(path, "*.safetensors"))):
+        with safe_open(name, "pt") as file:
+            found |= {k: file.get_tensor(k) for k in file.keys() if re.search(pattern, k)}
     return found
 
 
@@ -553,17 +552,15 @@ def warm_up() -> None:
     validation, training = order[:held_out], order[held_out:]
     if not training:
         raise UserError(f"--data: {len(examples)} pairs leave none beside {held_out} held out")
-    policy = None
-    if config.policy:
-        policy = shard(load_policy("--policy", config.policy)[0], run.device)
+    policy = load_policy("--policy", config.policy)[0] if config.policy else None
+    policy = policy and shard(policy, run.device)
     discriminator, processor = load_discriminator(
         "--model", config.model, config.experts, config.dropout, config.seed
     )
     if config.activation_checkpointing:
         discriminator.model.activation_checkpointing_enable()
     discriminator = shard(discriminator, run.device).train()
-    parameters = discriminator.parameters()
-    optimizer = torch.optim.AdamW(parameters, weight_decay=config.weight_decay)
+    optimizer = torch.optim.AdamW(discriminator.parameters(), weight_decay=config.weight_decay)
 
     def encode(example, prompt) -> Comparison:
         teacher = parse_response(example.response)

@@ -82,9 +82,9 @@ def load_pretrained(flag: str, path: str, unused: str = "$^"):
     model's: transformers would draw what is missing at random. `unused`: a pattern of names that
     may be left over or missing."""
     try:
-        model, found = AutoModelForImageTextToText.from_pretrained(
-            path, dtype=torch.float32, output_loading_info=True, trust_remote_code=False
-        )
+        flags = dict(output_loading_info=True, ignore_mismatched_sizes=True)  # refused below
+        flags |= dict(dtype=torch.float32, trust_remote_code=False)
+        model, found = AutoModelForImageTextToText.from_pretrained(path, **flags)
         processor = load_processor(path)
     except Exception as error:
         raise UserError(

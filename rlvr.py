@@ -14,6 +14,7 @@ then the ratio leaves 1 and the clips act.
     python rlvr.py                                                  the embedded world of digits
 """
 
+import math
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -25,7 +26,7 @@ from model import save_policy, shard, world_size
 from policy_gradient import ALGORITHMS, group_advantage, policy_backward
 from policy_gradient import policy_loss  # noqa: F401, others know it as rlvr.policy_loss
 from rows import Example, RowError, UserError, load_data
-from run import Count, Natural, Positive, Run, RunConfig, Share, Weight, add, main
+from run import Count, Natural, Positive, Run, RunConfig, Schedule, Share, Weight, add, main
 from sampler import generate, sampling_flags
 from verifier import start as start_verifier
 from verifier import verify
@@ -45,7 +46,7 @@ class RLVRConfig(RunConfig):
     system_prompt: str = SYSTEM_PROMPT  # of rows without one
     algorithm: str = "grpo"  # grpo, dapo, gspo
     learning_rate: Weight = 1e-6  # paper: 1e-6
-    lr_scheduler_type: str = "constant"  # paper: constant
+    lr_scheduler_type: Schedule = "constant"  # paper: constant
     warmup_steps: Weight | None = None  # paper: by algorithm, see ALGORITHMS
     weight_decay: Weight | None = None  # paper: by algorithm (its README: 0.01)
     max_steps: Count = 1500  # batches of rollouts; paper: 1500
@@ -126,9 +127,8 @@ def train() -> None:
     examples = load_data(config.data, ("answer",), config.system_prompt, config.image_dir)
     policy, processor = load_policy("--ckpt", config.ckpt, config.activation_checkpointing)
     policy = shard(policy, run.device).train()
-    reference = None
-    if config.beta:
-        reference = shard(load_policy("--ckpt", config.ckpt)[0], run.device).eval()
+    reference = load_policy("--ckpt", config.ckpt)[0] if config.beta else None
+    reference = reference and shard(reference, run.device).eval()
     optimizer = torch.optim.AdamW(policy.parameters(), weight_decay=config.weight_decay)
 
     dapo, wanted = config.algorithm == "dapo", config.prompts_per_step
@@ -193,7 +193,7 @@ def train() -> None:
         # Advantages (10).
         advantage = group_advantage(column(rollouts, "reward"))
         # The policy gradient (14) to (16), and a step of the optimiser, for each minibatch.
-        updates, rate = [], learning_rate_at(step, config.max_steps, config)
+        updates, norms, rate = [], [], learning_rate_at(step, config.max_steps, config)
         generator = torch.Generator().manual_seed(config.seed * 1_000_003 + step)
         with run.phase("update"):
             for _ in range(config.num_iterations):
@@ -203,8 +203,9 @@ def train() -> None:
                     a = advantage[minibatch].flatten()
                     measured = policy_backward(policy, groups, a, processor, config, **objective)
                     updates.append(measured)
-                    grad_norm = optimizer_step(policy, optimizer, rate, config.max_grad_norm)
+                    norms.append(optimizer_step(policy, optimizer, rate, config.max_grad_norm))
 
+        grad_norm = next((norm for norm in norms if not math.isfinite(norm)), norms[-1])
         values = {"grad_norm": grad_norm, "learning_rate": rate, "gen_batches": gen_batches}
         log_step(run, step, rollouts, sampled, advantage, updates, values)
 
@@ -212,8 +213,7 @@ def train() -> None:
 def settle_algorithm(config: RLVRConfig) -> None:
     """Fills in what the algorithm sets and no flag has set. UserError for what is unknown."""
     if config.algorithm not in ALGORITHMS:
-        known = ", ".join(ALGORITHMS)
-        raise UserError(f"--algorithm {config.algorithm}: choose one of {known}")
+        raise UserError(f"--algorithm {config.algorithm}: choose one of {', '.join(ALGORITHMS)}")
     for name, value in ALGORITHMS[config.algorithm].items():
         if getattr(config, name) is None:
             setattr(config, name, value)

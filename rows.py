@@ -133,7 +133,7 @@ class Lines:
     def __getitem__(self, i: int) -> dict:
         # pread has no position that processes could share
         line = os.pread(self.file, self.starts[i + 1] - self.starts[i], self.starts[i])
-        return json.loads(line)
+        return json.loads(line.strip())
 
 
 FORMATS = (".jsonl", ".json", ".parquet", ".arrow")

@@ -29,9 +29,10 @@ import shutil
 import signal
 import sys
 import time
+import warnings
 import zlib
 from collections.abc import Callable, Iterator
-from typing import Annotated, get_args, get_type_hints
+from typing import Annotated, Literal, get_args, get_type_hints
 
 import torch
 import torch.distributed as dist
@@ -56,6 +57,7 @@ Natural = Annotated[int, 0, math.inf]
 Positive = Annotated[float, sys.float_info.min, sys.float_info.max]
 Weight = Annotated[float, 0.0, sys.float_info.max]
 Share = Annotated[float, 0.0, 1.0]
+Schedule = Literal["constant", "linear", "cosine"]  # of the learning rate, behind its warm-up
 Minutes = Annotated[float, sys.float_info.min, 1e6]
 Seed = Annotated[int, 0, 2**32 - 1]
 
@@ -87,6 +89,7 @@ def parse(config_class):
     are taken for its own model on its own data only; flags that are given always count.
     """
     logging.set_verbosity_error()
+    warnings.filterwarnings("ignore", "torch.distributed is disabled")  # one process saves alone
     logging.disable_progress_bar()  # loading and writing weights; a stage has its own bar
     about = sys.modules["__main__"].__doc__.strip().splitlines()[0]
     parser = HfArgumentParser(config_class, description=about, allow_abbrev=False)
@@ -283,6 +286,7 @@ class Run:
         self.asked = number
         if number == signal.SIGINT:
             signal.signal(number, signal.SIG_DFL)
+            say("stopping behind this step, which is saved; once more stops at once, unsaved")
 
     def _holds(self) -> set[str]:
         """What lies in the directory, but for the lock and the ranks' notes."""
@@ -373,6 +377,9 @@ class Run:
                 f"--resume: a step had {before} rows over all ranks and would now have "
                 f"{batch_size}; set the batch size or the number of ranks so that they agree"
             )
+        return self._batches(examples, processor, encode, batch_size, total, held_out)
+
+    def _batches(self, examples, processor, encode, batch_size, total, held_out) -> Iterator[list]:
         limits = ("max_prompt_length", "max_image_size")
         limits = {name: getattr(self.config, name, None) for name in limits}
         encoded = Encoded(examples, processor, encode, **limits)
@@ -659,7 +666,7 @@ class Run:
     def _check_weights(self, modules: dict) -> None:
         """UserError where a weight of any rank is no number: that is not to be saved."""
         for name, (module, _) in modules.items():
-            parts = (getattr(p, "_local_tensor", p.detach()) for p in module.parameters())
+            parts = (getattr(p, "to_local", p.detach)() for p in module.parameters())
             bad = [not all(bool(part.isfinite().all()) for part in parts)]
             if all_max(bad)[0]:
                 raise UserError(
@@ -676,9 +683,9 @@ def _all_or_nothing(path: str) -> Iterator[None]:
     except (Exception, CheckpointException) as error:
         if _of_another_rank(error):
             raise RuntimeError(str(error)) from error
+        free = shutil.disk_usage(os.path.dirname(os.path.abspath(path))).free / 1e9
         if path.endswith(".incomplete"):
             shutil.rmtree(path, ignore_errors=True)
-        free = shutil.disk_usage(os.path.dirname(os.path.abspath(path))).free / 1e9
         said = (str(error).strip() or repr(error)).splitlines()[-1][:150]
         raise UserError(
             f"{path} could not be written ({said}; {free:.1f} GB are free there); the last "

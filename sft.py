@@ -25,7 +25,7 @@ from data import Group, encode_response, make_packs
 from model import even_packs, learning_rate_at, load_policy, optimizer_step, save_policy, shard
 from model import all_sum, token_logprobs, world_size
 from rows import Unfit, load_data
-from run import Count, Positive, Run, RunConfig, Weight, main
+from run import Count, Positive, Run, RunConfig, Schedule, Weight, main
 
 
 @dataclass
@@ -36,7 +36,7 @@ class SFTConfig(RunConfig):
     )
     output_dir: str = "out/sft"
     learning_rate: Weight = 1e-5  # paper: 1e-5
-    lr_scheduler_type: str = "cosine"  # paper: cosine
+    lr_scheduler_type: Schedule = "cosine"  # paper: cosine
     warmup_steps: Weight = 0.1  # paper: 0.1 of the run; from 1 on, a number of steps
     weight_decay: Weight = 0.0  # not stated
     num_train_epochs: Positive = 1.0  # paper: 1

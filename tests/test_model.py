@@ -1,6 +1,8 @@
 """The policy's computations: packed equals separate, and both equal transformers' own."""
 
 import copy
+import json
+import shutil
 import io
 import math
 from types import SimpleNamespace
@@ -8,6 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForImageTextToText
 
@@ -15,7 +18,7 @@ from data import Group, Prompt, encode_prompts, encode_response, load_processor,
 from data import parse_response
 from discriminator import Comparison, judge, load_discriminator
 from model import LogProbs, Patches, join_ranks, learning_rate_at, load_policy, shard
-from model import token_logprobs
+from model import save_policy, token_logprobs
 from rows import Example, UserError, load_data
 
 
@@ -359,3 +362,70 @@ def test_judge_on(world, device, tolerance, kind):
         scores = getattr(there, name), getattr(judged, name)
         torch.testing.assert_close(*scores, atol=4 * tolerance, rtol=0)
     assert_close_gradients(grad_there, grad, 4 * tolerance)
+
+
+# --------------------------------------------------------------------------------------------------
+# Weights that are not the model's
+
+
+def changed(trained, path, weights, config=None) -> str:
+    """A copy of a model directory with other weights: `weights(tensors)` -> tensors."""
+    shutil.copytree(trained, path, ignore=shutil.ignore_patterns("*.jsonl", "checkpoint-*"))
+    save_file(weights(load_file(path / "model.safetensors")), path / "model.safetensors")
+    if config:
+        content = json.loads((path / "config.json").read_text())
+        config(content)
+        (path / "config.json").write_text(json.dumps(content))
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    "weights, named",
+    [
+        (lambda t: {f"_orig_mod.{k}": v for k, v in t.items()}, "_orig_mod."),
+        (lambda t: {f"module.{k}": v for k, v in t.items()}, "module."),
+        (lambda t: {k: v for k, v in t.items() if "layers.1." not in k}, "layers.1."),
+        (lambda t: {k: v for k, v in t.items() if "visual" not in k}, "visual"),
+        (lambda t: {**t, "surplus.weight": torch.zeros(2)}, "surplus.weight"),
+        (lambda t: {k: v[:-1] if "embed_tokens" in k else v for k, v in t.items()}, "embed_tokens"),
+    ],
+    ids=["_orig_mod", "module", "lost layer", "no vision tower", "surplus", "other shape"],
+)
+def test_weights_that_do_not_match_are_refused(trained, tmp_path, weights, named):
+    """transformers would draw what is missing at random, and say it in a report that is muted."""
+    path = changed(trained, tmp_path / "m", weights)
+    for load, flag in ((load_policy, "--ckpt"), (load_discriminator, "--discriminator")):
+        with pytest.raises(UserError) as error:
+            load(flag, path)
+        text = str(error.value)
+        assert text.startswith(f"{flag} {path}: ") and named in text and "\n" not in text
+
+
+def test_a_head_of_its_own_is_kept(trained, tmp_path):
+    """The config says that the head is tied, but the file holds another one: it is not dropped."""
+
+    def with_head(tensors):
+        name = next(k for k in tensors if k.endswith("embed_tokens.weight"))
+        return {**tensors, "lm_head.weight": tensors[name].flip(0).clone()}
+
+    path = changed(trained, tmp_path / "m", with_head)
+    expected = load_file(tmp_path / "m" / "model.safetensors")["lm_head.weight"]
+    try:
+        policy, processor = load_policy("--ckpt", path)
+    except UserError as error:  # refused in one line is right too; dropped in silence is not
+        assert "lm_head" in str(error)
+        return
+    assert torch.equal(policy.lm_head.weight, expected)
+    save_policy(policy, processor, str(tmp_path / "saved"))
+    again, _ = load_policy("--ckpt", str(tmp_path / "saved"))
+    assert torch.equal(again.lm_head.weight, expected)
+
+
+def test_a_lost_tie_is_refused(trained, tmp_path):
+    """Untied by a lost flag, the head has no weights of its own."""
+
+    def untie(content):
+        content["tie_word_embeddings"] = content["text_config"]["tie_word_embeddings"] = False
+
+    with pytest.raises(UserError, match="1 missing .lm_head.weight"):
+        load_policy("--ckpt", changed(trained, tmp_path / "m", lambda t: t, untie))

@@ -673,7 +673,9 @@ def split_of(stage) -> str:
 def test_with_nothing_given_a_stage_runs_on_the_embedded_world(command_line, world, stage, flags):
     config, said = command_line(stage, *flags)
     (line,) = said
-    assert "embedded world" in line and config.data[0] in line and "its settings" in line
+    assert (
+        "built-in handwritten digits" in line and config.data[0] in line and "its settings" in line
+    )
     assert config.data == [world[split_of(stage)]]
     assert getattr(config, model_flag(stage)[2:]) == world["init"]
     assert settings_of(config, stage) == own_settings(stage) != settings_of(stage(), stage)

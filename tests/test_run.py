@@ -1,0 +1,756 @@
+"""A run survives what happens to it, and says what happened: kills, signals, damage, full disks,
+numbers that are none, ranks that are gone, flags out of range. By real processes on a small world;
+most of them are forked from one that has imported everything (chaos.py), so they start at once."""
+
+import dataclasses
+import hashlib
+import json
+import math
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import get_args, get_type_hints
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import run
+from align import AlignConfig
+from data import Encoded, batches
+from discriminator import DiscriminatorConfig
+from eval import EvalConfig
+from model import load_policy
+from rlvr import RLVRConfig
+from rows import UserError, load_data
+from sampler import generate
+from sft import SFTConfig
+from tests.chaos import STEPS, Nursery, differences, flags_of, in_a_save, numbers
+from tests.conftest import ROOT, lines
+
+STAGES = ("sft.py", "discriminator.py", "align.py", "rlvr.py")
+
+
+@pytest.fixture(scope="module")
+def nursery():
+    started = Nursery()
+    yield started
+    started.close()
+
+
+@pytest.fixture(scope="module")
+def discriminator(world, trained, nursery, tmp_path_factory) -> str:
+    out = tmp_path_factory.mktemp("d") / "d"
+    flags = flags_of("discriminator.py", world, trained, trained)
+    made = nursery.run("discriminator.py", *flags, "--output_dir", out, log=f"{out}.log")
+    assert made.codes == [0], made.said
+    return str(out)
+
+
+@pytest.fixture(scope="module")
+def short(world, trained, request):
+    """script -> the words of a short run of it."""
+
+    def words(script: str) -> list:
+        judge = request.getfixturevalue("discriminator") if script == "align.py" else trained
+        return [script, *flags_of(script, world, trained, judge)]
+
+    return words
+
+
+@pytest.fixture(scope="module")
+def whole(short, nursery, tmp_path_factory):
+    """(script, ranks) -> the words of a short run, and the directory where it ran undisturbed,
+    without a checkpoint; each made once."""
+    folder, done = tmp_path_factory.mktemp("whole"), {}
+
+    def make(script: str, ranks: int = 1) -> tuple[list, Path]:
+        if (script, ranks) not in done:
+            base, out = short(script), folder / f"{script}-{ranks}"
+            ended = nursery.run(*base, "--output_dir", out, ranks=ranks, log=f"{out}.log")
+            assert ended.codes == [0] * ranks, ended.said
+            done[script, ranks] = base, out
+        return done[script, ranks]
+
+    return make
+
+
+def until(condition, limit: float = 60.0) -> None:
+    """Waits for a condition; the test fails where it does not come."""
+    end = time.monotonic() + limit
+    while not condition():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.002)
+
+
+def files(path) -> dict[str, str]:
+    """Every file below a directory and the hash of its bytes; not the lock and the ranks' notes."""
+    names = [p for p in sorted(Path(path).rglob("*")) if p.is_file() and p.parent.name != "ranks"]
+    return {str(p.relative_to(path)): hashlib.sha1(p.read_bytes()).hexdigest() for p in names}
+
+
+def refused(started, *words: str) -> str:
+    """The one line of a run of one rank that ends with exit code 2."""
+    assert started.wait() == [2] and "Traceback" not in started.said, started.said
+    (line,) = started.errors
+    assert all(word in line for word in words), line
+    return line
+
+
+def stopped_at(nursery, base, out, step: int = 2, log=None, **more) -> list[int]:
+    """A run that gets SIGTERM once it has saved checkpoint-`step`. -> its checkpoints."""
+    words = (*base, "--save_steps", 1, "--output_dir", out)
+    started = nursery.start(*words, log=log or f"{out}.log", **more)
+    until(lambda: (out / f"checkpoint-{step}").exists() or started.gone())
+    started.signal(signal.SIGTERM)
+    assert set(started.wait()) == {0}, started.said
+    return checkpoints(out)
+
+
+def checkpoints(out) -> list[int]:
+    return sorted(int(p.name[11:]) for p in Path(out).glob("checkpoint-*") if p.name[11:].isdigit())
+
+
+# --------------------------------------------------------------------------------------------------
+# Exactness
+
+
+@pytest.mark.parametrize(
+    "script, ranks", [("align.py", 2), *((script, 1) for script in reversed(STAGES))]
+)
+def test_what_ended_and_went_on_equals_what_did_not(nursery, whole, tmp_path, script, ranks):
+    """To the last bit, also where the run without an end has saved nothing and the other one every
+    step: killed in the middle of a save and killed elsewhere; told to stop by SIGTERM."""
+    base, expected = whole(script, ranks)
+    words = [*base, "--save_steps", 1, "--resume", "--output_dir"]
+    killed, stopped, log = tmp_path / "killed", tmp_path / "stopped", tmp_path / "log"
+
+    for moment in (
+        lambda: (killed / "checkpoint-1").exists(),
+        lambda: (killed / "checkpoint-2").exists() and in_a_save(killed),
+    ):
+        started = nursery.start(*words, killed, ranks=ranks, log=log)
+        until(lambda: moment() or started.gone())
+        started.signal(signal.SIGKILL)
+        assert set(started.wait()) == {-signal.SIGKILL}, started.said
+        assert not (killed / "model.safetensors").exists()
+    done = nursery.run(*words, killed, ranks=ranks, log=log)
+    assert done.codes == [0] * ranks and "resumed from" in done.said, done.said
+    assert differences(expected, killed) == []
+
+    started = nursery.start(*words, stopped, ranks=ranks, log=log)
+    until(lambda: (stopped / "checkpoint-1").exists() or started.gone())
+    started.signal(signal.SIGTERM)
+    assert started.wait() == [0] * ranks, started.said
+    (where,) = re.findall(r"stopped by a signal; saved (\S+), go on with --resume", started.said)
+    assert Path(where) == stopped / f"checkpoint-{checkpoints(stopped)[-1]}"
+    assert "Traceback" not in started.said and started.errors == []
+    done = nursery.run(*words, stopped, ranks=ranks, log=log)
+    assert done.codes == [0] * ranks and f"resumed from {where}" in done.said, done.said
+    assert differences(expected, stopped) == []
+
+
+@pytest.mark.parametrize("script", ["sft.py", "align.py"])
+def test_saving_changes_nothing(nursery, whole, tmp_path, script):
+    base, expected = whole(script)
+    words = ("--save_steps", 1, "--save_total_limit", 3, "--output_dir", tmp_path / "out")
+    done = nursery.run(*base, *words, log=tmp_path / "log")
+    assert done.codes == [0] and differences(expected, tmp_path / "out") == []
+    assert checkpoints(tmp_path / "out") == list(range(STEPS - 3, STEPS))
+    assert all(any(k.startswith("time/") for k in s) for s in lines(expected / "metrics.jsonl"))
+
+
+def test_the_comparison_sees_a_difference(whole, tmp_path):
+    """One bit of one weight, one digit of one metric, one step too few."""
+    _, expected = whole("sft.py")
+    out = shutil.copytree(expected, tmp_path / "out")
+    assert differences(expected, out) == []
+    weights = load_file(out / "model.safetensors")
+    name = max(weights)
+    weights[name].view(torch.int32).flatten()[0] ^= 1
+    save_file(weights, out / "model.safetensors", {"format": "pt"})
+    steps = lines(out / "metrics.jsonl")
+    steps[1]["loss"] += 1e-9
+    (out / "metrics.jsonl").write_text("".join(json.dumps(step) + "\n" for step in steps))
+    one, two = differences(expected, out)
+    assert one == "step 2: loss" and two.startswith("model.safetensors: 1 of")
+
+
+@pytest.mark.parametrize("images", [False, True])
+def test_weights_that_have_no_gradient_resume_as_well(nursery, world, tmp_path, images):
+    """Rows without images: what sees images has no moments yet when the run is stopped, and none
+    or some afterwards."""
+    rows = [json.loads(line) for line in open(world["sft"])]
+    data, folder = tmp_path / "rows.jsonl", os.path.dirname(world["sft"])
+    shown = [
+        [os.path.join(folder, r["images"][0])] if images and i % 3 == 0 else []
+        for i, r in enumerate(rows)
+    ]
+    text = [
+        json.loads(json.dumps(r).replace("<image>", "" if not s else "<image>"))
+        for r, s in zip(rows, shown)
+    ]
+    data.write_text("".join(json.dumps(r | {"images": s}) + "\n" for r, s in zip(text, shown)))
+    base = ["sft.py", "--model", world["init"], "--data", data, "--image_dir", folder]
+    base += ["--max_steps", STEPS, "--learning_rate", 1e-3, "--per_device_train_batch_size", 1]
+    base += ["--seed", 3]
+    done = nursery.run(*base, "--output_dir", tmp_path / "whole", log=tmp_path / "log")
+    assert done.codes == [0], done.said
+    stopped_at(nursery, base, tmp_path / "out", 1)
+    done = nursery.run(*base, "--output_dir", tmp_path / "out", "--resume", log=tmp_path / "log")
+    assert done.codes == [0], done.said
+    assert differences(tmp_path / "whole", tmp_path / "out") == []
+
+
+def test_held_out_numbers_belong_to_the_run(nursery, whole, tmp_path):
+    """A run is finished only with them: killed while it measures, it measures again."""
+    base, expected = whole("discriminator.py")
+    out, words = tmp_path / "out", ("--output_dir", tmp_path / "out", "--resume")
+    started = nursery.start(*base, "--save_steps", 1, *words, log=tmp_path / "log")
+    finished = lambda: "finished" in json.loads((out / "run.json").read_text())  # noqa: E731
+    until(lambda: (out / "model.safetensors").exists() or started.gone())
+    started.signal(signal.SIGSTOP)
+    measured = any("validation_pairs" in line for line in lines(out / "metrics.jsonl"))
+    assert measured or not finished()
+    started.signal(signal.SIGKILL)
+    started.wait()
+    nursery.run(*base, *words, log=tmp_path / "log")
+    assert differences(expected, out) == []
+
+
+# --------------------------------------------------------------------------------------------------
+# Signals
+
+
+def test_ctrl_c_ends_after_the_step_and_a_second_one_at_once(nursery, short, tmp_path):
+    base = short("sft.py")
+    words = [*base, "--max_steps", 100_000, "--save_steps", 100_000, "--output_dir"]
+    once = nursery.start(*words, tmp_path / "once", log=tmp_path / "once.log")
+    twice = nursery.start(*words, tmp_path / "twice", log=tmp_path / "twice.log")
+    for started, out in ((once, tmp_path / "once"), (twice, tmp_path / "twice")):
+        until(lambda: (out / "metrics.jsonl").exists() or started.gone())
+    once.signal(signal.SIGINT)
+    assert once.wait() == [130] and "Traceback" not in once.said, once.said
+    assert "stopped by a signal; saved" in once.said and once.errors == []
+    (step,) = checkpoints(tmp_path / "once")
+    assert lines(tmp_path / "once" / "metrics.jsonl")[-1]["step"] == step
+    twice.signal(signal.SIGSTOP)  # so that both come in one step
+    twice.signal(signal.SIGINT)
+    twice.signal(signal.SIGCONT)
+    twice.signal(signal.SIGINT)
+    assert twice.wait()[0] in (-signal.SIGINT, 130)
+
+
+def test_a_signal_to_one_rank_or_twice_stops_all(nursery, short, tmp_path):
+    """A scheduler signals one rank, or each, and torchrun passes it on once more."""
+    base = short("align.py")
+    words = [*base, "--max_steps", 100_000, "--save_steps", 100_000, "--output_dir"]
+    for name, ranks in (("one", [1]), ("all", [0, 1, 0, 1])):
+        out = tmp_path / name
+        started = nursery.start(*words, out, ranks=2, log=tmp_path / f"{name}.log")
+        until(lambda: (out / "metrics.jsonl").exists() or started.gone())
+        for rank in ranks:
+            started.signal(signal.SIGTERM, rank)
+            time.sleep(0.01)
+        assert started.wait() == [0, 0], started.said
+        assert started.said.count("stopped by a signal; saved") == 1
+        assert len(checkpoints(out)) == 1
+
+
+@pytest.mark.parametrize("script", ["sft.py", "rlvr.py"])
+def test_a_signal_to_every_process_of_a_job(nursery, short, tmp_path, script):
+    """As Slurm does: also to those that encode rows ahead, and to the verifier's."""
+    base = short(script)
+    words = [*base, "--max_steps", 100_000, "--dataloader_num_workers", 2, "--output_dir"]
+    out = tmp_path / "out"
+    started = nursery.start(*words, out, log=tmp_path / "log")
+    until(lambda: (out / "metrics.jsonl").exists() or started.gone())
+    os.killpg(started.pids[0], signal.SIGTERM)
+    assert started.wait() == [0] and "Traceback" not in started.said, started.said
+    assert "stopped by a signal; saved" in started.said
+
+
+def test_torchrun_passes_a_signal_on(short, tmp_path):
+    """Under torchrun itself: its workers save and end without an error of their own."""
+    base = short("sft.py")
+    out = tmp_path / "out"
+    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    words = [*base, "--max_steps", 100_000, "--output_dir", out, "--dataloader_num_workers", 0]
+    with open(tmp_path / "log", "w") as log:
+        launched = subprocess.Popen(
+            [*start, *map(str, words)], cwd=ROOT, stdout=log, stderr=subprocess.STDOUT
+        )
+    until(lambda: (out / "metrics.jsonl").exists() or launched.poll() is not None)
+    launched.send_signal(signal.SIGTERM)
+    launched.wait(60)
+    said = (tmp_path / "log").read_text()
+    assert said.count("stopped by a signal; saved") == 1 and "error: " not in said, said
+    assert len(checkpoints(out)) == 1
+
+
+# --------------------------------------------------------------------------------------------------
+# --resume
+
+
+def test_a_finished_run_is_left_as_it_is(nursery, whole, tmp_path):
+    base, expected = whole("sft.py")
+    out = shutil.copytree(expected, tmp_path / "out")
+    for ranks in (1, 2):
+        before = files(out)
+        done = nursery.run(
+            *base, "--output_dir", out, "--resume", ranks=ranks, log=tmp_path / "log"
+        )
+        assert done.codes == [0] * ranks and "\n" not in done.said.strip(), done.said
+        assert done.said.strip() == f"{out}: finished at step {STEPS}; nothing to do"
+        assert files(out) == before
+
+
+def test_resuming_where_nothing_is(nursery, whole, tmp_path):
+    """No directory, an empty one, and one whose run was killed before its first step."""
+    base, expected = whole("sft.py")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "early" / "ranks").mkdir(parents=True)
+    (tmp_path / "early" / "ranks" / "lock").touch()
+    for name in ("none", "empty", "early"):
+        out = tmp_path / name
+        done = nursery.run(*base, "--output_dir", out, "--resume", log=tmp_path / "log")
+        assert done.codes == [0], done.said
+        assert f"--resume: no checkpoint in {out}, starting from step 1" in done.said
+        assert differences(expected, out) == []
+
+
+def test_another_runs_directory_is_refused(nursery, world, trained, whole, tmp_path):
+    base, expected = whole("sft.py")
+    out = shutil.copytree(expected, tmp_path / "out")
+    before, log = files(out), tmp_path / "log"
+    resume = ("--resume", "--output_dir", out)
+    data = ("--data", world["prompts"])
+    other = nursery.start("rlvr.py", "--ckpt", trained, *data, *resume, log=log)
+    refused(other, "belongs to another run", "its stage is sft, not rlvr")
+    model = ("--model", world["init"], "--data", world["sft"])
+    other = nursery.start("sft.py", *model, *resume, log=log)
+    refused(other, "belongs to another run", f"its model is {trained}, not {world['init']}")
+    refused(nursery.start(*base, *resume[1:], log=log), "is not empty; pass --resume")
+    assert files(out) == before
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    (mine / "thesis.txt").write_text("keep")
+    refused(nursery.start(*base, "--resume", "--output_dir", mine, log=log), "no run's directory")
+    assert os.listdir(mine) == ["thesis.txt"]
+    (out / "run.json").write_text('{"stage": "sft", "ru')
+    line = refused(nursery.start(*base, *resume, log=log), "run.json", "damaged")
+    assert "\n" not in line and (out / "model.safetensors").exists()
+
+
+@pytest.fixture(scope="module")
+def stopped(nursery, whole, tmp_path_factory):
+    """A run of stage 1 that was stopped with checkpoints 2 and 3, or later ones."""
+    out = tmp_path_factory.mktemp("stopped") / "out"
+    found = stopped_at(nursery, whole("sft.py")[0], out, 2)
+    assert len(found) == 2
+    return out
+
+
+def flip(path: Path) -> None:
+    """Other bytes in the middle of a file, of the same length."""
+    content = bytearray(path.read_bytes())
+    middle = len(content) // 2
+    content[middle : middle + 8] = bytes(255 - b for b in content[middle : middle + 8])
+    path.write_bytes(content)
+
+
+DAMAGE = {
+    "moments": lambda path: flip(next((path / "state").glob("*.distcp"))),
+    "weights": lambda path: flip(path / "model.safetensors"),
+    "cut": lambda path: os.truncate(path / "model.safetensors", 1000),
+    "empty": lambda path: os.truncate(next((path / "state").glob("*.distcp")), 0),
+    "index": lambda path: flip(path / "state" / ".metadata"),
+    "gone": lambda path: (path / "state" / "progress.json").unlink(),
+    "checksums": lambda path: (path / "checksums-0.json").write_text("{"),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGE)
+def test_a_damaged_checkpoint_is_passed_over(nursery, whole, stopped, tmp_path, name):
+    base, expected = whole("sft.py")
+    out = shutil.copytree(stopped, tmp_path / "out")
+    older, newest = checkpoints(out)
+    DAMAGE[name](out / f"checkpoint-{newest}")
+    words = (*base, "--output_dir", out, "--resume")
+    done = nursery.run(*words, log=tmp_path / "log")
+    assert done.codes == [0] and "Traceback" not in done.said, done.said
+    assert f"{out}/checkpoint-{newest} is damaged; taking the one before" in done.said
+    assert f"resumed from {out}/checkpoint-{older}" in done.said
+    assert differences(expected, out) == []
+
+
+def test_with_no_checkpoint_left_a_run_starts_from_step_1(nursery, whole, stopped, tmp_path):
+    """And does not mistake the damaged ones for newer than what it then saves."""
+    base, expected = whole("sft.py")
+    out = shutil.copytree(stopped, tmp_path / "out")
+    damaged = checkpoints(out)
+    for step in damaged:
+        DAMAGE["moments"](out / f"checkpoint-{step}")
+    words = (*base, "--output_dir", out, "--resume", "--save_steps", 1, "--save_total_limit", 1)
+    started = nursery.start(*words, log=tmp_path / "log")
+    until(lambda: (out / "checkpoint-1").exists() or started.gone())
+    time.sleep(0.01)
+    started.signal(signal.SIGTERM)
+    assert started.wait() == [0]
+    assert f"no checkpoint in {out}, starting from step 1" in started.said
+    left = checkpoints(out)
+    assert len(left) == 1 and run._is_whole(str(out / f"checkpoint-{left[0]}"))
+    assert lines(out / "metrics.jsonl")[-1]["step"] == left[0]
+    done = nursery.run(*words, log=tmp_path / "log")
+    assert done.codes == [0] and "damaged" not in done.said, done.said
+    assert differences(expected, out) == []
+
+
+def test_broken_lines_in_logs_are_dropped(nursery, whole, stopped, tmp_path):
+    base, expected = whole("sft.py")
+    out = shutil.copytree(stopped, tmp_path / "out")
+    path = out / "metrics.jsonl"
+    first, *others = path.read_bytes().splitlines(keepends=True)
+    rubbish = [b"\n", b"no json\n", b"[1]\n", b"null\n", b"\xff\x00\xfe\n", b'{"step": "x"}\n']
+    path.write_bytes(b"".join([first, *rubbish, *others]) + b'{"step": 7, "lo')
+    (out / "left_out.jsonl").write_bytes(b'{"step": 1')
+    done = nursery.run(*base, "--output_dir", out, "--resume", log=tmp_path / "log")
+    assert done.codes == [0] and "Traceback" not in done.said, done.said
+    assert differences(expected, out) == [] and (out / "left_out.jsonl").read_bytes() == b""
+
+
+def test_a_last_line_without_its_end_is_kept_whole(nursery, whole, stopped, tmp_path):
+    """The line break is what a kill cut off: the next line must not stand behind it."""
+    base, expected = whole("sft.py")
+    out = shutil.copytree(stopped, tmp_path / "out")
+    path, newest = out / "metrics.jsonl", checkpoints(stopped)[-1]
+    whole_lines = path.read_bytes().splitlines(keepends=True)[:newest]
+    path.write_bytes(b"".join(whole_lines)[:-1])
+    done = nursery.run(*base, "--output_dir", out, "--resume", log=tmp_path / "log")
+    assert done.codes == [0] and differences(expected, out) == [], done.said
+
+
+def test_the_batch_over_all_ranks_is_kept(nursery, short, tmp_path):
+    """Two ranks, then one with the batch of both: the same rows and losses as all on one. With
+    another batch it is refused, and nothing is touched."""
+    base = short("sft.py")
+    rate = ("--learning_rate", 1e-4, "--save_steps", 1)
+    batch = [("--per_device_train_batch_size", size) for size in (8, 4)]
+    one, out, log = tmp_path / "one", tmp_path / "out", tmp_path / "log"
+    done = nursery.run(*base, *rate, *batch[0], "--output_dir", one, log=log)
+    assert done.codes == [0]
+    stopped_at(nursery, [*base, *rate, *batch[1]], out, 2, ranks=2)
+    before = files(out)
+    resume = ("--output_dir", out, "--resume")
+    line = refused(nursery.start(*base, *rate, *batch[1], *resume, log=log))
+    assert "a step had 8 rows over all ranks and would now have 4" in line
+    assert files(out) == before
+    done = nursery.run(*base, *rate, *batch[0], *resume, log=log)
+    assert done.codes == [0], done.said
+    a, b = numbers(one), numbers(out)
+    assert [s["step"] for s in a] == [s["step"] for s in b] == list(range(1, STEPS + 1))
+    for x, y in zip(a, b):
+        assert (x["tokens"], x["rows"]) == (y["tokens"], y["rows"])
+        assert y["loss"] == pytest.approx(x["loss"], rel=1e-5)
+
+
+# --------------------------------------------------------------------------------------------------
+# Two runs, full disks, ranks that are gone
+
+
+@pytest.mark.parametrize("resume", [(), ("--resume",)])
+def test_of_two_runs_in_one_directory_one_is_refused(nursery, whole, stopped, tmp_path, resume):
+    """However close, and also when both go on with the same run; the other is as if alone."""
+    base, expected = whole("sft.py")
+    out = tmp_path / "out"
+    if resume:
+        shutil.copytree(stopped, out)
+    words = (*base, "--output_dir", out, "--save_steps", 1, *resume)
+    both = [nursery.start(*words, log=tmp_path / f"{i}.log") for i in range(2)]
+    codes = [started.wait()[0] for started in both]
+    assert sorted(codes) == [0, 2], [started.said for started in both]
+    loser = both[codes.index(2)]
+    refused(loser, f"--output_dir {out}")
+    assert differences(expected, out) == []
+
+
+def test_the_lock_goes_with_its_process(nursery, whole, tmp_path):
+    """Killed, with processes that encode rows still there, and resumed in the same moment."""
+    base, expected = whole("sft.py")
+    out = tmp_path / "out"
+    words = (*base, "--output_dir", out, "--save_steps", 1, "--resume")
+    started = nursery.start(*words, "--dataloader_num_workers", 2, log=tmp_path / "log")
+    until(lambda: (out / "checkpoint-2").exists() or started.gone())
+    started.signal(signal.SIGKILL)
+    done = nursery.run(*words, log=tmp_path / "log")
+    assert done.codes == [0], done.said
+    assert differences(expected, out) == []
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A disk of 24 MB."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=24m", "tmpfs", str(disk)]
+    if subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("mounting a small disk is not permitted here")
+    yield disk
+    subprocess.run(["umount", "-l", str(disk)], check=True)
+
+
+def fill(disk: Path, left: int) -> None:
+    """Leaves so many bytes free."""
+    free = shutil.disk_usage(disk).free
+    with open(disk / "ballast", "wb") as file:
+        file.write(bytes(max(0, free - left)))
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_full_disk_is_one_line(nursery, whole, small_disk, tmp_path, ranks):
+    """The line names the path; the unfinished copy is gone, the checkpoint before is whole, and
+    the run goes on once there is space."""
+    base, expected = whole("sft.py", ranks)
+    out = small_disk / "out"
+    words = (*base, "--output_dir", out, "--save_steps", 1, "--resume")
+    stopped_at(nursery, base, out, 1, tmp_path / "log", ranks=ranks)
+    kept = checkpoints(out)[-1]
+    size = sum(p.stat().st_size for p in (out / f"checkpoint-{kept}").rglob("*") if p.is_file())
+    before = files(out / f"checkpoint-{kept}")
+    fill(small_disk, size // 2)
+    started = nursery.start(*words, ranks=ranks, log=tmp_path / "log")
+    codes = started.wait()
+    assert 2 in codes and set(codes) <= {1, 2} and "Traceback" not in started.said, started.said
+    (line,) = started.errors
+    assert f"{out}/checkpoint-{kept + 1}" in line and "could not be written" in line, line
+    assert not in_a_save(out) and files(out / f"checkpoint-{kept}") == before
+    (small_disk / "ballast").unlink()
+    done = nursery.run(*words, ranks=ranks, log=tmp_path / "log")
+    assert done.codes == [0] * ranks, done.said
+    assert differences(expected, out) == []
+
+
+def test_a_disk_that_is_full_for_the_log(nursery, whole, small_disk, tmp_path):
+    base, expected = whole("sft.py")
+    out = small_disk / "out"
+    words = (*base, "--output_dir", out, "--resume")
+    started = nursery.start(*words, "--max_steps", 100_000, log=tmp_path / "log")
+    until(lambda: (out / "metrics.jsonl").exists() or started.gone())
+    fill(small_disk, 0)
+    refused(started, str(out), "No space left")
+    (small_disk / "ballast").unlink()
+    done = nursery.run(*words, log=tmp_path / "log")
+    assert done.codes == [0] and differences(expected, out) == []
+
+
+@pytest.mark.parametrize("fault, lost", [(signal.SIGSTOP, 1), (signal.SIGKILL, 0)])
+def test_a_rank_that_is_gone_or_stuck_is_named(nursery, short, tmp_path, fault, lost):
+    """The other one ends by itself, within the limit, with one line."""
+    base = short("align.py")
+    words = (*base, "--max_steps", 100_000, "--output_dir", tmp_path / "out", "--timeout", 0.08)
+    started = nursery.start(*words, ranks=2, log=tmp_path / "log")
+    until(lambda: (tmp_path / "out" / "metrics.jsonl").exists() or started.gone())
+    started.signal(fault, lost)
+    start = time.monotonic()
+    until(lambda: started.gone(1 - lost), 60)
+    assert time.monotonic() - start < 0.08 * 60 + 12
+    started.signal(signal.SIGKILL)
+    codes = started.wait()
+    assert codes[1 - lost] == 1 and "Traceback" not in started.said, started.said
+    (line,) = started.errors
+    assert f"rank {lost} is gone or stuck" in line and "--resume" in line, line
+
+
+# --------------------------------------------------------------------------------------------------
+# Numbers that are none
+
+
+def broken(path: str, out: Path, *names: str) -> Path:
+    """A copy of a model with one NaN in a weight."""
+    shutil.copytree(path, out, ignore=shutil.ignore_patterns("checkpoint-*"))
+    weights = load_file(out / "model.safetensors")
+    name = next(k for k in weights if k.endswith(names))
+    weights[name].view(-1)[0] = math.nan
+    save_file(weights, out / "model.safetensors", {"format": "pt"})
+    return out
+
+
+@pytest.mark.parametrize("script", ["sft.py", "discriminator.py", "align.py", "align.py policy"])
+def test_nan_in_the_weights_ends_the_run(nursery, short, trained, tmp_path, script):
+    """Also where the run has fewer steps than may be skipped in a row; nothing is saved."""
+    script, of_policy = script.split()[0], script.endswith("policy")
+    base = short(script)
+    flag = {"align.py": "--ckpt" if of_policy else "--discriminator"}.get(script, "--model")
+    path = str(base[base.index(flag) + 1])
+    model = broken(path, tmp_path / "nan", "language_model.norm.weight")
+    for number, flags in enumerate((("--max_skipped", 3), ("--max_steps", 2))):
+        out = tmp_path / f"out{number}"
+        words = (*base, flag, model, "--output_dir", out, *flags, "--save_steps", 1)
+        line = refused(nursery.start(*words, log=tmp_path / "log"))
+        assert checkpoints(out) == [] and not (out / "model.safetensors").exists()
+        if script != "align.py":  # there a step without a valid rollout has no gradient at all
+            assert ("--max_skipped 3 steps in a row" in line) == (number == 0), line
+            named = lines(out / "skipped.jsonl")
+            assert [line["step"] for line in named] == ([1, 2] if number else [1, 2, 3])
+
+
+def test_a_good_checkpoint_outlives_a_run_that_breaks(nursery, whole, stopped, tmp_path):
+    """The weights overflow after a resumption: what is saved then must not push out what was."""
+    base, expected = whole("sft.py")
+    out = shutil.copytree(stopped, tmp_path / "out")
+    newest = checkpoints(out)[-1]
+    before = files(out / f"checkpoint-{newest}")
+    more = ("--save_steps", 1, "--max_steps", 100, "--learning_rate", 1e30, "--resume")
+    words = (*base, *more, "--output_dir", out, "--lr_scheduler_type", "constant")
+    refused(nursery.start(*words, log=tmp_path / "log"), "--max_skipped 5 steps in a row")
+    assert files(out / f"checkpoint-{newest}") == before
+
+
+BAD_STEP = '''"""Stage 1, whose second loss is no number on the last rank."""
+
+import torch
+
+import sft
+from model import rank, world_size
+from run import main
+
+plain, calls = sft.sft_loss, 0
+
+
+def loss(*args):
+    global calls
+    calls += 1
+    bad = calls == 2 and rank() == world_size() - 1
+    return plain(*args) * (float("nan") if bad else 1.0)
+
+
+sft.sft_loss = loss
+main(sft.train)
+'''
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_one_bad_step_is_skipped_counted_and_named(nursery, whole, tmp_path, ranks):
+    """On every rank alike, and the run goes on; so does the count when it is resumed."""
+    base, expected = whole("sft.py", ranks)
+    script = tmp_path / "sft.py"
+    script.write_text(BAD_STEP)
+    out, log = tmp_path / "out", tmp_path / "log"
+    words = (script, *base[1:], "--dataloader_num_workers", 0, "--output_dir", out)
+    started = nursery.start(*words, "--save_steps", 3, ranks=ranks, log=log)
+    until(lambda: (out / "checkpoint-3").exists() or started.gone())
+    started.signal(signal.SIGTERM)
+    assert started.wait() == [0] * ranks, started.said
+    assert "step 2: skipped, its gradient is not finite" in started.said
+    done = nursery.run(*base, "--output_dir", out, "--resume", ranks=ranks, log=log)
+    assert done.codes == [0] * ranks, done.said
+    steps, good = lines(out / "metrics.jsonl"), lines(expected / "metrics.jsonl")
+    assert [s["step"] for s in steps] == [s["step"] for s in good]
+    assert [s["steps_skipped"] for s in steps] == [0, 1, 1, 1, 1]
+    assert steps[1]["grad_norm"] is None and steps[2]["loss"] is not None
+    named = lines(out / "skipped.jsonl")
+    assert [line["step"] for line in named] == [2] * ranks
+    rows = [row for line in named for row in line["rows"]]
+    assert len(rows) == steps[1]["rows"] == 4 * ranks
+    assert all(re.search(r"\.jsonl:\d+$", row) for row in rows)
+    weights = load_file(out / "model.safetensors")
+    assert all(w.isfinite().all() for w in weights.values())
+
+
+# --------------------------------------------------------------------------------------------------
+# Flags
+
+CONFIGS = {c.__name__: c for c in (SFTConfig, DiscriminatorConfig, AlignConfig, RLVRConfig)}
+CONFIGS["EvalConfig"] = EvalConfig
+FREE = {"max_steps"}  # of SFT and the warm-up: where it is not positive the epochs count
+
+
+def numeric_fields() -> list[tuple[str, str, type, tuple]]:
+    """(stage, field, int or float, its range or None) of every number among the flags."""
+    found = []
+    for stage, config in CONFIGS.items():
+        for name, hint in get_type_hints(config, include_extras=True).items():
+            kinds = [k for k in (hint, *get_args(hint)) if hasattr(k, "__metadata__")]
+            plain = {hint, *get_args(hint)} & {int, float}
+            if kinds:
+                found.append((stage, name, get_args(kinds[0])[0], kinds[0].__metadata__))
+            elif plain:
+                found.append((stage, name, plain.pop(), None))
+    return found
+
+
+@pytest.mark.parametrize("stage, name, kind, limits", numeric_fields())
+def test_every_number_has_a_range(stage, name, kind, limits):
+    """What is below or above is one line that names the flag and the range; the ends are fine."""
+    if limits is None:
+        assert name in FREE
+        return
+    low, high = limits
+    outside = [low - 1, -math.inf if kind is float else -(10**30), -1]
+    outside += [math.nan, math.inf] if kind is float else []
+    outside += [high + 1] if high < 1e300 else []
+    for value in outside:
+        with pytest.raises(UserError, match=f"^--{name} {re.escape(str(value))}: must be") as said:
+            run.check_ranges(dataclasses.replace(CONFIGS[stage](), **{name: value}))
+        assert "\n" not in str(said.value)
+    for value in (low, high if high < 1e300 else low + 10):
+        run.check_ranges(dataclasses.replace(CONFIGS[stage](), **{name: value}))
+
+
+@pytest.mark.parametrize("stage", CONFIGS)
+def test_the_defaults_are_inside_their_ranges(stage):
+    run.check_ranges(CONFIGS[stage]())
+
+
+@pytest.mark.parametrize(
+    "flags, said",
+    [
+        (("--save_total_limit", -1), "--save_total_limit -1: must be at least 1"),
+        (("--save_steps", 0), "--save_steps 0: must be at least 1"),
+        (("--per_device_train_batch_size", 0), "must be at least 1"),
+        (("--max_grad_norm", 0), "--max_grad_norm 0.0: must be above 0"),
+        (("--learning_rate", "inf"), "--learning_rate inf: must be"),
+        (("--num_train_epochs", -2), "--num_train_epochs -2.0: must be above 0"),
+        (("--seed", 10**12), f"--seed {10**12}: must be"),
+        (("--save_steps", "often"), "invalid"),
+        (
+            ("--lr_scheduler_type", "linaer"),
+            "argument --lr_scheduler_type: invalid choice: 'linaer'",
+        ),
+    ],
+)
+def test_a_flag_outside_its_range_is_one_line(nursery, short, tmp_path, flags, said):
+    base = short("sft.py")
+    words = (*base, *flags, "--output_dir", tmp_path / "out")
+    refused(nursery.start(*words, log=tmp_path / "log"), said)
+    assert not (tmp_path / "out" / "metrics.jsonl").exists()
+
+
+def test_the_largest_seed_works(nursery, short, tmp_path):
+    base = short("sft.py")
+    words = (*base, "--seed", 2**32 - 1, "--max_steps", 1, "--output_dir", tmp_path / "out")
+    done = nursery.run(*words, log=tmp_path / "log")
+    assert done.codes == [0], done.said
+
+
+# --------------------------------------------------------------------------------------------------
+# Rows
+
+
+def test_a_row_drawn_twice_in_a_batch_has_other_rollouts(world, trained):
+    """A data set smaller than the batch: each draw of a row has random numbers of its own."""
+    policy, processor = load_policy("--ckpt", trained)
+    rows = torch.utils.data.Subset(load_data(world["prompts"], ("answer",)), [0])
+    encoded = Encoded(rows, processor, lambda example, prompt: prompt)
+    stream = batches(encoded, 3, seed=0)
+    prompts = [prompt for _, prompt in next(stream)]
+    assert len({prompt.index for prompt in prompts}) == 3
+    assert len({tuple(prompt.input_ids.tolist()) for prompt in prompts}) == 1
+    groups = generate(policy, prompts, 4, 32, temperature=1.0, seed=0, step=1)
+    sampled = {tuple(branch.tolist()) for group in groups for branch in group.branches}
+    assert len(sampled) == 12
