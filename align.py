@@ -44,7 +44,7 @@ class AlignConfig(RunConfig):
     )
     discriminator: str = "prism-vlm/Qwen3-VL-2B-4X-Moe-warmup-120k"  # or a model to be upcycled
     output_dir: str = "out/align"
-    system_prompt: str = SYSTEM_PROMPT  # of rows without one
+    system_prompt: str = SYSTEM_PROMPT  # of rows without one, or a file that holds it
     learning_rate: Weight = 1e-6  # paper: 1e-6
     discriminator_learning_rate: Weight = 1e-6  # paper: 1e-6
     lr_scheduler_type: Schedule = "constant"  # paper: constant

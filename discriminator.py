@@ -77,7 +77,7 @@ class DiscriminatorConfig(RunConfig):
     )
     policy: str | None = None  # where given, it samples the students, at temperature 1
     output_dir: str = "out/discriminator"
-    system_prompt: str = SYSTEM_PROMPT  # of rows without one; the release always inserts one
+    system_prompt: str = SYSTEM_PROMPT  # of rows without one; or a file that holds it
     experts: str = "learned"  # learned (paper), dedicated, dense, text
     dropout: Share = 0.1  # paper: 0.1, before the score head
     learning_rate: Weight = 1e-5  # paper: 1e-5

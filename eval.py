@@ -35,7 +35,7 @@ class EvalConfig:
     ckpt: str = "prism-vlm/Qwen3-VL-4B-Instruct-SFT-PRISM"
     data: list[str] = field(default_factory=list)  # rows with `answer`
     output_dir: str | None = None  # left out: the directory of the checkpoint
-    system_prompt: str = SYSTEM_PROMPT  # of rows without one
+    system_prompt: str = SYSTEM_PROMPT  # of rows without one, or a file that holds it
     image_dir: str | None = None  # where images may lie besides the data's own folder
     per_device_eval_batch_size: Count = 64
     max_completion_length: Count = 8192

@@ -43,7 +43,7 @@ class RLVRConfig(RunConfig):
         ]
     )
     output_dir: str = "out/rlvr"
-    system_prompt: str = SYSTEM_PROMPT  # of rows without one
+    system_prompt: str = SYSTEM_PROMPT  # of rows without one, or a file that holds it
     algorithm: str = "grpo"  # grpo, dapo, gspo
     learning_rate: Weight = 1e-6  # paper: 1e-6
     lr_scheduler_type: Schedule = "constant"  # paper: constant

@@ -98,6 +98,9 @@ def parse(config_class):
     if unknown:
         raise UserError(f"{' '.join(unknown)}: no such flag; --help lists them")
     check_ranges(config)
+    if os.path.isfile(getattr(config, "system_prompt", "")):
+        with open(config.system_prompt, encoding="utf-8") as file:
+            config.system_prompt = file.read().strip()
     given = {arg.split("=")[0][2:].replace("-", "_") for arg in sys.argv[1:] if arg[:2] == "--"}
     stage = config_class.__name__.removesuffix("Config").lower()
     if config.data == ["digits"] or not given & {"model", "ckpt", "data"}:

@@ -57,6 +57,13 @@ def test_links_and_deviations():
     assert named <= listed and {f"D{n}" for n in range(1, 9)} <= named
 
 
+def test_the_table_of_faults():
+    """Each test that it names is there."""
+    table = README.split("### What a run survives")[1].split("\n## ")[0]
+    tests = re.findall(r"\| `(test_\w+)` \|", table)
+    assert len(tests) > 10 and set(tests) <= names("tests/test_run.py").keys()
+
+
 def test_pieces():
     """The pieces of the table are there, and say what to take along."""
     table = README.split("## Taking pieces")[1].split("\n## ")[0]
