@@ -718,10 +718,7 @@ def test_the_defaults_are_inside_their_ranges(stage):
         (("--num_train_epochs", -2), "--num_train_epochs -2.0: must be above 0"),
         (("--seed", 10**12), f"--seed {10**12}: must be"),
         (("--save_steps", "often"), "invalid"),
-        (
-            ("--lr_scheduler_type", "linaer"),
-            "argument --lr_scheduler_type: invalid choice: 'linaer'",
-        ),
+        (("--lr_scheduler_type", "linaer"), "invalid choice: 'linaer' (choose from"),
     ],
 )
 def test_a_flag_outside_its_range_is_one_line(nursery, short, tmp_path, flags, said):
