@@ -27,6 +27,7 @@ import itertools
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -237,16 +238,15 @@ def blank_group(processor) -> Group:
 # Batches
 
 
+@lru_cache(maxsize=2)  # a batch may end one epoch and begin the next
+def _epoch_order(epoch: int, rows: int, seed: int) -> torch.Tensor:
+    return torch.randperm(rows, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch))
+
+
 def epoch_rows(start: int, end: int, rows: int, seed: int) -> list[int]:
     """The rows at places `start` to `end` of the endless stream of shuffled epochs."""
-    orders, out = {}, []
-    for position in range(start, end):
-        epoch, place = divmod(position, rows)
-        if epoch not in orders:
-            generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
-            orders[epoch] = torch.randperm(rows, generator=generator)
-        out.append(int(orders[epoch][place]))
-    return out
+    places = (divmod(position, rows) for position in range(start, end))
+    return [int(_epoch_order(epoch, rows, seed)[place]) for epoch, place in places]
 
 
 class Encoded(torch.utils.data.Dataset):
