@@ -27,9 +27,10 @@ from dataclasses import dataclass, field
 
 import torch
 
+from checkpoint import load_policy, save_policy
 from data import SYSTEM_PROMPT, decode, parse_response
 from discriminator import Comparison, judge, load_discriminator, save_discriminator
-from model import learning_rate_at, load_policy, optimizer_step, save_policy, shard
+from model import learning_rate_at, optimizer_step, shard
 from policy_gradient import group_advantage, policy_backward
 from rows import RowError, load_data
 from run import Count, Positive, Run, RunConfig, Schedule, Share, Weight, main

@@ -18,8 +18,7 @@ alone. The packed forward therefore equals separate forwards, and the prompt wit
 computed once. A `Pack` is such a row, or several one after the other, cut by a token budget.
 Packs are what micro-batches are elsewhere.
 
-This file knows the response format of the paper, the chat template and the processor. It knows no
-model.
+This file knows the response format of the paper and the chat template. It knows no model.
 """
 
 import io
@@ -28,12 +27,9 @@ import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
-from pathlib import Path
 
 import torch
-from huggingface_hub import snapshot_download
 from PIL import Image
-from transformers import AutoProcessor, ProcessorMixin, Qwen3VLProcessor
 
 from rows import Example, RowError, Unfit, UserError, open_image
 
@@ -435,51 +431,3 @@ def _pack(groups: list[Group], parts: list[tuple[int, list[int], list[int]]]) ->
         targets=torch.cat([none, *targets]),
         last_tokens=torch.tensor(ends, dtype=torch.long),
     )
-
-
-# --------------------------------------------------------------------------------------------------
-# The processor: tokenizer, image processor, chat template
-#
-# transformers opens a Qwen3-VL processor only where torchvision is installed, because it insists on
-# a video processor. Without torchvision AutoProcessor returns a bare tokenizer and says nothing.
-# PRISM needs no video, so the same processor is built here without that part.
-
-# All that a published directory may hold of a processor.
-PROCESSOR_FILES = """preprocessor_config.json video_preprocessor_config.json processor_config.json
-    tokenizer.json tokenizer_config.json vocab.json merges.txt special_tokens_map.json
-    added_tokens.json chat_template.json chat_template.jinja tokenizer.model""".split()
-
-
-class ImageTextProcessor(Qwen3VLProcessor):
-    """Qwen3VLProcessor without its video processor: transformers reads the parts that it requires
-    off this signature."""
-
-    def __init__(self, image_processor=None, tokenizer=None, chat_template=None, **kwargs):
-        super().__init__(image_processor, tokenizer, None, chat_template=chat_template, **kwargs)
-
-
-def load_processor(path: str | Path):
-    """The processor of a directory or hub id."""
-    folder = Path(path)
-    if not folder.is_dir():
-        wanted = [*PROCESSOR_FILES, "config.json"]
-        folder = Path(snapshot_download(str(path), allow_patterns=wanted))
-    try:
-        processor = AutoProcessor.from_pretrained(folder, trust_remote_code=False)
-    except ImportError:  # the video processor wants torchvision
-        processor = None
-    # Without torchvision the processor may also be passed over, and a bare tokenizer comes back.
-    if not isinstance(processor, ProcessorMixin):
-        processor = ImageTextProcessor.from_pretrained(folder)
-    if processor.chat_template is None:  # it may stand in tokenizer_config.json only
-        processor.chat_template = processor.tokenizer.chat_template
-    names = [name for name in PROCESSOR_FILES if (folder / name).is_file()]
-    processor.files = {name: (folder / name).read_bytes() for name in names}
-    return processor
-
-
-def save_processor(processor, path: str | Path) -> None:
-    """Writes the files that the processor was loaded from, byte for byte."""
-    Path(path).mkdir(parents=True, exist_ok=True)
-    for name, content in processor.files.items():
-        (Path(path) / name).write_bytes(content)

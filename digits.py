@@ -60,7 +60,7 @@ from transformers import (
     Qwen3VLForConditionalGeneration,
 )
 
-from data import load_processor
+from checkpoint import load_processor
 from rows import UserError
 
 

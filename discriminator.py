@@ -34,31 +34,20 @@ D13 A twentieth of the pairs is held out, so the warm-up has 1,782 steps and not
 """
 
 import math
-import os
 import random
-import re
 from dataclasses import dataclass, field
 from functools import partial
-from glob import glob
 
 import torch
 import torch.nn.functional as F
-from huggingface_hub import snapshot_download
-from safetensors import safe_open
 from transformers import AutoModelForImageTextToText, Qwen3VLMoeConfig
 
+from checkpoint import full_state, load_policy, load_pretrained
+from checkpoint import read_config, read_tensors, save_processor
 from data import SYSTEM_PROMPT, Group, Pack, Prompt, Response, decode, encode_views
-from data import make_packs, parse_response, save_processor
-from model import adapt, all_sum, barrier, even_packs, full_state, learning_rate_at, load_policy
-from model import (
-    load_pretrained,
-    model_inputs,
-    optimizer_step,
-    rank,
-    read_config,
-    shard,
-    world_size,
-)
+from data import make_packs, parse_response
+from model import adapt, all_sum, barrier, even_packs, learning_rate_at
+from model import model_inputs, optimizer_step, rank, shard, world_size
 from rows import RowError, Unfit, UserError, load_data
 from run import Count, Positive, Run, RunConfig, Schedule, Share, Weight, add, main, say
 from sampler import generate
@@ -491,17 +480,6 @@ def load_discriminator(
     else:
         say(f"{flag} {path}: has no score head yet; it starts from random numbers")
     return discriminator, processor
-
-
-def read_tensors(path: str, pattern: str) -> dict[str, torch.Tensor]:
-    """The tensors in the safetensors of a directory or hub id whose names match."""
-    if not os.path.isdir(path):
-        path = snapshot_download(path, allow_patterns=["*.safetensors"])
-    found = {}
-    for name in sorted(glob(os.path.join(path, "*.safetensors"))):
-        with safe_open(name, "pt") as file:
-            found |= {k: file.get_tensor(k) for k in file.keys() if re.search(pattern, k)}
-    return found
 
 
 def save_discriminator(discriminator, processor, path: str) -> None:

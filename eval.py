@@ -20,9 +20,10 @@ from dataclasses import dataclass, field
 import torch.distributed as dist
 from tqdm import tqdm
 
+from checkpoint import load_policy
 from data import SYSTEM_PROMPT, Encoded
 from data import batches, decode, parse_response
-from model import join_ranks, load_policy, rank, shard, world_size
+from model import join_ranks, rank, shard, world_size
 from rows import RowError, UserError, load_data
 from run import Count, main, parse, say, write_json
 from sampler import generate

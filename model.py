@@ -1,4 +1,4 @@
-"""The policy: loading, the attention of packs, token log-probabilities, sharding, the step.
+"""The policy: the attention of packs, token log-probabilities, sharding, the step.
 
 For a prompt x and its branches y_1 .. y_N (data.py), at the temperature tau of sampling:
 
@@ -19,7 +19,6 @@ import datetime
 import itertools
 import math
 import os
-import re
 from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import replace
@@ -27,7 +26,6 @@ from dataclasses import replace
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
@@ -35,75 +33,10 @@ from torch.nn.attention.varlen import varlen_attn
 from transformers import (
     AttentionInterface,
     AttentionMaskInterface,
-    AutoConfig,
-    AutoModelForImageTextToText,
 )
 
-from data import Pack, blank_group, load_processor, make_packs, save_processor
+from data import Pack, blank_group, make_packs
 from rows import UserError
-
-# --------------------------------------------------------------------------------------------------
-# Loading
-
-
-def load_policy(flag: str, path: str, activation_checkpointing: bool = False):
-    """-> (policy, processor), in float32. The policy is adapted to packs and carries `stop_ids`,
-    which end a response. UserError, which names `flag`, where it cannot be loaded."""
-    config = read_config(flag, path)
-    if hasattr(config, "prism_experts"):
-        raise UserError(f"{flag} {path}: a discriminator, without a language head; name a policy")
-    policy, processor = load_pretrained(flag, path)
-    adapt(policy, f"{flag} {path}")
-    ends = policy.generation_config.eos_token_id
-    ends = {processor.tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])}
-    policy.stop_ids = torch.tensor(sorted(end for end in ends if end is not None))
-    if activation_checkpointing:
-        policy.activation_checkpointing_enable()
-    return policy, processor
-
-
-def read_config(flag: str, path: str):
-    """The configuration of a Hugging Face directory or hub id, or UserError."""
-    if os.path.exists(path) and not os.path.isfile(os.path.join(path, "config.json")):
-        raise UserError(
-            f"{flag} {path}: no config.json in it; give a Hugging Face model directory or a hub id"
-        )
-    try:
-        return AutoConfig.from_pretrained(path, trust_remote_code=False)
-    except Exception as error:
-        raise UserError(
-            f"{flag} {path}: neither a Hugging Face directory nor a hub id that can be loaded "
-            f"({str(error).strip().splitlines()[0][:150]})"
-        ) from None
-
-
-def load_pretrained(flag: str, path: str, unused: str = "$^"):
-    """-> (model, processor) as transformers loads them. UserError where the weights are not the
-    model's: transformers would draw what is missing at random. `unused`: a pattern of names that
-    may be left over or missing."""
-    try:
-        flags = dict(output_loading_info=True, ignore_mismatched_sizes=True)  # refused below
-        flags |= dict(dtype=torch.float32, trust_remote_code=False)
-        model, found = AutoModelForImageTextToText.from_pretrained(path, **flags)
-        processor = load_processor(path)
-    except Exception as error:
-        raise UserError(
-            f"{flag} {path}: cannot be loaded as a vision-language model with its processor "
-            f"({str(error).strip().splitlines()[0][:150]})"
-        ) from None
-    missing, unexpected = (
-        sorted(k for k in found[kind] if not re.search(unused, k))
-        for kind in ("missing_keys", "unexpected_keys")
-    )
-    missing += sorted(str(key) for key in found["mismatched_keys"])
-    if missing or unexpected:
-        raise UserError(
-            f"{flag} {path}: weights that do not match the model, {len(missing)} missing "
-            f"({', '.join(missing[:3])}), {len(unexpected)} unexpected "
-            f"({', '.join(unexpected[:3])}); rename them as {type(model).__name__} does"
-        )
-    return model, processor
-
 
 # --------------------------------------------------------------------------------------------------
 # Attention of a pack
@@ -522,28 +455,6 @@ def optimizer_step(module, optimizer, learning_rate: float, max_grad_norm: float
         optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return norm
-
-
-# --------------------------------------------------------------------------------------------------
-# Saving
-
-
-def full_state(module) -> dict[str, torch.Tensor]:
-    """The whole weights on the CPU of rank 0 (empty elsewhere)."""
-    whole = StateDictOptions(full_state_dict=True, cpu_offload=True)
-    return get_model_state_dict(module, options=whole)
-
-
-def save_policy(policy, processor, path: str) -> None:
-    """A Hugging Face directory: weights, config, generation config, processor, chat template.
-    Every rank calls it."""
-    state = full_state(policy)
-    if rank() == 0:
-        if policy.lm_head.weight is policy.get_input_embeddings().weight:
-            state.pop("lm_head.weight", None)
-        policy.save_pretrained(path, state_dict=state)
-        save_processor(processor, path)
-    barrier()
 
 
 def __getattr__(name: str):

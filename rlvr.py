@@ -20,9 +20,9 @@ from functools import partial
 
 import torch
 
+from checkpoint import load_policy, save_policy
 from data import SYSTEM_PROMPT, Group, decode, parse_response
-from model import all_max, all_sum, learning_rate_at, load_policy, optimizer_step, rank
-from model import save_policy, shard, world_size
+from model import all_max, all_sum, learning_rate_at, optimizer_step, rank, shard, world_size
 from policy_gradient import ALGORITHMS, group_advantage, policy_backward
 from policy_gradient import policy_loss  # noqa: F401, others know it as rlvr.policy_loss
 from rows import Example, RowError, UserError, load_data

@@ -21,9 +21,10 @@ from functools import partial
 
 import torch
 
+from checkpoint import load_policy, save_policy
 from data import Group, encode_response, make_packs
-from model import even_packs, learning_rate_at, load_policy, optimizer_step, save_policy, shard
-from model import all_sum, token_logprobs, world_size
+from model import all_sum, even_packs, learning_rate_at, optimizer_step, shard, token_logprobs
+from model import world_size
 from rows import Unfit, load_data
 from run import Count, Positive, Run, RunConfig, Schedule, Weight, main
 

@@ -29,8 +29,9 @@ from transformers import AutoModelForImageTextToText
 from views import ROLLOUTS, build, make_comparison, one_by_one, pairs_of, set_up
 
 from align import AlignConfig, alignment_advantage, game_advantage
+from checkpoint import load_policy
 from discriminator import discriminator_loss, judge
-from model import load_policy, optimizer_step
+from model import optimizer_step
 from policy_gradient import policy_loss, policy_backward
 from sampler import generate
 

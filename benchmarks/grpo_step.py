@@ -31,7 +31,7 @@ from transformers import GenerationConfig
 from views import SIDE, WORDS
 
 import digits
-from data import load_processor
+from checkpoint import load_processor
 
 ROOT = Path(__file__).resolve().parent.parent
 PROMPTS, ROLLOUTS, LIMIT, STEPS = 4, 16, 256, 4

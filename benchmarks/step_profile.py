@@ -21,9 +21,10 @@ from torch.utils.flop_counter import FlopCounterMode
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import digits
+from checkpoint import load_policy
 from data import decode, encode_prompts, parse_response
 from discriminator import Comparison, judge, load_discriminator
-from model import load_policy, optimizer_step
+from model import optimizer_step
 from policy_gradient import group_advantage, policy_backward
 from rlvr import RLVRConfig, reward, settle_algorithm
 from rows import load_data

@@ -31,7 +31,8 @@ from transformers.models.qwen3_vl_moe.modeling_qwen3_vl_moe import (
 
 import digits
 from align import AlignConfig, alignment_advantage, debias, fill_invalid, game_advantage
-from data import Response, encode_prompts, encode_views, load_processor
+from checkpoint import load_processor
+from data import Response, encode_prompts, encode_views
 from discriminator import (
     VIEWS,
     Comparison,

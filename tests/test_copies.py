@@ -17,9 +17,10 @@ import pytest
 import torch
 
 from align import alignment_advantage
+from checkpoint import load_policy
 from data import Group, encode_prompts, encode_response, make_packs, parse_response
 from discriminator import discriminator_loss, load_discriminator
-from model import load_policy, token_logprobs
+from model import token_logprobs
 from policy_gradient import policy_loss
 from rows import load_data
 from sampler import generate

@@ -12,9 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from checkpoint import load_processor, save_processor
 from data import Encoded, Group, Prompt, Response, batches, decode, encode_prompts, encode_response
-from data import encode_views, epoch_rows, load_processor, make_packs, parse_response
-from data import save_processor
+from data import encode_views, epoch_rows, make_packs, parse_response
 from rows import Example, RowError, Unfit, load_data
 
 QUICK = settings(deadline=None, database=None, derandomize=True)

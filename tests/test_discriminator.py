@@ -32,8 +32,9 @@ from transformers import (
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 import digits
+from checkpoint import load_policy, load_processor, save_policy, save_processor
 from data import Group, Prompt, Response, decode, encode_prompts, encode_response, encode_views
-from data import load_processor, make_packs, parse_response, save_processor
+from data import make_packs, parse_response
 from discriminator import (
     VIEWS,
     Comparison,
@@ -45,7 +46,7 @@ from discriminator import (
     upcycle,
     view_packs,
 )
-from model import adapt, learning_rate_at, load_policy, optimizer_step, save_policy, token_logprobs
+from model import adapt, learning_rate_at, optimizer_step, token_logprobs
 from rows import Example, UserError, load_data
 from sampler import generate
 from tests.conftest import fails, launch, lines

@@ -14,11 +14,12 @@ from safetensors.torch import load_file, save_file
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForImageTextToText
 
-from data import Group, Prompt, encode_prompts, encode_response, load_processor, make_packs
+from checkpoint import load_policy, load_processor, save_policy
+from data import Group, Prompt, encode_prompts, encode_response, make_packs
 from data import parse_response
 from discriminator import Comparison, judge, load_discriminator
-from model import LogProbs, Patches, join_ranks, learning_rate_at, load_policy, shard
-from model import save_policy, token_logprobs
+from model import LogProbs, Patches, join_ranks, learning_rate_at, shard
+from model import token_logprobs
 from rows import Example, UserError, load_data
 
 

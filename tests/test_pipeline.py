@@ -18,7 +18,8 @@ from transformers import AutoModelForImageTextToText
 import digits
 import run
 from align import AlignConfig
-from data import encode_prompts, load_processor
+from checkpoint import load_processor
+from data import encode_prompts
 from discriminator import DiscriminatorConfig
 from eval import EvalConfig
 from rlvr import RLVRConfig

@@ -16,8 +16,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import digits
+from checkpoint import load_policy
 from data import Group, encode_prompts, encode_response
-from model import load_policy
 from policy_gradient import group_advantage, kl_k3, policy_loss, policy_backward
 from rlvr import RLVRConfig
 from rows import Example

@@ -12,7 +12,8 @@ import pytest
 from PIL import Image
 
 import rows
-from data import Response, encode_prompts, load_processor, parse_response
+from checkpoint import load_processor
+from data import Response, encode_prompts, parse_response
 from rows import Example, RowError, UserError, load_data, open_image, parse_row
 
 PIXEL = bytes.fromhex(

@@ -22,10 +22,10 @@ from safetensors.torch import load_file, save_file
 
 import run
 from align import AlignConfig
+from checkpoint import load_policy
 from data import Encoded, batches
 from discriminator import DiscriminatorConfig
 from eval import EvalConfig
-from model import load_policy
 from rlvr import RLVRConfig
 from rows import UserError, load_data
 from sampler import generate

@@ -9,8 +9,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForImageTextToText
 
+from checkpoint import load_policy
 from data import Group, encode_prompts, make_packs
-from model import load_policy, token_logprobs
+from model import token_logprobs
 from rows import UserError, load_data
 from sampler import RowCache, generate, uniforms
 from tests.test_model import devices, example, on

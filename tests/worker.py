@@ -11,9 +11,10 @@ from types import SimpleNamespace
 
 import torch
 
+from checkpoint import full_state, load_policy
 from data import Group, encode_prompts, encode_response, parse_response
 from discriminator import Comparison, judge, load_discriminator
-from model import all_sum, full_state, join_ranks, load_policy, optimizer_step, rank, shard
+from model import all_sum, join_ranks, optimizer_step, rank, shard
 from model import world_size
 from policy_gradient import policy_backward
 from rows import Example, load_data
