@@ -30,7 +30,7 @@ import torch
 from checkpoint import load_policy, save_policy
 from data import SYSTEM_PROMPT, decode, parse_response
 from discriminator import Comparison, judge, load_discriminator, save_discriminator
-from model import learning_rate_at, optimizer_step, shard
+from model import learning_rate_at, optimizer_step, recompute, shard
 from policy_gradient import group_advantage, policy_backward
 from rows import RowError, load_data
 from run import Count, Positive, Run, RunConfig, Schedule, Share, Weight, main
@@ -65,7 +65,7 @@ class AlignConfig(RunConfig):
     length_beta_perception: Weight = 0.0  # paper: off
     length_beta_reasoning: Weight = 0.0  # paper: off
     max_grad_norm: Positive = 1.0  # not stated
-    max_rollout_rows: Count | None = None  # rows sampled at a time; None: all
+    max_rollout_rows: Count | None = 32  # rows sampled at a time, others wait; None: all
 
 
 def alignment_advantage(
@@ -117,10 +117,11 @@ def train() -> None:
         "--discriminator", config.discriminator, seed=config.seed, policy_processor=processor
     )
     if config.activation_checkpointing:
-        discriminator.model.activation_checkpointing_enable()
+        recompute(discriminator)
     discriminator = shard(discriminator, run.device).train()
-    optimizer = torch.optim.AdamW(policy.parameters(), weight_decay=config.weight_decay)
-    d_optimizer = torch.optim.AdamW(discriminator.parameters(), weight_decay=config.weight_decay)
+    decay = dict(weight_decay=config.weight_decay, fused=True)
+    optimizer = torch.optim.AdamW(policy.parameters(), **decay)
+    d_optimizer = torch.optim.AdamW(discriminator.parameters(), **decay)
     modules = {"policy": (policy, optimizer), "discriminator": (discriminator, d_optimizer)}
 
     def encode(example, prompt):

@@ -14,7 +14,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, ProcessorMixin
 from transformers import Qwen3VLProcessor
 
-from model import adapt, barrier, rank
+from model import adapt, barrier, rank, recompute
 from rows import UserError
 
 # --------------------------------------------------------------------------------------------------
@@ -33,7 +33,7 @@ def load_policy(flag: str, path: str, activation_checkpointing: bool = False):
     ends = {processor.tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])}
     policy.stop_ids = torch.tensor(sorted(end for end in ends if end is not None))
     if activation_checkpointing:
-        policy.activation_checkpointing_enable()
+        recompute(policy)
     return policy, processor
 
 

@@ -606,7 +606,8 @@ def settle(config, stage: str, given: set[str]) -> str:
     own = _is_own(getattr(config, source))
     if own and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(1)  # a second one computes nothing sooner, and may wait for others
-    for name, value in (SETTINGS[stage] | {"dataloader_num_workers": 0}).items() if own else ():
+    small = {"dataloader_num_workers": 0, "max_rollout_rows": 256}  # for rows and a model so small
+    for name, value in (SETTINGS[stage] | small).items() if own else ():
         if name not in given and hasattr(config, name):
             setattr(config, name, value)
     if own and stage == "discriminator" and "policy" not in given:

@@ -47,7 +47,7 @@ from checkpoint import read_config, read_tensors, save_processor
 from data import SYSTEM_PROMPT, Group, Pack, Prompt, Response, decode, encode_views
 from data import make_packs, parse_response
 from model import adapt, all_sum, barrier, even_packs, learning_rate_at
-from model import model_inputs, optimizer_step, rank, shard, world_size
+from model import model_inputs, optimizer_step, rank, recompute, shard, world_size
 from rows import RowError, Unfit, UserError, load_data
 from run import Count, Positive, Run, RunConfig, Schedule, Share, Weight, add, main, say
 from sampler import generate
@@ -83,6 +83,7 @@ class DiscriminatorConfig(RunConfig):
     max_length: Count = 8192  # paper: 8192, prompt and view
     max_image_size: Count = 560  # paper: 560 px on the long side; larger ones are scaled down
     max_completion_length: Count = 6144  # of the policy's samples
+    max_rollout_rows: Count | None = 32  # rows sampled at a time, others wait; None: all
     score_l2: Weight = 0.001  # paper: 0.001, in the game (D4)
     router_aux_loss_coef: Weight = 0.01  # paper: 0.01
     validation_share: Share = 0.05  # of the pairs, held out; paper: none (D13)
@@ -114,7 +115,7 @@ class SparseMLP(torch.nn.Module):
 
     After a forward, `probabilities` (T, E) and `chosen` (T, top_k) tell how the router decided.
     Where `allowed` (T, E) is set, a token chooses among its allowed experts only.
-    Takes along: Experts, Router.
+    Takes along: Experts, Router, grouped.
     """
 
     def __init__(self, gate: Router, experts: Experts, top_k: int):
@@ -130,13 +131,23 @@ class SparseMLP(torch.nn.Module):
         self.probabilities = logits.softmax(-1)
         weights, self.chosen = self.probabilities.topk(self.top_k, -1)
         weights = (weights / weights.sum(-1, keepdim=True)).to(flat.dtype)
-        out = torch.zeros_like(flat)
-        for e in range(len(self.gate.weight)):  # every expert takes part, with no token if need be
-            token, slot = (self.chosen == e).nonzero(as_tuple=True)
-            gate, up = F.linear(flat[token], self.experts.gate_up_proj[e]).chunk(2, -1)
-            mine = F.linear(self.experts.act_fn(gate) * up, self.experts.down_proj[e])
-            out = out.index_add(0, token, mine * weights[token, slot, None])
-        return out.view_as(hidden)
+        # The choices sorted by expert, so that each expert has a block of rows of its own. Where
+        # the blocks end stays on the device, and is no reason to wait for it.
+        order = self.chosen.flatten().argsort(stable=True)
+        ends = F.one_hot(self.chosen, len(self.gate.weight)).sum((0, 1)).cumsum(0).int()
+        mine = flat.repeat_interleave(self.top_k, 0).index_select(0, order)
+        gate, up = grouped(mine, self.experts.gate_up_proj, ends).chunk(2, -1)
+        mine = grouped(self.experts.act_fn(gate) * up, self.experts.down_proj, ends)
+        mine = mine.index_select(0, order.argsort()).view(*self.chosen.shape, -1)
+        return (mine * weights[..., None]).sum(1).view_as(hidden)
+
+
+def grouped(rows: torch.Tensor, weight: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
+    """rows (T, i) in E blocks, which end at `ends` (E,), each times its own weight (E, o, i)."""
+    if rows.is_cuda:
+        return F.grouped_mm(rows, weight.mT, offs=ends)
+    blocks = rows.tensor_split(ends[:-1].long())
+    return torch.cat([F.linear(block, own) for block, own in zip(blocks, weight)])
 
 
 def upcycle(
@@ -356,8 +367,9 @@ def judge(
     length, valid = torch.zeros(2, *shape), torch.zeros(shape, dtype=torch.bool)
     differs = torch.zeros(2, *shape, dtype=torch.bool)  # the two sides are not the same text
     sparse = discriminator.sparse
-    expert_tokens = torch.zeros(len(sparse), 2, len(sparse[0].gate.weight) if sparse else 0)
-    total = balance_total = 0.0
+    num_experts = len(sparse[0].gate.weight) if sparse else 0
+    expert_tokens = torch.zeros(len(sparse), 2, num_experts, device=device)
+    total = balance_total = torch.zeros((), device=device)
     with torch.set_grad_enabled(backward):
         for v in packs:
             v = v.to(device)
@@ -373,16 +385,15 @@ def judge(
                 share = v.pack.input_ids.numel() / num_tokens
                 share = share if num_pairs else 0.0  # a batch without pairs moves nothing
                 loss = loss + balance_coef * share * balance
-                balance_total += share * balance.item()
+                balance_total = balance_total + share * balance.detach()
                 owner = view_of_tokens(v.pack, v.views)
+                of_view = torch.stack([owner == view for view in range(len(VIEWS))]).float()
                 for layer, mlp in enumerate(sparse):
-                    for view in range(len(VIEWS)):
-                        chosen = mlp.chosen[owner == view].flatten()
-                        counts = torch.bincount(chosen, minlength=expert_tokens.shape[2])
-                        expert_tokens[layer, view] += counts.cpu()
+                    choices = F.one_hot(mlp.chosen, num_experts).sum(1)
+                    expert_tokens[layer] += of_view @ choices.float()
             if backward:
                 loss.backward()
-            total += loss.item()
+            total = total + loss.detach()
             at = (slice(None), *v.students.cpu())
             scores[at] = four[1].detach().cpu().T
             branches = v.pairs.cpu()
@@ -398,10 +409,10 @@ def judge(
         means[f"score_student_{name}"] = s.sum(), len(s)
         means[f"score_gap_{name}"] = (t - s).sum(), len(t)
         means[f"pair_accuracy_{name}"] = (t > s)[d].sum(), d.sum()  # pairs that can be told apart
-    means["discriminator_loss"] = total, 1 / world_size() if num_pairs else 0
+    means["discriminator_loss"] = total.item(), 1 / world_size() if num_pairs else 0
     if sparse:
-        means["balance_loss"] = balance_total, 1 / world_size()
-    shares = expert_shares(expert_tokens)
+        means["balance_loss"] = balance_total.item(), 1 / world_size()
+    shares = expert_shares(expert_tokens.cpu())
     return Judgement(scores[2], scores[3], valid, scores[0], scores[1], length, means, shares)
 
 
@@ -536,9 +547,11 @@ def warm_up() -> None:
         "--model", config.model, config.experts, config.dropout, config.seed
     )
     if config.activation_checkpointing:
-        discriminator.model.activation_checkpointing_enable()
+        recompute(discriminator)
     discriminator = shard(discriminator, run.device).train()
-    optimizer = torch.optim.AdamW(discriminator.parameters(), weight_decay=config.weight_decay)
+    optimizer = torch.optim.AdamW(
+        discriminator.parameters(), weight_decay=config.weight_decay, fused=True
+    )
 
     def encode(example, prompt) -> Comparison:
         teacher = parse_response(example.response)
@@ -557,8 +570,8 @@ def warm_up() -> None:
         """One batch through the discriminator; the policy, where there is one, answers first."""
         if policy:
             prompts = [comparison.prompt for comparison in batch]
-            limit, seed = config.max_completion_length, config.seed
-            groups = generate(policy, prompts, 1, limit, temperature=1.0, seed=seed, step=step)
+            limits = 1, config.max_completion_length, 1.0, config.seed, step
+            groups = generate(policy, prompts, *limits, config.max_rollout_rows)
             for comparison, group in zip(batch, groups):
                 comparison.students = [parse_response(decode(processor, group.branches[0]))]
         return judge(

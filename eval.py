@@ -40,7 +40,7 @@ class EvalConfig:
     image_dir: str | None = None  # where images may lie besides the data's own folder
     per_device_eval_batch_size: Count = 64
     max_completion_length: Count = 8192
-    max_rollout_rows: Count | None = None  # rows sampled at a time; None: all
+    max_rollout_rows: Count | None = 32  # rows sampled at a time, others wait; None: all
 
 
 def same_caption(caption: str, accepted: list[str]) -> bool:

@@ -16,12 +16,14 @@ shards nothing and computes in float32.
 
 import contextlib
 import datetime
+import inspect
 import itertools
 import math
 import os
 from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -30,16 +32,17 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.attention.varlen import varlen_attn
-from transformers import (
-    AttentionInterface,
-    AttentionMaskInterface,
-)
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
+from transformers import AttentionInterface, AttentionMaskInterface
 
 from data import Pack, blank_group, make_packs
 from rows import UserError
 
 # --------------------------------------------------------------------------------------------------
 # Attention of a pack
+
+VARLEN = inspect.signature(varlen_attn).parameters  # torch 2.11 has fewer, and groups heads unasked
+GROUPED = {"enable_gqa": True} if "enable_gqa" in VARLEN else {}
 
 
 class PackAttention:
@@ -49,13 +52,13 @@ class PackAttention:
     prompt and itself), or a prompt with its only branch (keys: itself). The last key of a sequence
     belongs to its last query, and what comes later is hidden. On a GPU all sequences go through
     one call for ragged sequences. On a CPU those of like lengths go together as padded rows.
-    Takes along: _alike, _padded, _ragged, data.Segment, data.Pack.
+    Takes along: VARLEN, GROUPED, has_varlen, _alike, _padded, _ragged, data.Segment, data.Pack.
     """
 
     def __init__(self, pack: Pack, collected: list | None = None):
         self.collected = collected  # where given, each layer's keys and values are appended
         device = pack.input_ids.device
-        self.ragged = _ragged(pack) if device.type == "cuda" else None
+        self.ragged = _ragged(pack) if has_varlen(pack.input_ids) else None
         self.cuts: list[int] = []  # lengths of each segment's prompt and of its branches, T in all
         # One block for each set of padded rows: the number of its prompt among the cuts (None: no
         # prompt before the rows), N rows of L tokens, and what they see, (L, prompt + L) or None.
@@ -94,10 +97,13 @@ class PackAttention:
             self.collected.append((k[0], v[0]))
         tokens = [x[0].transpose(0, 1) for x in (q, k, v)]
         if self.ragged is not None:
+            # A branch's keys begin with a copy of its prompt's. To attend to the two apart and
+            # merge would need the gradient of a logsumexp, which varlen_attn has not. The gradient
+            # of the copies is summed in float32.
             index, *lengths = self.ragged
-            tokens[1:] = (x[index] for x in tokens[1:])
-            causal = dict(window_size=(-1, 0), enable_gqa=True)
-            return varlen_attn(*tokens, *lengths, scale=scale, **causal)[None]
+            tokens[1:] = (x.float().index_select(0, index).to(x.dtype) for x in tokens[1:])
+            causal = dict(scale=scale, window_size=(-1, 0), **GROUPED)
+            return varlen_attn(*tokens, *lengths, **causal)[None]
         prompts = [x.split(self.cuts, 2) for x in (k, v)]
         blocks = zip(*(x[self.gather].split(self.sizes) for x in tokens))
         out = []
@@ -111,6 +117,12 @@ class PackAttention:
             seen = F.scaled_dot_product_attention(qb, *kv, scale=scale, enable_gqa=gqa, **hidden)
             out.append(seen.transpose(1, 2).flatten(0, 1))
         return torch.cat(out)[self.scatter][None]
+
+
+def has_varlen(tensor: torch.Tensor, argument: str = "scale") -> bool:
+    """Whether torch's attention of ragged sequences, `varlen_attn`, runs where the tensor is, and
+    knows an argument."""
+    return tensor.is_cuda and argument in VARLEN
 
 
 def _alike(sequences) -> Iterator[list[tuple[int, int]]]:
@@ -171,13 +183,20 @@ class Patches(torch.nn.Conv3d):
         return F.linear(patches.flatten(1), self.weight.flatten(1), self.bias)
 
 
+class Norm(torch.nn.Module):
+    """The RMS norm of a language model, x / rms(x) * weight, as one operation instead of eight."""
+
+    def forward(self, x):
+        return F.rms_norm(x, x.shape[-1:], self.weight, self.variance_epsilon)
+
+
 def adapt(model, where: str = "the model"):
     """Wires a model of transformers to packs, in place, and returns it.
 
     Its language layers attend through a layout, its head gives log-probabilities where they are
-    asked for, patches are embedded by a product. `forbidden` are the ids that are never sampled:
-    an image's tokens without an image would break the next forward.
-    Takes along: _attention, Patches, Head, LogProbs, _logits, rows.UserError.
+    asked for, patches are embedded by a product, norms are one operation. `forbidden` are the ids
+    that are never sampled: an image's tokens without an image would break the next forward.
+    Takes along: _attention, Patches, Norm, Head, LogProbs, _logits, rows.UserError.
     """
     text = model.config.get_text_config()
     kinds = set(getattr(text, "layer_types", None) or ["full_attention"])
@@ -192,6 +211,8 @@ def adapt(model, where: str = "the model"):
     for module in model.modules():
         if type(module) is torch.nn.Conv3d:
             module.__class__ = Patches
+        elif type(module).__name__.endswith("RMSNorm") and hasattr(module, "variance_epsilon"):
+            module.__class__ = Norm
     if hasattr(model, "lm_head"):
         model.lm_head.__class__ = Head
     names = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
@@ -232,7 +253,7 @@ class LogProbs(torch.autograd.Function):
 
     hidden (T, h), weight (V, h), predictors (K,): the rows of hidden that predict, targets (K,)
     -> (2, K) float32: log-probabilities, entropies (without gradient). The backward pass computes
-    the logits of each chunk again and adds to the head's one gradient in place.
+    the logits of each chunk again and adds to the head's one gradient, in float32.
 
     All branches of a prompt are predicted from its last token, so rows repeat. They are picked
     here because torch sums the gradient of an index in whatever order its threads come, and then
@@ -260,7 +281,7 @@ class LogProbs(torch.autograd.Function):
         hidden, weight, predictors, targets, normaliser = ctx.saved_tensors
         temperature, forbidden, chunk = ctx.rest
         grad_hidden = torch.zeros_like(hidden, dtype=grad.dtype)
-        grad_weight = torch.zeros_like(weight)
+        grad_weight = torch.zeros_like(weight, dtype=grad.dtype)
         for start in range(0, len(targets), chunk):
             span = slice(start, start + chunk)
             rows = hidden[predictors[span]]
@@ -269,8 +290,9 @@ class LogProbs(torch.autograd.Function):
             d.scatter_add_(1, targets[span, None], torch.ones_like(d[:, :1]))  # one-hot - p
             d = d.mul_(grad[0, span, None] / temperature).to(hidden.dtype)
             grad_hidden.index_add_(0, predictors[span], (d @ weight).to(grad.dtype))
-            grad_weight.addmm_(d.T, rows)
-        return grad_hidden.to(hidden.dtype), grad_weight, None, None, None, None, None
+            grad_weight += d.T @ rows
+        grads = (x.to(hidden.dtype) for x in (grad_hidden, grad_weight))
+        return *grads, None, None, None, None, None
 
 
 def _logits(hidden, weight, temperature, forbidden):
@@ -291,7 +313,7 @@ class Head(torch.nn.Linear):
         return LogProbs.apply(hidden[0], self.weight, *self.asked)
 
 
-def token_logprobs(policy, pack: Pack, temperature: float = 1.0, chunk: int = 256):
+def token_logprobs(policy, pack: Pack, temperature: float = 1.0, chunk: int = 1024):
     """-> (log-probability of each branch token, entropy of the distribution that it came from):
     two (K,) float32 tensors in the order of `pack.targets`. `pack.rows` makes padded rows of them.
     Entropy has no gradient. RuntimeError where the policy is not adapted.
@@ -308,7 +330,23 @@ def token_logprobs(policy, pack: Pack, temperature: float = 1.0, chunk: int = 25
 
 
 # --------------------------------------------------------------------------------------------------
-# Processes and sharding
+# Memory, processes, sharding
+
+
+def recompute(model) -> None:
+    """Activation checkpointing: of each block its input and what its attention gave are kept, the
+    rest is computed again in the backward pass."""
+    attentions = [
+        torch.ops.torch_attn._varlen_attn.default,
+        torch.ops.aten._scaled_dot_product_flash_attention.default,
+        torch.ops.aten._scaled_dot_product_efficient_attention.default,
+        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
+    ]
+    contexts = partial(create_selective_checkpoint_contexts, attentions)
+    kept = partial(checkpoint, use_reentrant=False, context_fn=contexts)
+    for block in model.modules():
+        if hasattr(block, "gradient_checkpointing"):
+            block.gradient_checkpointing, block._gradient_checkpointing_func = True, kept
 
 
 def join_ranks(timeout: datetime.timedelta | None = None) -> torch.device:

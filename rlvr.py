@@ -65,7 +65,7 @@ class RLVRConfig(RunConfig):
     gen_batch_factor: Count = 3  # DAPO: prompts sampled at a time, in batches; paper: 96 / 32
     overlong_buffer: Natural = 4096  # DAPO: tokens over which the penalty grows to 1; paper: 4096
     max_grad_norm: Positive = 1.0  # not stated
-    max_rollout_rows: Count | None = None  # rows sampled at a time; None: all
+    max_rollout_rows: Count | None = 32  # rows sampled at a time, others wait; None: all
 
 
 def reward(response_text: str, ground_truth) -> float:
@@ -129,7 +129,8 @@ def train() -> None:
     policy = shard(policy, run.device).train()
     reference = load_policy("--ckpt", config.ckpt)[0] if config.beta else None
     reference = reference and shard(reference, run.device).eval()
-    optimizer = torch.optim.AdamW(policy.parameters(), weight_decay=config.weight_decay)
+    decay = config.weight_decay
+    optimizer = torch.optim.AdamW(policy.parameters(), weight_decay=decay, fused=True)
 
     dapo, wanted = config.algorithm == "dapo", config.prompts_per_step
     batch_size = wanted * (config.gen_batch_factor if dapo else 1)

@@ -70,7 +70,7 @@ class RunConfig:
     image_dir: str | None = None  # where images may lie besides the data's own folder
     max_bad_fraction: Share = 0.01  # of the rows drawn; more that cannot be used end the run
     max_tokens_per_pack: Count = 16384  # how a batch is cut; the results do not depend on it
-    activation_checkpointing: bool = False  # less memory, a forward more
+    activation_checkpointing: bool | None = None  # recompute to save memory; None: on a GPU
     dataloader_num_workers: Natural = 2  # processes that encode rows ahead
     save_steps: Count = 100
     save_total_limit: Count = 2  # checkpoints that are kept
@@ -245,6 +245,8 @@ class Run:
     def __init__(self, config_class):
         self.config = config = parse(config_class)
         self.device = join_ranks(datetime.timedelta(minutes=config.timeout))
+        if config.activation_checkpointing is None:
+            config.activation_checkpointing = self.device.type == "cuda"
         Run.current = self
         self.stage = config_class.__name__.removesuffix("Config").lower()
         self.path = config.output_dir
@@ -661,7 +663,7 @@ class Run:
             parameters = dict(module.named_parameters())
             for p in map(parameters.get, stepped[name]):
                 zeros = {"exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
-                optimizer.state[p] = {"step": torch.tensor(0.0), **zeros}
+                optimizer.state[p] = {"step": torch.zeros((), device=p.device), **zeros}
         state, alone = _state(modules, stepped), not dist.is_initialized()
         dcp.load(state, checkpoint_id=os.path.join(self.checkpoint, "state"), no_dist=alone)
         say(f"resumed from {self.checkpoint}")

@@ -3,185 +3,263 @@
     y_t ~ softmax(z_t / tau)          at the temperature, and over the vocabulary, of the scores
 
 A prompt is computed once, and its N rows go on from its keys and values, which stand once in
-memory. Finished rows leave at once. A row draws its random numbers from (seed, step, prompt, row),
-so what it says depends on nothing else in the batch.
+memory. A row is sampled in a slot. Where there are fewer slots than rows, rows wait for a slot
+whose row has ended. A row draws its random numbers from (seed, step, prompt, row), so what it says
+depends on nothing else in the batch.
 
 On a GPU a step of decoding is a thousand small kernels that take longer to launch than to run.
-There, places are *fixed*: a finished row keeps its place until half of the rows have finished, and
-the number of keys that are read grows in steps of 128. Most steps then repeat the shapes of the
-step before, and can be recorded once as a CUDA graph and replayed. None of this has run on a GPU
-yet; the tests run it on a CPU with a recorder in the graph's place.
+There, shapes are *fixed*: an ended row keeps its slot until half of the slots are idle, and who has
+ended is asked in every eighth step only. A step changes its tensors in place, so it can be recorded
+once as a CUDA graph and replayed by one launch. None of this has run on a GPU yet; the tests run it
+on a CPU, with a recorder in the graph's place and their own `varlen_attn`.
 """
 
 import hashlib
 import warnings
+from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
+from torch.nn.attention.varlen import AuxRequest, varlen_attn
 
 from data import Group, Prompt, make_packs
-from model import gathered, model_inputs, positions
+from model import gathered, has_varlen, model_inputs, positions
 from rows import UserError
 
 
 class RowCache:
-    """Keys and values while S rows of P prompts are sampled, given to the model as `layout`.
-    K key-value heads, G query heads to each, D values a head.
+    """Keys and values of S slots, a row in each, and of the P prompts that the rows go on from,
+    given to the model as `layout`. K key-value heads, G query heads to each, D values a head.
 
-    The prompts' keys stand once each, and all rows of a prompt attend to them in one product.
-    Each row's own keys stand at its index, in places that grow up to `limit`. The softmax over
-    both is merged by their logsumexps: to a row's own scores its prompt is added as one more key,
-    whose score is the logsumexp of the prompt's scores and whose value is the prompt's output.
+    All rows of a prompt attend to its keys together. A row's own keys stand in its slot, whose room
+    grows up to `limit` tokens. The outputs of both are merged by their logsumexps.
+    Takes along: attend_first, first_keys, _starts.
     """
 
-    def __init__(self, collected, lengths: list[int], limit: int, fixed: bool = False):
-        self.limit, self.fixed = limit, fixed
+    def __init__(self, collected: list, lengths: list[int], n: int, slots: int, limit: int, fixed):
+        """`collected` are the keys and values (K, T, D) of each layer for the T tokens of all
+        prompts, and are emptied. `n`: rows of a prompt."""
+        self.n, self.limit, self.fixed = n, limit, fixed
         self.kv_heads, _, dim = collected[0][0].shape
         device = collected[0][0].device
         lengths = torch.tensor(lengths)
         first, offset = lengths.cumsum(0) - lengths, torch.arange(int(lengths.max()))
         index = torch.where(offset < lengths[:, None], first[:, None] + offset, 0).to(device)
-        # Of each layer: the prompts' keys (P * K, D, longest), their values (P * K, longest, D)
-        tables = [[x[:, index].transpose(0, 1).flatten(0, 1) for x in kv] for kv in collected]
-        self.prompts = [(k.mT.contiguous(), v) for k, v in tables]
-        self.beyond = self._bias((offset >= lengths[:, None]).to(device))
-        # Of each layer, the rows' own keys (places, K, D, room) and values (places, K, room, D)
-        keys, values = (self.kv_heads, dim, 0), (self.kv_heads, 0, dim)
-        self.own = [(k.new_zeros(0, *keys), v.new_zeros(0, *values)) for k, v in tables]
-        self.prompt_of = torch.zeros(0, dtype=torch.long, device=device)  # (S,)
-        self.length = torch.zeros(0, dtype=torch.long, device=device)  # (S,) own tokens so far
-        self.seen = 0  # how many own places a step reads
+        self.prompts = []  # of each layer, (P * K, longest, D) twice
+        while collected:  # layer by layer: never twice in memory
+            kv = collected.pop(0)
+            self.prompts.append([x[:, index].transpose(0, 1).flatten(0, 1) for x in kv])
+        self.lengths = lengths.to(device)  # (P,) of the prompts
+        none = self.prompts[0][0].new_zeros(slots, self.kv_heads, 0, dim)
+        self.own = [(none, none)] * len(self.prompts)  # of each layer, (slots, K, room, D) twice
+        self.prompt_of = torch.zeros(slots, dtype=torch.long, device=device)  # (S,)
+        self.length = torch.zeros(slots, dtype=torch.long, device=device)  # (S,) own tokens so far
+        self.filled = 0  # at least as many as any slot holds, counted without asking the device
+        self.generation = 0  # how often tensors have moved or changed their shape
+        self.table = self.place = self.beyond = None
 
-    def add(self, prompt_of: torch.Tensor) -> None:
-        """New rows, with no tokens of their own, take places behind those that are there."""
-        self.length = torch.cat([self.length, torch.zeros_like(prompt_of)])
-        self._tabulate(torch.cat([self.prompt_of, prompt_of]))
+    def enter(self, slots: torch.Tensor, prompt_of: torch.Tensor) -> None:
+        """New rows, with no tokens of their own, take slots."""
+        self.length[slots] = 0
+        self.prompt_of[slots] = prompt_of
+        self._tabulate()
 
-    def drop(self, ended: torch.Tensor, idle: int = 0) -> torch.Tensor:
-        """Drops the rows that have ended, unless they are no more than `idle`. Rows from the tail
-        fill the holes. -> (S',) the old place of each row."""
-        alive = ~ended
-        count = int(alive.sum())
-        if len(alive) - count <= idle:  # as in most steps
-            return torch.arange(len(alive), device=alive.device)
-        order = torch.arange(count, device=alive.device)
-        holes = ended[:count].nonzero()[:, 0]
-        movers = count + alive[count:].nonzero()[:, 0]
+    def compact(self, idle: torch.Tensor) -> torch.Tensor:
+        """Gives the idle slots up. Rows from the tail fill the holes. -> (S',) the old slots."""
+        alive = torch.ones(len(self.length), dtype=torch.bool, device=idle.device)
+        alive[idle] = False
+        count = len(alive) - len(idle)
+        order = torch.arange(count, device=idle.device)
+        holes, movers = idle[idle < count], count + alive[count:].nonzero()[:, 0]
         order[holes] = movers
-        there = movers < len(self.own[0][0])  # a row of one token never had a place
-        for k, v in self.own:
-            k[holes[there], ..., : self.seen] = k[movers[there], ..., : self.seen]
-            v[holes[there], :, : self.seen] = v[movers[there], :, : self.seen]
-        self.length = self.length[order]
-        self._tabulate(self.prompt_of[order])
+        for kv in self.own:
+            for x in kv:
+                x[holes, :, : self.filled] = x[movers, :, : self.filled]
+        self.length, self.prompt_of = self.length[order], self.prompt_of[order]
+        self.filled = int(self.length.max())
+        self.generation += 1
+        self._tabulate()
         return order
 
-    def _tabulate(self, prompt_of: torch.Tensor) -> None:
+    def _tabulate(self) -> None:
         """The table (P, K, width) of the rows of each prompt: where each row and head stands in
         it, and which stands at each of its places (the first row where none does)."""
-        self.prompt_of, device = prompt_of, prompt_of.device
-        self.rows = torch.arange(len(prompt_of), device=device)
-        counts = torch.bincount(prompt_of, minlength=len(self.beyond) // self.kv_heads)
-        width = int(counts.max())
-        width = 1 << (width - 1).bit_length() if self.fixed else width
-        order = prompt_of.argsort(stable=True)
+        self.slots = torch.arange(len(self.length), device=self.length.device)
+        counts = torch.bincount(self.prompt_of, minlength=len(self.lengths))
+        width = self.n if self.fixed else int(counts.max())
+        order = self.prompt_of.argsort(stable=True)
         place = torch.empty_like(order)  # (S,) a row's place among those of its prompt
-        place[order] = self.rows - (counts.cumsum(0) - counts)[prompt_of[order]]
-        heads = torch.arange(self.kv_heads, device=device)
-        place = (prompt_of[:, None] * self.kv_heads + heads) * width + place[:, None]
-        self.place = place.flatten()  # (S * K,)
-        self.table = torch.zeros(len(self.beyond) * width, dtype=torch.long, device=device)
-        self.table[self.place] = torch.arange(len(self.place), device=device)
+        place[order] = self.slots - (counts.cumsum(0) - counts)[self.prompt_of[order]]
+        heads = torch.arange(self.kv_heads, device=place.device)
+        place = (self.prompt_of[:, None] * self.kv_heads + heads) * width + place[:, None]
+        place = place.flatten()  # (S * K,)
+        table = torch.zeros(len(counts) * self.kv_heads * width, dtype=torch.long).to(place)
+        table[place] = torch.arange(len(place), device=place.device)
+        # Of a prompt without rows one key is read, which nobody asks for.
+        read = torch.where(counts > 0, self.lengths, 1).repeat_interleave(self.kv_heads)
+        beyond = first_keys(read, self.prompts[0][0])
+        # In place where a recorded step may read them.
+        self.table, self.place, self.beyond = (
+            old.copy_(new) if old is not None and old.shape == new.shape else new
+            for old, new in ((self.table, table), (self.place, place), (self.beyond, beyond))
+        )
 
-    def begin_step(self) -> list[torch.Tensor]:
-        """Before each forward of the S rows, one token a row: makes room. -> what `attend` reads
-        from `self.inputs`."""
-        need = int(self.length.max()) + 1
-        self.seen = min(self.limit, -(-need // 128) * 128) if self.fixed else need
-        places, room = self.own[0][1].shape[0], self.own[0][1].shape[2]
-        if len(self.rows) > places or self.seen > room:
-            more = max(0, len(self.rows) - places)
-            longer = min(self.limit, max(256, 2 * self.seen)) - room if self.seen > room else 0
-            for layer, (k, v) in enumerate(self.own):  # layer by layer: never twice in memory
-                k = F.pad(k, (0, longer, 0, 0, 0, 0, 0, more))
-                self.own[layer] = k, F.pad(v, (0, 0, 0, longer, 0, 0, 0, more))
-        unseen = torch.arange(self.seen, device=self.length.device) > self.length[:, None]
-        return [self.rows, self.length, self.table, self.place, self._bias(unseen)]
+    def reserve(self) -> None:
+        """Room for one more token in every slot."""
+        self.filled = min(self.filled + 1, self.limit)
+        room = self.own[0][0].shape[2]
+        if self.filled > room:
+            longer = min(self.limit, max(256, 2 * self.filled)) - room
+            for layer, kv in enumerate(self.own):  # again never twice in memory
+                self.own[layer] = [F.pad(x[: len(self.length)], (0, 0, 0, longer)) for x in kv]
+            self.generation += 1
+        self.seen = room + longer if self.filled > room else room
+        self.seen = self.seen if self.fixed else self.filled
+
+    def begin_step(self) -> None:
+        """Before each forward of the S rows, one token a row."""
+        read = (self.length + 1).repeat_interleave(self.kv_heads)
+        self.unseen = first_keys(read, self.own[0][0][0, :, : self.seen])
 
     def attend(self, layer: int, q, k, v, scale: float) -> torch.Tensor:
         """(S, H, 1, D), (S, K, 1, D) twice -> (S, 1, H, D)."""
-        rows, length, table, place, unseen = self.inputs
-        heads, dim = q.shape[1], q.shape[3]
-        own_k, own_v = (x[: len(rows)] for x in self.own[layer])
-        own_k[rows, :, :, length] = k[:, :, 0]
-        own_v[rows, :, length] = v[:, :, 0]
-        own_k = own_k[..., : self.seen].flatten(0, 1)
-        own_v = own_v[:, :, : self.seen].flatten(0, 1)
-        prompts_k, prompts_v = self.prompts[layer]
-        q = q.view(len(place), -1, dim)  # (S * K, G, D)
-        asked = q.index_select(0, table).view(len(prompts_k), -1, dim)
-        scores = torch.baddbmm(self.beyond, asked, prompts_k, alpha=scale)
-        logp = scores.log_softmax(-1, dtype=torch.float32)  # (P * K, width * G, longest)
-        output = torch.bmm(logp.exp().to(v.dtype), prompts_v).view(len(table), -1, dim)
-        # s - log softmax(s) is the logsumexp, for any one s
-        logsumexp = (scores[..., :1] - logp[..., :1]).view(len(table), -1, 1)
-        logsumexp, output = logsumexp.index_select(0, place), output.index_select(0, place)
-        scores = torch.cat([logsumexp, torch.baddbmm(unseen, q, own_k, alpha=scale)], -1)
-        p = scores.softmax(-1, dtype=torch.float32).to(v.dtype)
-        merged = torch.baddbmm(p[..., :1] * output, p[..., 1:], own_v)
-        return merged.view(len(rows), 1, heads, dim)
-
-    def _bias(self, hidden: torch.Tensor) -> torch.Tensor:
-        """(n, keys) -> (n * K, 1, keys): -inf where keys are hidden, 0 elsewhere."""
-        k = self.prompts[0][0]
-        bias = torch.zeros(hidden.shape, dtype=k.dtype, device=k.device)
-        bias = bias.masked_fill_(hidden, -torch.inf)
-        return bias.repeat_interleave(self.kv_heads, 0)[:, None]
+        own = [x[: len(q)] for x in self.own[layer]]
+        for kept, new in zip(own, (k, v)):
+            kept[self.slots, :, self.length] = new[:, :, 0]
+        own = (x[:, :, : self.seen].flatten(0, 1) for x in own)
+        rows = q.view(len(self.place), -1, q.shape[3])  # (S * K, G, D)
+        asked = rows.index_select(0, self.table).view(len(self.beyond), -1, q.shape[3])
+        shared = attend_first(self.beyond, asked, *self.prompts[layer], scale)
+        shared, theirs = (
+            x.view(len(self.table), rows.shape[1], -1).index_select(0, self.place) for x in shared
+        )
+        alone, mine = attend_first(self.unseen, rows, *own, scale)
+        merged = shared.lerp(alone, (mine - theirs).sigmoid().to(alone.dtype))
+        return merged.view(len(q), 1, *q.shape[1::2])
 
 
-class Decoder:
-    """One step of the rows in `cache`: their tokens (S, 1) at mrope positions (3, S, 1) or
-    positions (S, 1) -> logits (S, V).
+def first_keys(read: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
+    """What lets `attend_first` read the first `read` (n,) of the keys (.., L, D): their numbers,
+    or without ragged attention a bias (n, 1, L) that is -inf at the others."""
+    if has_varlen(keys, "seqused_k"):
+        return read.int()
+    hidden = torch.arange(keys.shape[-2], device=keys.device) >= read[:, None]
+    bias = torch.zeros(hidden.shape, dtype=keys.dtype, device=keys.device)
+    return bias.masked_fill_(hidden, -torch.inf)[:, None]
 
-    With fixed places, a step whose shapes come for the second time is recorded as a CUDA graph.
-    Later steps of these shapes copy what they read into the tensors of the recorded step and
-    replay it. Weights and cache must stay where they are, or show it in the shapes.
+
+def attend_first(read, q, k, v, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention of queries (n, m, D) to the first of the keys and values (n, L, D). `read` is from
+    `first_keys`. -> output (n, m, D), logsumexp of the scores (n, m, 1) in float32."""
+    if has_varlen(q, "seqused_k"):
+        lengths = q.shape[1], k.shape[1]
+        starts = (_starts(len(q), length, q.device) for length in lengths)
+        tokens = (x.flatten(0, 1)[:, None] for x in (q, k, v))
+        options = dict(scale=scale, seqused_k=read, return_aux=AuxRequest(lse=True))
+        output, logsumexp = varlen_attn(*tokens, *starts, *lengths, **options)
+        return output.view_as(q), logsumexp.view(*q.shape[:2], 1)
+    scores = torch.baddbmm(read, q, k.mT, alpha=scale)
+    logp = scores.log_softmax(-1, dtype=torch.float32)
+    # s - log softmax(s) is the logsumexp, for any one s
+    return torch.bmm(logp.exp().to(v.dtype), v), scores[..., :1] - logp[..., :1]
+
+
+@lru_cache(maxsize=8)  # for all layers; made by the step before the one that is recorded
+def _starts(count: int, length: int, device) -> torch.Tensor:
+    return torch.arange(count + 1, dtype=torch.int32, device=device) * length
+
+
+class Rows:
+    """R rows, n of each prompt, and what they have said; S of them at a time are in slots.
+
+    With fixed shapes, a step that comes for the second time since a tensor has moved is recorded
+    as a CUDA graph, and replayed until the next one moves. The weights must stay where they are.
     """
 
-    def __init__(self, policy, cache: RowCache):
-        self.policy, self.cache = policy, cache
-        self.shapes = set()
-        self.graphs = {}  # shapes -> (graph, the tensors that it reads, its logits)
+    def __init__(self, policy, cache: RowCache, first, following, random, limit, temperature):
+        self.policy, self.cache, self.first, self.following = policy, cache, first, following
+        self.random, self.limit, self.temperature = random, limit, temperature
+        device, count = first.device, len(first) * cache.n
+        self.forbidden, self.ends = policy.forbidden.to(device), policy.stop_ids.to(device)
+        # Of each row; line R is for what idle slots say.
+        self.tokens = torch.zeros(count + 1, limit, dtype=torch.long, device=device)
+        self.logps = torch.zeros(count + 1, limit, device=device)
+        self.said = torch.zeros(count + 1, dtype=torch.long, device=device)
+        self.nobody = count
+        # Of each slot: its row, or R, and the last token.
+        self.row = torch.full_like(cache.length, self.nobody)
+        self.token = torch.zeros_like(self.row)
+        self.graph, self.warm, self.recorded = None, -1, -1
 
-    def __call__(self, token: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
-        read = [token, position, *self.cache.begin_step()]
-        if self.cache.fixed:
-            shapes = (*(x.shape for x in read), self.cache.own[0][0].shape)
-            if shapes in self.shapes and shapes not in self.graphs:
-                self._record(shapes, read)
-            self.shapes.add(shapes)
-            if shapes in self.graphs:
-                graph, static, logits = self.graphs[shapes]
-                for old, new in zip(static, read):
-                    old.copy_(new)
-                graph.replay()
-                return logits
-        return self._forward(read)
+    def idle(self) -> torch.Tensor:
+        """The slots whose rows have ended. This waits for the device."""
+        return (self.row == self.nobody).nonzero()[:, 0]
 
-    def _record(self, shapes, read) -> None:
-        static, graph = [x.clone() for x in read], torch.cuda.CUDAGraph()
+    def enter(self, slots: torch.Tensor, rows: torch.Tensor) -> None:
+        """Rows take slots. Their first token comes from the logits that their prompt left."""
+        prompts = rows // self.cache.n
+        self.cache.enter(slots, prompts)
+        said = self._say(self.first[prompts], rows, torch.zeros_like(rows))
+        self.row[slots], self.token[slots] = said
+
+    def compact(self, idle: torch.Tensor) -> None:
+        order = self.cache.compact(idle)
+        self.row, self.token = self.row[order], self.token[order]
+
+    def step(self) -> None:
+        """One more token for the row in every slot."""
+        self.cache.reserve()
+        now = self.cache.generation
+        if self.cache.fixed and now == self.warm != self.recorded:
+            self._record()
+        if self.recorded == now:
+            self.graph.replay()
+        else:
+            self.graph = None
+            self._step()
+        self.warm = now
+
+    def _record(self) -> None:
+        self.graph = torch.cuda.CUDAGraph()
         try:
-            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-                self.graphs[shapes] = graph, static, self._forward(static)
+            with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
+                self._step()
+            self.recorded = self.cache.generation
         except RuntimeError as error:
             said = f"this call of generate goes on without CUDA graphs: {error}"
             warnings.warn(said, stacklevel=2)
-            self.graphs, self.cache.fixed = {}, False
+            self.graph, self.cache.fixed = None, False
 
-    def _forward(self, read) -> torch.Tensor:
-        token, position, *self.cache.inputs = read
-        inputs = dict(input_ids=token, position_ids=position, use_cache=False, layout=self.cache)
-        return self.policy(**inputs).logits[:, 0]
+    def _step(self) -> None:
+        cache = self.cache
+        cache.begin_step()
+        place = (self.following[cache.prompt_of] + cache.length)[None, :, None].expand(3, -1, 1)
+        inputs = dict(input_ids=self.token[:, None], position_ids=positions(self.policy, place))
+        logits = self.policy(**inputs, use_cache=False, layout=cache).logits[:, 0]
+        cache.length += self.row != self.nobody
+        row, token = self._say(logits, self.row, cache.length)
+        self.row.copy_(row)
+        self.token.copy_(token)
+
+    def _say(self, logits, row, number) -> tuple[torch.Tensor, torch.Tensor]:
+        """Chooses and notes token `number` of each row: the inverse of the cumulated distribution
+        at its random number, or the likeliest. -> the rows, R in place of those that end; tokens"""
+        logits = logits.float().div_(self.temperature or 1.0)
+        p = logits.index_fill_(1, self.forbidden, -torch.inf).softmax(-1)
+        if self.temperature > 0:
+            cdf = p.cumsum(-1)
+            whole = cdf[:, -1:].contiguous()
+            u = self.random[row, number][:, None]
+            token = torch.searchsorted(cdf, u * whole, right=True)
+            # A number just below 1 may round up to 1: never beyond the last likely token.
+            token = torch.minimum(token, torch.searchsorted(cdf, whole))
+        else:
+            token = logits.argmax(-1, keepdim=True)
+        self.logps[row, number] = p.gather(1, token)[:, 0].log()
+        self.tokens[row, number] = token[:, 0]
+        self.said[row] = number + 1
+        ended = (token == self.ends).any(1) | (number + 1 >= self.limit)
+        return row.masked_fill(ended, self.nobody), token[:, 0]
 
 
 def uniforms(seed: int, step: int, prompt: int, row: int, count: int) -> torch.Tensor:
@@ -214,10 +292,10 @@ def generate(
 
     There is no top-k and no top-p, so what is sampled is what `token_logprobs` scores. The ids in
     `policy.forbidden` are left out of both. `max_rollout_rows` bounds the rows alive at once, the
-    others wait. `fixed` places are for a GPU, where they are the default. Every rank calls this,
+    others wait. `fixed` shapes are for a GPU, where they are the default. Every rank calls this,
     also one without prompts. UserError where the policy's logits are not finite.
-    Takes along: _generate, RowCache, Decoder, uniforms, data.make_packs, model.adapt,
-    model.gathered, model.model_inputs, rows.UserError.
+    Takes along: _generate, RowCache, Rows, uniforms, data.make_packs, model.adapt,
+    model.gathered, model.has_varlen, model.model_inputs, rows.UserError.
     """
     was_training = policy.training
     policy.eval()
@@ -240,60 +318,38 @@ def _generate(policy, prompts, n, limit, max_rows, temperature, seed, step, fixe
     first = policy(**model_inputs(policy, pack, collected), logits_to_keep=lasts).logits[0]
     if not first.isfinite().all():
         raise UserError("the policy's logits are not finite: its weights hold NaN or infinity")
-    fixed = device.type == "cuda" if fixed is None else fixed
-    cache = RowCache(collected, lengths, limit, fixed)
-    decoder = Decoder(policy, cache)
-    del collected
     following = torch.tensor([prompt.next_position for prompt in prompts], device=device)
-    forbidden, ends = policy.forbidden.to(device), policy.stop_ids.to(device)
-    if temperature > 0:
-        keys = [(seed, step, prompt.index, row) for prompt in prompts for row in range(n)]
-        u = torch.stack([uniforms(*key, limit) for key in keys]).to(device)
+    keys = [(seed, step, prompt.index, row) for prompt in prompts for row in range(n)]
+    random = torch.zeros(len(keys) + 1, limit)
+    for i, key in enumerate(keys if temperature > 0 else []):
+        random[i] = uniforms(*key, limit)
 
-    waiting = torch.arange(len(prompts) * n, device=device)
-    rows = waiting[:0]  # the row at each place, -1 where it has ended
-    logits = first[:0]
-    record = []  # (rows, tokens, probabilities) of every step
+    fixed = device.type == "cuda" if fixed is None else fixed
+    slots = min(len(keys), max_rows or len(keys))
+    cache = RowCache(collected, lengths, n, slots, limit, fixed)
+    rows = Rows(policy, cache, first, following, random.to(device), limit, temperature)
+    waiting = torch.arange(len(keys), device=device)
     while True:
-        # Waiting rows take free places. They begin with the logits that their prompt left.
-        free = (max_rows or len(prompts) * n) - len(rows)
-        new, waiting = waiting[:free], waiting[free:]
-        if len(new):
-            rows = torch.cat([rows, new])
-            cache.add(new // n)
-            logits = torch.cat([logits, first[new // n]])
-        if not len(rows):
-            break
-        # A token for each row: the inverse of the cumulated distribution at its random number.
-        logits = logits.float().div_(temperature or 1.0).index_fill_(1, forbidden, -torch.inf)
-        p = logits.softmax(-1)
-        if temperature > 0:
-            cdf = p.cumsum(-1)
-            whole = cdf[:, -1:].contiguous()
-            token = torch.searchsorted(cdf, u[rows, cache.length, None] * whole, right=True)
-            # A number just below 1 may round up to 1: never beyond the last likely token.
-            token = torch.minimum(token, torch.searchsorted(cdf, whole))
-        else:
-            token = logits.argmax(-1, keepdim=True)
-        record.append((rows, token[:, 0], p.gather(1, token)[:, 0]))
-        # Finished rows leave, at once or, where places are fixed, when half have finished.
-        ended = (token == ends).any(1) | (cache.length + 1 >= limit)
-        rows = rows.masked_fill(ended, -1)
-        order = cache.drop(rows < 0, len(rows) // 2 if cache.fixed and not len(waiting) else 0)
-        rows, token = rows[order], token[order]
-        if not len(rows):
-            logits = first[:0]
+        idle = rows.idle()
+        if len(idle) and len(waiting):
+            # Waiting rows take idle slots. A row may end with its first token.
+            new, waiting = waiting[: len(idle)], waiting[len(idle) :]
+            rows.enter(idle[: len(new)], new)
             continue
-        position = (following[cache.prompt_of] + cache.length)[None, :, None].expand(3, -1, 1)
-        logits = decoder(token, positions(policy, position))
-        cache.length = cache.length + (rows >= 0)
+        if len(idle) == len(rows.row):
+            break
+        # Ended rows leave, at once or, where shapes are fixed, when half have ended.
+        if len(idle) > (len(rows.row) // 2 if fixed else 0):
+            rows.compact(idle)
+        for _ in range(8 if fixed else 1):
+            rows.step()
 
-    # The record, step after step, as one branch a row.
-    row, token, p = (torch.cat(column).cpu() for column in zip(*record))
-    order = row.argsort(stable=True)[int((row < 0).sum()) :]
-    counts = torch.bincount(row[order], minlength=len(prompts) * n).tolist()
-    tokens, logps = token[order].split(counts), p.log()[order].split(counts)
+    tokens, logps, said = rows.tokens.cpu(), rows.logps.cpu(), rows.said.tolist()
     return [
-        Group(prompt, list(tokens[i * n : (i + 1) * n]), list(logps[i * n : (i + 1) * n]))
+        Group(
+            prompt,
+            [tokens[row, : said[row]] for row in range(i * n, i * n + n)],
+            [logps[row, : said[row]] for row in range(i * n, i * n + n)],
+        )
         for i, prompt in enumerate(prompts)
     ]

@@ -61,7 +61,8 @@ def train() -> None:
     examples = load_data(config.data, ("response",), None, config.image_dir)
     policy, processor = load_policy("--model", config.model, config.activation_checkpointing)
     policy = shard(policy, run.device).train()
-    optimizer = torch.optim.AdamW(policy.parameters(), weight_decay=config.weight_decay)
+    decay = config.weight_decay
+    optimizer = torch.optim.AdamW(policy.parameters(), weight_decay=decay, fused=True)
 
     def encode(example, prompt) -> Group:
         """A demonstration as a prompt with one branch."""

@@ -30,7 +30,7 @@ NONE = torch.zeros(0, dtype=torch.long)
 
 
 def chunked(hidden, weight, targets):
-    return LogProbs.apply(hidden, weight, torch.arange(len(targets)), targets, 1.0, NONE, 256)[0]
+    return LogProbs.apply(hidden, weight, torch.arange(len(targets)), targets, 1.0, NONE, 1024)[0]
 
 
 def full(hidden, weight, targets):

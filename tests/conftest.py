@@ -20,6 +20,7 @@ sys.path.insert(0, str(ROOT))
 os.chdir(ROOT)
 
 import pytest  # noqa: E402
+import torch  # noqa: E402
 
 WORLD = dict(pretrain_rows=400, sft_rows=120, prompt_rows=120, validation_rows=16, test_rows=24)
 STAGES = ("sft.py", "discriminator.py", "align.py", "rlvr.py")
@@ -31,6 +32,39 @@ def world(tmp_path_factory) -> dict[str, str]:
     import digits
 
     return digits.build(tmp_path_factory.mktemp("digits") / "world", digits.World(**WORLD))
+
+
+def varlen_by_mask(q, k, v, starts_q, starts_k, *_, scale, seqused_k=None, **options):
+    """What torch documents of `varlen_attn`, by one mask over all queries and keys."""
+
+    def numbered(starts, count):
+        at = torch.arange(count)
+        sequence = torch.searchsorted(starts.long(), at, right=True) - 1
+        return sequence, at - starts.long()[sequence]
+
+    (of_q, at_q), (of_k, at_k) = numbered(starts_q, len(q)), numbered(starts_k, len(k))
+    visible = of_q[:, None] == of_k
+    if options.get("window_size") == (-1, 0):  # the last query sees the last key
+        longer = (starts_k.diff() - starts_q.diff()).long()
+        visible = visible & (at_k <= at_q[:, None] + longer[of_q][:, None])
+    if seqused_k is not None:
+        visible = visible & (at_k < seqused_k.long()[of_k])
+    k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
+    scores = torch.einsum("qhd,khd->hqk", q, k) * scale
+    scores = torch.where(visible, scores, -torch.inf)
+    out = torch.einsum("hqk,khd->qhd", scores.softmax(-1), v)
+    return (out, scores.logsumexp(-1).T) if options.get("return_aux") else out
+
+
+@pytest.fixture
+def ragged(monkeypatch):
+    """Attention as on a GPU, with `varlen_by_mask` for the kernel."""
+    import model
+    import sampler
+
+    for module in (model, sampler):
+        monkeypatch.setattr(module, "has_varlen", lambda *_: True)
+        monkeypatch.setattr(module, "varlen_attn", varlen_by_mask)
 
 
 def launch(

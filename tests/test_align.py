@@ -44,6 +44,7 @@ from discriminator import (
     SparseMLP,
     balance_loss,
     discriminator_loss,
+    grouped,
     judge,
     load_discriminator,
     pair_loss,
@@ -406,6 +407,23 @@ def test_sparse_mlp_with_allowed_experts():
     assert all(allowed[t, k] for t, chosen in enumerate(block.chosen.tolist()) for k in chosen)
     out.sum().backward()
     assert x.grad.isfinite().all() and all(p.grad.isfinite().all() for p in block.parameters())
+
+
+@pytest.mark.parametrize("ends", [[3, 3, 7, 10], [0, 0, 10, 10], [2, 5, 9, 10]])
+def test_blocks_of_experts_as_on_a_gpu(ends):
+    """`grouped_mm`, which a GPU takes, and the products one by one: values and gradients, also of
+    experts that nobody has chosen."""
+    torch.manual_seed(0)
+    rows, weight, seen = torch.randn(10, 8), torch.randn(4, 12, 8), torch.randn(10, 12)
+    ends, found = torch.tensor(ends, dtype=torch.int32), []
+    for product in (grouped, lambda x, w, e: torch.nn.functional.grouped_mm(x, w.mT, offs=e)):
+        leaves = [t.clone().requires_grad_() for t in (rows, weight)]
+        out = product(*leaves, ends)
+        (out * seen).sum().backward()
+        found.append([out, *(leaf.grad for leaf in leaves)])
+    for ours, theirs in zip(*found):
+        torch.testing.assert_close(ours, theirs)
+    assert not found[0][2][ends.diff(prepend=ends.new_zeros(1)) == 0].any()
 
 
 # --------------------------------------------------------------------------------------------------

@@ -13,12 +13,13 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForImageTextToText
+from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLTextRMSNorm
 
 from checkpoint import load_policy, load_processor, save_policy
 from data import Group, Prompt, encode_prompts, encode_response, make_packs
 from data import parse_response
 from discriminator import Comparison, judge, load_discriminator
-from model import LogProbs, Patches, join_ranks, learning_rate_at, shard
+from model import LogProbs, Norm, Patches, join_ranks, learning_rate_at, recompute, shard
 from model import token_logprobs
 from rows import Example, UserError, load_data
 
@@ -95,6 +96,15 @@ def reference_logprobs(policy, prompt: Prompt, branch, temperature, forbidden):
 def test_packed_equals_separate(world, policy_processor, temperature, max_tokens):
     """Log-probabilities, entropies and gradients of packs against separate sequences, for every
     cut."""
+    compare_packed(world, policy_processor, temperature, max_tokens)
+
+
+@pytest.mark.parametrize("max_tokens", [None, 150])
+def test_packed_equals_separate_as_on_a_gpu(world, policy_processor, ragged, max_tokens):
+    compare_packed(world, policy_processor, 0.7, max_tokens)
+
+
+def compare_packed(world, policy_processor, temperature, max_tokens):
     policy, processor = policy_processor
     groups = mixed_groups(processor)
     weights = {
@@ -131,6 +141,64 @@ def test_packed_equals_separate(world, policy_processor, temperature, max_tokens
             assert (mine.grad - theirs.grad).norm() <= 1e-4 * theirs.grad.norm(), name
             compared += 1
     assert compared > 50
+
+
+def test_norms_are_transformers(policy_processor):
+    """One operation for the RMS norm, in both precisions, with weights that are not 1."""
+    torch.manual_seed(0)
+    theirs = Qwen3VLTextRMSNorm(64, eps=1e-5)
+    torch.nn.init.uniform_(theirs.weight, 0.5, 2)
+    ours = copy.deepcopy(theirs)
+    ours.__class__ = Norm
+    x = 3 * torch.randn(5, 64)
+    torch.testing.assert_close(ours(x), theirs(x), atol=1e-6, rtol=1e-6)
+    low = x.bfloat16()
+    error = (ours.bfloat16()(low).float() - theirs.float()(low.float())).abs()
+    assert error.max() < 0.03 and error.mean() < 0.004  # one rounding of numbers up to 4
+    policy, _ = policy_processor
+    kinds = [type(m).__name__ for m in policy.model.language_model.modules()]
+    assert "Norm" in kinds and "Qwen3VLTextRMSNorm" not in kinds
+
+
+class Counted(TorchDispatchMode):
+    """Counts the operations whose names hold a word."""
+
+    def __init__(self, word):
+        super().__init__()
+        self.word, self.count = word, 0
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        self.count += self.word in str(op)
+        return op(*args, **(kwargs or {}))
+
+
+def test_recomputing_changes_memory_only(policy_processor):
+    """Activation checkpointing: the same loss and gradients to the last bit, less is kept, products
+    are computed again, attention is not."""
+    processor, found = policy_processor[1], []
+    for again in (False, True):
+        policy = copy.deepcopy(policy_processor[0]).train()
+        if again:
+            recompute(policy)
+        pack = make_packs(mixed_groups(processor))[0]
+        sizes = []
+        hooks = torch.autograd.graph.saved_tensors_hooks(
+            lambda t: sizes.append(t.numel()) or t, lambda t: t
+        )
+        counts = [Counted("attention"), Counted("aten.mm")]
+        with hooks, counts[0], counts[1]:
+            loss = token_logprobs(policy, pack)[0].mean()
+        forward = [c.count for c in counts]
+        with counts[0], counts[1]:
+            loss.backward()
+        backward = [c.count - n for c, n in zip(counts, forward)]
+        grads = [p.grad for p in policy.parameters() if p.grad is not None]
+        found.append((loss, grads, sum(sizes), forward, backward))
+    (loss, grads, kept, forward, backward), (again, their, few, *counts) = found
+    assert torch.equal(loss, again) and all(map(torch.equal, grads, their))
+    assert few < kept / 2
+    assert counts[0] == forward and forward[0] > 0
+    assert counts[1][0] == backward[0] and counts[1][1] > backward[1]
 
 
 def test_a_branch_sees_no_sibling(policy_processor):

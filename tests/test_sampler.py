@@ -14,6 +14,7 @@ from data import Group, encode_prompts, make_packs
 from model import token_logprobs
 from rows import UserError, load_data
 from sampler import RowCache, generate, uniforms
+from tests.conftest import varlen_by_mask
 from tests.test_model import devices, example, on
 
 
@@ -63,16 +64,21 @@ def test_a_row_depends_on_itself_alone(world, trained):
 
 class Recorded(TorchDispatchMode):
     """A CUDA graph as far as a CPU can have one: the operations of a step with the very tensors
-    they read and wrote, run again by `replay`. Whatever a step reads that was not copied into those
-    tensors is stale; what would wait for a value, or has a shape that depends on one, cannot be
-    recorded."""
+    they read and wrote, run again by `replay`. Recording itself changes nothing. What a step reads
+    from elsewhere than these tensors is stale; what would wait for a value, or has a shape that
+    depends on one, cannot be recorded."""
 
     made = replays = 0
 
     def __init__(self):
         super().__init__()
-        self.calls = []
+        self.calls, self.before = [], []
         Recorded.made += 1
+
+    def __exit__(self, *error):
+        super().__exit__(*error)
+        for tensor, value in reversed(self.before):
+            tensor.copy_(value)
 
     def __torch_dispatch__(self, op, types, args=(), kwargs=None):
         masks = any(
@@ -84,6 +90,8 @@ class Recorded(TorchDispatchMode):
         )
         if masks if "index" in str(op) else waits:
             raise RuntimeError(f"{op} is not permitted while a stream is recorded")
+        if op._schema.is_mutable:
+            self.before.append((args[0], args[0].clone()))
         out = op(*args, **(kwargs or {}))
         self.calls.append((op, args, kwargs or {}, out))
         return out
@@ -107,18 +115,25 @@ def recorded(monkeypatch) -> type[Recorded]:
 
 
 @pytest.mark.parametrize("max_rows, temperature", [(None, 1.3), (5, 1.3), (None, 0.0)])
-def test_fixed_places_and_recorded_steps(world, trained, recorded, max_rows, temperature):
-    """The GPU's way of sampling, idle places and steps that are replayed, gives the same branches
-    as the CPU's."""
+def test_fixed_shapes_and_recorded_steps(
+    world, trained, recorded, max_rows, temperature, monkeypatch
+):
+    """The GPU's way of sampling, idle slots, ragged attention and steps that are replayed, gives
+    the same branches as the CPU's."""
     policy, processor = load_policy("--ckpt", trained)
     prompts = encode_prompts(
         processor, load_data(world["validation"])[:3] + [example(99, 0, "And without an image?")]
     )
     args = policy, prompts, 4, 150, temperature, 5, 2, max_rows
-    plain, fixed = generate(*args), generate(*args, fixed=True)
+    plain = generate(*args)
+    monkeypatch.setattr("model.varlen_attn", varlen_by_mask)
+    monkeypatch.setattr("sampler.varlen_attn", varlen_by_mask)
+    for name in ("model.has_varlen", "sampler.has_varlen"):
+        monkeypatch.setattr(name, lambda *_: True)
+    fixed = generate(*args, fixed=True)
     lengths = [len(b) for g in plain for b in g.branches]
     assert len(set(lengths)) > 3 and max(lengths) > 20
-    assert 1 < recorded.made < recorded.replays / 4
+    assert 1 <= recorded.made < recorded.replays / 4
     for a, b in zip(plain, fixed):
         assert [x.tolist() for x in a.branches] == [x.tolist() for x in b.branches]
         for x, y in zip(a.logprobs, b.logprobs):
@@ -239,35 +254,56 @@ def test_weights_that_are_not_finite_are_one_line(policy_processor, value):
 
 
 @pytest.mark.parametrize("fixed", [False, True])
-def test_row_cache_is_plain_attention(fixed):
+@pytest.mark.parametrize("attention", ["padded", "ragged"])
+def test_row_cache_is_plain_attention(request, attention, fixed):
     """Rows of two prompts come and go; each step attends to [prompt | the row's own]."""
+    if attention == "ragged":
+        request.getfixturevalue("ragged")
     torch.manual_seed(0)
     kv_heads, heads, dim, lengths = 2, 4, 8, [3, 5]
     prompts = [torch.randn(2, kv_heads, length, dim) for length in lengths]
     collected = [tuple(torch.cat([kv[i] for kv in prompts], 1) for i in range(2))]
-    cache = RowCache(collected, lengths, limit=300, fixed=fixed)
-    rows = []  # (prompt, keys and values so far) of each place
+    cache = RowCache(collected, lengths, n=3, slots=4, limit=300, fixed=fixed)
+    rows = {}  # slot -> (prompt, keys and values so far)
     for step in range(140):
         if step in (0, 2, 7):
-            new = torch.tensor([[0, 1, 1], [1], [0, 0]][(0, 2, 7).index(step)])
-            cache.add(new)
-            rows += [(int(p), torch.zeros(2, kv_heads, 0, dim)) for p in new]
+            slots, new = {0: ([0, 1, 2, 3], [0, 1, 1, 0]), 2: ([1], [1]), 7: ([0, 2], [0, 0])}[step]
+            cache.enter(torch.tensor(slots), torch.tensor(new))
+            rows |= {s: (p, torch.zeros(2, kv_heads, 0, dim)) for s, p in zip(slots, new)}
         if step in (5, 9):
-            ended = torch.arange(len(rows)) % 3 == 1
-            rows = [rows[i] for i in cache.drop(ended).tolist()]
-            assert len(rows) == len(ended) - int(ended.sum())
-        q, k, v = (torch.randn(len(rows), n, 1, dim) for n in (heads, kv_heads, kv_heads))
-        cache.inputs = cache.begin_step()
+            order = cache.compact(torch.tensor([1] if step == 5 else [0]))
+            rows = {i: rows[old] for i, old in enumerate(order.tolist())}
+        count = len(cache.length)
+        q, k, v = (torch.randn(count, n, 1, dim) for n in (heads, kv_heads, kv_heads))
+        cache.reserve()
+        cache.begin_step()
         out = cache.attend(0, q, k, v, 0.3)
-        for i, (prompt, own) in enumerate(rows):
+        for i, (prompt, own) in rows.items():
             own = torch.cat([own, torch.stack([k[i], v[i]])], 2)
             rows[i] = prompt, own
             keys, values = torch.cat([prompts[prompt], own], 2)
             attend = torch.nn.functional.scaled_dot_product_attention
             plain = attend(q[i], keys, values, scale=0.3, enable_gqa=True)
             torch.testing.assert_close(out[i, 0], plain[:, 0], atol=1e-5, rtol=1e-5)
-        cache.length = cache.length + 1
-    assert len(rows) == 3
+        cache.length += 1
+    assert len(rows) == 2 and cache.own[0][0].shape[2] < 300
+
+
+def test_the_cache_is_as_large_as_it_must_be():
+    """Slots that are given up take no memory once the others need more room, and no room is larger
+    than the limit."""
+    collected = [(torch.randn(2, 4, 8), torch.randn(2, 4, 8))]
+    cache = RowCache(collected, [4], n=8, slots=8, limit=700, fixed=True)
+    assert collected == []  # each prompt's keys stand once
+    cache.enter(torch.arange(8), torch.zeros(8, dtype=torch.long))
+    shapes = []
+    for step in range(700):
+        if step == 200:
+            cache.compact(torch.tensor([0, 1, 2, 4, 5, 6, 7]))
+        cache.reserve()
+        shapes.append(tuple(cache.own[0][0].shape))
+        cache.length += 1
+    assert list(dict.fromkeys(shapes)) == [(8, 2, 256, 8), (1, 2, 514, 8), (1, 2, 700, 8)]
 
 
 @devices
