@@ -104,6 +104,16 @@ class Group:
     logprobs: list[torch.Tensor] = field(default_factory=list)
 
 
+def limit_pixels(processor, max_pixels: int) -> None:
+    """From here on an image has at most `max_pixels` pixels, by the processor's own resizing.
+    UserError where that does not count pixels."""
+    images = processor.image_processor
+    if not hasattr(images, "merge_size"):
+        raise UserError(f"--max_pixels: {type(images).__name__} has one size for all; leave it out")
+    least = min(images.size["shortest_edge"], max_pixels)  # pixel counts, whatever their names say
+    images.size = type(images.size)(shortest_edge=least, longest_edge=max_pixels)
+
+
 def encode_prompts(processor, examples, max_image_size: int | None = None) -> list:
     """Examples -> Prompts through the processor, in one call, since calls cost more than rows.
     A row that cannot be encoded gives a RowError in its place. Images whose long side has more
@@ -247,12 +257,14 @@ def epoch_rows(start: int, end: int, rows: int, seed: int) -> list[int]:
 
 class Encoded(torch.utils.data.Dataset):
     """Draws (place in the stream, number of the row), encoded: for each (where, `encode(example,
-    prompt)` or a RowError). `limits` may hold max_image_size, see encode_prompts, and
-    max_prompt_length in tokens."""
+    prompt)` or a RowError). `limits` may hold max_image_size, see encode_prompts, max_pixels, see
+    limit_pixels, and max_prompt_length in tokens."""
 
     def __init__(self, examples, processor, encode: Callable, **limits):
         self.examples, self.processor = examples, processor
         self.encode, self.limits = encode, limits
+        if limits.get("max_pixels"):
+            limit_pixels(processor, limits["max_pixels"])
 
     def __getitem__(self, draws: list[tuple[int, int]]) -> list[tuple[str, object]]:
         items = [_attempt(self.examples.__getitem__, number) for _, number in draws]

@@ -38,6 +38,7 @@ class EvalConfig:
     output_dir: str | None = None  # left out: the directory of the checkpoint
     system_prompt: str = SYSTEM_PROMPT  # of rows without one, or a file that holds it
     image_dir: str | None = None  # where images may lie besides the data's own folder
+    max_pixels: Count | None = None  # of an image; None: as many as its processor allows
     per_device_eval_batch_size: Count = 64
     max_completion_length: Count = 8192
     max_rollout_rows: Count | None = None  # rows sampled at a time; None: all
@@ -82,7 +83,7 @@ def evaluate() -> None:
     policy, processor = load_policy("--ckpt", config.ckpt)
     policy = shard(policy, device).eval()
     batch_size = config.per_device_eval_batch_size * world_size()
-    encoded = Encoded(examples, processor, lambda *row: row)
+    encoded = Encoded(examples, processor, lambda *row: row, max_pixels=config.max_pixels)
     share = rank(), world_size()
     stream = batches(encoded, batch_size, seed=0, total=len(examples), share=share)
     limits = 1, config.max_completion_length, 0.0, 0, 0, config.max_rollout_rows

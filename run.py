@@ -68,6 +68,7 @@ class RunConfig:
 
     output_dir: str = "out/run"
     image_dir: str | None = None  # where images may lie besides the data's own folder
+    max_pixels: Count | None = None  # of an image; None: as many as its processor allows
     max_bad_fraction: Share = 0.01  # of the rows drawn; more that cannot be used end the run
     max_tokens_per_pack: Count = 16384  # how a batch is cut; the results do not depend on it
     activation_checkpointing: bool = False  # less memory, a forward more
@@ -383,7 +384,7 @@ class Run:
         return self._batches(examples, processor, encode, batch_size, total, held_out)
 
     def _batches(self, examples, processor, encode, batch_size, total, held_out) -> Iterator[list]:
-        limits = ("max_prompt_length", "max_image_size")
+        limits = ("max_prompt_length", "max_image_size", "max_pixels")
         limits = {name: getattr(self.config, name, None) for name in limits}
         encoded = Encoded(examples, processor, encode, **limits)
         start, share = 0 if held_out else self.position, (rank(), world_size())
