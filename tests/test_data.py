@@ -355,6 +355,18 @@ def test_views_are_blind_to_layout(processor):
 
 
 @QUICK
+@given(lengths=st.lists(st.integers(2, 90), min_size=1, max_size=30), budget=st.integers(90, 200))
+def test_rows_stand_in_the_first_pack_with_room(lengths, budget):
+    """So no two packs would fit into one."""
+    prompt = Prompt(0, torch.zeros(1, dtype=torch.long), torch.zeros(3, 1, dtype=torch.long))
+    groups = [Group(prompt, [torch.ones(length - 1)]) for length in lengths]
+    for order in (groups, sorted(groups, key=lambda group: -group.num_tokens)):
+        sizes = [pack.input_ids.numel() for pack in make_packs(order, budget)]
+        assert sum(sizes) == sum(lengths) and max(sizes) <= budget
+        assert all(a + b > budget for i, a in enumerate(sizes) for b in sizes[:i])
+
+
+@QUICK
 @given(seed=st.integers(0, 10**6), budget=st.one_of(st.none(), st.integers(1, 120)))
 def test_packs_hold_every_branch_once_within_the_budget(seed, budget):
     rng = random.Random(seed)
@@ -367,7 +379,9 @@ def test_packs_hold_every_branch_once_within_the_budget(seed, budget):
         )
     packs = make_packs(groups, budget)
     members = [m for pack in packs for m in pack.members]
-    assert members == [(g, i) for g, group in enumerate(groups) for i in range(len(group.branches))]
+    for g, group in enumerate(groups):
+        assert [i for of, i in members if of == g] == list(range(len(group.branches)))
+    assert len(members) == sum(len(group.branches) for group in groups)
     for pack in packs:
         cost = pack.input_ids.shape[1]
         assert (

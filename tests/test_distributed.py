@@ -40,6 +40,9 @@ def test_sft_loss_is_the_same_on_any_number_of_ranks(world, tmp_path):
             ranks=ranks,
         )
         losses[ranks] = metrics(tmp_path / str(ranks))
+        padding, idle = (metrics(tmp_path / str(ranks), f"{n}_share") for n in ("padding", "idle"))
+        assert max(padding) < 0.2 and max(idle) < 0.7  # of very few rows a rank
+        assert (ranks == 1) == (set(padding) == set(idle) == {0})
     assert len(losses[1]) == 5 and losses[1][0] - losses[1][-1] > 0.1  # it moves
     assert losses[2] == pytest.approx(losses[1], rel=1e-5)
     assert losses[4] == pytest.approx(losses[1], rel=1e-5)
