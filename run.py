@@ -44,6 +44,7 @@ from transformers import HfArgumentParser
 from transformers.utils import logging
 
 import digits
+import verifier
 from data import Encoded, batches
 from model import all_max, all_sum, barrier, join_ranks, rank, world_size
 from rows import Example, RowError, Unfit, UserError
@@ -204,6 +205,14 @@ def _die(message: str, code: int) -> None:
         tqdm.write(f"error: {' '.join(message.split())}", file=sys.stderr)
     sys.stderr.flush()
     os._exit(code) if dist.is_initialized() else sys.exit(code)  # others wait in a collective
+
+
+def start_verifier() -> None:
+    """A broken math-verify is an error at the start, not wrong rewards later."""
+    try:
+        verifier.start()
+    except RuntimeError as error:
+        raise UserError(f"{error}; pip install math-verify") from None
 
 
 def write_json(path: str, content) -> None:

@@ -311,6 +311,31 @@ def test_eval_agrees_with_transformers(world, trained, tmp_path):
         )
 
 
+def test_eval_of_several_samples(world, trained, tmp_path):
+    """Means over all answers, and pass@k over the rows; on 1 and 2 ranks."""
+    flags = ("--ckpt", trained, "--data", world["test"], "--num_samples", 4, *TINY)
+    assert "error: --num_samples 4 need a --temperature above 0" == fails("eval.py", *flags)
+    said = []
+    for ranks in (1, 2):
+        out = tmp_path / str(ranks)
+        launch("eval.py", *flags, "--temperature", 1.2, "--output_dir", out, ranks=ranks)
+        result = json.loads((out / "eval.json").read_text())
+        answers = lines(out / "generations.jsonl")
+        assert [answer["row"] for answer in answers] == [i // 4 for i in range(96)]
+        said.append([answer["response"] for answer in answers])
+        parts = [(result, answers)]
+        for source, part in result["by_source"].items():
+            parts.append((part, [answer for answer in answers if answer["source"] == source]))
+        for part, own in parts:
+            right = {answer["row"] for answer in own if answer["correct"]}
+            assert part["rows"] == len({answer["row"] for answer in own}) == len(own) / 4
+            assert part["accuracy"] == sum(answer["correct"] for answer in own) / len(own)
+            assert part["pass_at_k"] == len(right) / part["rows"]
+        assert 0 < result["accuracy"] < result["pass_at_k"]
+    assert len(set(said[0])) > 24
+    assert sum(a == b for a, b in zip(*said)) >= 88  # rounding may move a boundary
+
+
 def test_checkpoints_look_like_the_original(trained):
     assert {
         "chat_template.json",
@@ -431,9 +456,9 @@ def test_the_published_values_are_the_defaults():
         assert tuple(getattr(config, name, None) for config in configs) == values, name
 
 
-def fails(*args, ranks=1) -> str:
+def fails(*args, ranks=1, **env) -> str:
     """The one line that a user sees."""
-    done = launch(*args, ranks=ranks, check=False)
+    done = launch(*args, ranks=ranks, check=False, **env)
     assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
     errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1, done.stderr
