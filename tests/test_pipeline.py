@@ -517,6 +517,32 @@ def test_bad_input_is_one_line(world, trained, tmp_path):
     )
 
 
+def test_without_packages_that_a_run_may_do_without(world, trained, tmp_path):
+    """A machine that has torch and transformers and little else: what needs more says so."""
+    hidden = "datasets pyarrow pandas math_verify latex2sympy2_extended sklearn plotly tensorboard"
+    (tmp_path / "sitecustomize.py").write_text(
+        "from importlib.machinery import PathFinder\n"
+        "real = PathFinder.find_spec\n"
+        f"hidden = {hidden.split()}\n"
+        "find = lambda cls, name, *args: None if name in hidden else real(name, *args)\n"
+        "PathFinder.find_spec = classmethod(find)\n"
+    )
+    (tmp_path / "rows.parquet").write_bytes(b"")
+    env = {"PYTHONPATH": f"{tmp_path}:{ROOT}"}
+    ckpt, out = ("--ckpt", trained, "--data", world["prompts"]), ("--output_dir", tmp_path / "o")
+    code = "import align, data, discriminator, eval, report, rlvr, sft, sys; print(*sys.modules)"
+    loaded = launch("-c", code, **env).stdout.split()
+    assert "transformers" in loaded and not set(hidden.split()) & set(loaded)
+    for script in ("rlvr.py", "eval.py"):
+        said = fails(script, *ckpt, *out, **env)
+        assert "No module named" in said and said.endswith("; pip install math-verify")
+    said = fails("sft.py", "--model", trained, "--data", tmp_path / "rows.parquet", *out, **env)
+    assert said.endswith("rows.parquet: needs `datasets`; pip install datasets")
+    flags = ("--model", trained, "--data", world["sft"], "--max_steps", 1, *out)
+    launch("sft.py", *flags, **env)
+    assert lines(tmp_path / "o" / "metrics.jsonl")[0]["loss"] > 0
+
+
 def test_over_long_rows_are_counted_and_named(world, trained, tmp_path):
     rows = [json.loads(line) for line in open(world["prompts"])][:4]
     rows[1]["question"] = "why? " * 400
