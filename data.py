@@ -103,6 +103,20 @@ class Group:
     branches: list[torch.Tensor]
     logprobs: list[torch.Tensor] = field(default_factory=list)
 
+    @property
+    def num_tokens(self) -> int:
+        return len(self.prompt.input_ids) + sum(map(len, self.branches))
+
+
+def limit_pixels(processor, max_pixels: int) -> None:
+    """From here on an image has at most `max_pixels` pixels, by the processor's own resizing.
+    UserError where that does not count pixels."""
+    images = processor.image_processor
+    if not hasattr(images, "merge_size"):
+        raise UserError(f"--max_pixels: {type(images).__name__} has one size for all; leave it out")
+    least = min(images.size["shortest_edge"], max_pixels)  # pixel counts, whatever their names say
+    images.size = type(images.size)(shortest_edge=least, longest_edge=max_pixels)
+
 
 def encode_prompts(processor, examples, max_image_size: int | None = None) -> list:
     """Examples -> Prompts through the processor, in one call, since calls cost more than rows.
@@ -247,12 +261,14 @@ def epoch_rows(start: int, end: int, rows: int, seed: int) -> list[int]:
 
 class Encoded(torch.utils.data.Dataset):
     """Draws (place in the stream, number of the row), encoded: for each (where, `encode(example,
-    prompt)` or a RowError). `limits` may hold max_image_size, see encode_prompts, and
-    max_prompt_length in tokens."""
+    prompt)` or a RowError). `limits` may hold max_image_size, see encode_prompts, max_pixels, see
+    limit_pixels, and max_prompt_length in tokens."""
 
     def __init__(self, examples, processor, encode: Callable, **limits):
         self.examples, self.processor = examples, processor
         self.encode, self.limits = encode, limits
+        if limits.get("max_pixels"):
+            limit_pixels(processor, limits["max_pixels"])
 
     def __getitem__(self, draws: list[tuple[int, int]]) -> list[tuple[str, object]]:
         items = [_attempt(self.examples.__getitem__, number) for _, number in draws]
@@ -367,31 +383,35 @@ class Pack:
 def make_packs(groups: list[Group], max_tokens: int | None = None, units=None) -> list[Pack]:
     """Groups -> packs of at most `max_tokens` tokens (None: all in one).
 
-    A group too long for what is left of a pack goes on in the next one, its prompt repeated
-    there. `units` lists for each group the sets of branches that must stand in one pack, such as
-    the four views of a pair (default: each branch by itself). A branch of several units stands
-    once in every pack that needs it.
+    A group stands in the first pack that has room for all of it. Where none has, it begins in the
+    last one and goes on in new ones, its prompt repeated there. `units` lists for each group the
+    sets of branches that must stand in one pack, such as the four views of a pair (default: each
+    branch by itself). A branch of several units stands once in every pack that needs it.
     Takes along: Prompt, Group, Segment, Pack, _pack.
     """
     bins: list[list[tuple[int, list[int], list[int]]]] = []  # packs of (group, branches, units)
-    used = 0
+    used: list[int] = []  # the tokens of each pack
+    limit = torch.inf if max_tokens is None else max_tokens
     for g, group in enumerate(groups):
         prompt_length = len(group.prompt.input_ids)
+        room = (i for i, tokens in enumerate(used) if tokens + group.num_tokens <= limit)
+        at = next(room, len(bins) - 1)
         part = None  # the group's part of the current pack
         together = [(i,) for i in range(len(group.branches))] if units is None else units[g]
         for u, unit in enumerate(together or [()]):
             fresh = [i for i in dict.fromkeys(unit) if part is None or i not in part[1]]
             cost = sum(len(group.branches[i]) for i in fresh) + (0 if part else prompt_length)
-            if not bins or (max_tokens is not None and used and used + cost > max_tokens):
+            if not bins or (used[at] and used[at] + cost > limit):
                 bins.append([])
-                used, part, fresh = 0, None, list(dict.fromkeys(unit))
+                used.append(0)
+                at, part, fresh = len(bins) - 1, None, list(dict.fromkeys(unit))
                 cost = sum(len(group.branches[i]) for i in fresh) + prompt_length
             if part is None:
                 part = (g, [], [])
-                bins[-1].append(part)
+                bins[at].append(part)
             part[1].extend(fresh)
             part[2].extend([u] if unit else [])
-            used += cost
+            used[at] += cost
     return [_pack(groups, parts) for parts in bins]
 
 

@@ -1,9 +1,10 @@
 """Accuracy of a checkpoint on a data set, by source: greedy decoding with the sampler of the
-stages, answers judged by the verifier of stage 3. Writes
+stages, or several samples a row; answers judged by the verifier of stage 3. Writes
 
     output_dir/eval.json          accuracy, format_valid, mean_response_tokens, caption_accuracy
                                   (where rows have accepted captions), by_source, rows, truncated,
-                                  and how many rows were left out
+                                  and how many rows were left out; of k samples a row the means,
+                                  and pass_at_k, the share of rows with any right answer
     output_dir/generations.jsonl  every response with its judgement
 
     torchrun --nproc_per_node=8 eval.py --ckpt rl_out --data mathvista.jsonl
@@ -25,9 +26,8 @@ from data import SYSTEM_PROMPT, Encoded
 from data import batches, decode, parse_response
 from model import join_ranks, rank, shard, world_size
 from rows import RowError, UserError, load_data
-from run import Count, main, parse, say, write_json
+from run import Count, Weight, main, parse, say, start_verifier, write_json
 from sampler import generate
-from verifier import start as start_verifier
 from verifier import verify
 
 
@@ -38,8 +38,11 @@ class EvalConfig:
     output_dir: str | None = None  # left out: the directory of the checkpoint
     system_prompt: str = SYSTEM_PROMPT  # of rows without one, or a file that holds it
     image_dir: str | None = None  # where images may lie besides the data's own folder
+    max_pixels: Count | None = None  # of an image; None: as many as its processor allows
     per_device_eval_batch_size: Count = 64
     max_completion_length: Count = 8192
+    num_samples: Count = 1  # answers to a row
+    temperature: Weight = 0.0  # of sampling; 0: greedy
     max_rollout_rows: Count | None = 32  # rows sampled at a time, others wait; None: all
 
 
@@ -51,19 +54,24 @@ def same_caption(caption: str, accepted: list[str]) -> bool:
 
 
 def summarise(rows: list[dict]) -> dict:
-    """Shares over the rows; null where no row had what is measured."""
+    """Shares over the answers; null where none had what is measured."""
 
     def share(name):
         values = [row[name] for row in rows if row[name] is not None]
         return sum(values) / len(values) if values else None
 
+    of_row = {row["row"]: [] for row in rows}
+    for row in rows:
+        of_row[row["row"]].append(row["correct"])
+    several = len(rows) > len(of_row)
     return {
         "accuracy": share("correct"),
+        **({"pass_at_k": sum(map(any, of_row.values())) / len(of_row)} if several else {}),
         "caption_accuracy": share("caption_correct"),
         "format_valid": share("format_valid"),
         "mean_response_tokens": share("tokens"),
         "truncated": share("truncated"),
-        "rows": len(rows),
+        "rows": len(of_row),
     }
 
 
@@ -73,28 +81,35 @@ def evaluate() -> None:
     device = join_ranks()
     if not config.data:
         raise UserError("--data: name the rows to answer, or `digits`")
+    if config.num_samples > 1 and not config.temperature:
+        raise UserError(f"--num_samples {config.num_samples} need a --temperature above 0")
     if config.output_dir and os.path.isfile(config.output_dir):
         raise UserError(f"--output_dir {config.output_dir} is a file; name a directory")
     here = config.ckpt if os.path.isdir(config.ckpt) else "out/eval"
     output_dir = config.output_dir or here
-    start_verifier()  # a broken math-verify is an error now, not wrong answers later
+    start_verifier()
     examples = load_data(config.data, ("answer",), config.system_prompt, config.image_dir)
     policy, processor = load_policy("--ckpt", config.ckpt)
     policy = shard(policy, device).eval()
     batch_size = config.per_device_eval_batch_size * world_size()
-    encoded = Encoded(examples, processor, lambda *row: row)
+    encoded = Encoded(examples, processor, lambda *row: row, max_pixels=config.max_pixels)
     share = rank(), world_size()
     stream = batches(encoded, batch_size, seed=0, total=len(examples), share=share)
-    limits = 1, config.max_completion_length, 0.0, 0, 0, config.max_rollout_rows
+    limits = dict(
+        num_generations=config.num_samples,
+        max_completion_length=config.max_completion_length,
+        temperature=config.temperature,
+        max_rollout_rows=config.max_rollout_rows,
+    )
     rows, left_out = [], []
     steps = range(math.ceil(len(examples) / batch_size))
     for _ in tqdm(steps, desc="eval", disable=rank() != 0):
         items = next(stream)
         left_out += [f"{where}: {item}" for where, item in items if isinstance(item, RowError)]
         pairs = [item for _, item in items if not isinstance(item, RowError)]
-        groups = generate(policy, [prompt for _, prompt in pairs], *limits)
-        for (example, _), group in zip(pairs, groups):
-            branch = group.branches[0]
+        groups = generate(policy, [prompt for _, prompt in pairs], **limits)
+        answers = ((e, branch) for (e, _), g in zip(pairs, groups) for branch in g.branches)
+        for example, branch in answers:
             text = decode(processor, branch)
             response = parse_response(text)
             reads = response is not None and same_caption(response.caption, example.captions)
@@ -128,6 +143,8 @@ def evaluate() -> None:
         result = {
             "ckpt": config.ckpt,
             "data": config.data,
+            "num_samples": config.num_samples,
+            "temperature": config.temperature,
             **summarise(rows),
             "rows_left_out": len(left_out),
             "by_source": {source: summarise(part) for source, part in sorted(by_source.items())},
@@ -139,10 +156,10 @@ def evaluate() -> None:
             file.writelines(json.dumps(row) + "\n" for row in rows)
         os.replace(generations + ".new", generations)
         write_json(os.path.join(output_dir, "eval.json"), result)
-        names = ("accuracy", "caption_accuracy", "format_valid")
-        shown = [f"{name} {result[name]:.3f}" for name in names if result[name] is not None]
+        names = ("accuracy", "pass_at_k", "caption_accuracy", "format_valid")
+        shown = [f"{name} {result[name]:.3f}" for name in names if result.get(name) is not None]
         where = f"written to {output_dir}/eval.json"
-        say(f"{config.ckpt}: {', '.join(shown)} on {len(rows)} rows; {where}")
+        say(f"{config.ckpt}: {', '.join(shown)} on {result['rows']} rows; {where}")
 
 
 if __name__ == "__main__":

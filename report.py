@@ -853,10 +853,13 @@ def run_page(run: dict) -> None:
         body += '<h2 id="curves">Curves</h2>' + curves(run) + routing(run)
     if result:
         names = [*SHOWN, "truncated", "rows"]
+        names[1:1] = ["pass_at_k"] if "pass_at_k" in result else []
         parts = {"all": result, **parts_of(result)}
         rows = [[source, *(part.get(k) for k in names)] for source, part in parts.items()]
-        data = escape(show(result.get("data", "")))
-        body += f'<h2 id="evaluation">Evaluation</h2><p class="small">{data}, greedy decoding</p>'
+        data, warm = escape(show(result.get("data", ""))), number(result.get("temperature"))
+        how = f"{escape(show(result.get('num_samples')))} samples a row at temperature {show(warm)}"
+        how = how if warm else "greedy decoding"
+        body += f'<h2 id="evaluation">Evaluation</h2><p class="small">{data}, {how}</p>'
         body += table(["source", *names], rows)
     body += rollouts_html(run, pictures) + wrong_html(run, pictures)
     if pictures.dropped:

@@ -27,8 +27,8 @@ from policy_gradient import ALGORITHMS, group_advantage, policy_backward
 from policy_gradient import policy_loss  # noqa: F401, others know it as rlvr.policy_loss
 from rows import Example, RowError, UserError, load_data
 from run import Count, Natural, Positive, Run, RunConfig, Schedule, Share, Weight, add, main
+from run import start_verifier
 from sampler import generate, sampling_flags
-from verifier import start as start_verifier
 from verifier import verify
 
 ACCURACY, FORMAT = 0.8, 0.2  # paper: 0.8, 0.2
@@ -123,7 +123,7 @@ def train() -> None:
     run = Run(RLVRConfig)
     config = run.config
     settle_algorithm(config)
-    start_verifier()  # a broken math-verify is an error now, not wrong rewards later
+    start_verifier()
     examples = load_data(config.data, ("answer",), config.system_prompt, config.image_dir)
     policy, processor = load_policy("--ckpt", config.ckpt, config.activation_checkpointing)
     policy = shard(policy, run.device).train()

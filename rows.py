@@ -166,8 +166,10 @@ def _open_source(source: str):
 
 def _arrow_table(path: str):
     """A parquet or Arrow file, or the train split of a hub data set, memory-mapped."""
-    import datasets  # slow to import, and not needed for JSONL
-
+    try:
+        import datasets  # slow to import, and not needed for JSONL
+    except ImportError:
+        raise UserError(f"--data {path}: needs `datasets`; pip install datasets") from None
     if path.endswith(".parquet"):
         table = datasets.load_dataset("parquet", data_files=path, split="train")
     elif path.endswith(".arrow"):

@@ -44,6 +44,7 @@ from transformers import HfArgumentParser
 from transformers.utils import logging
 
 import digits
+import verifier
 from data import Encoded, batches
 from model import all_max, all_sum, barrier, join_ranks, rank, world_size
 from rows import Example, RowError, Unfit, UserError
@@ -68,6 +69,7 @@ class RunConfig:
 
     output_dir: str = "out/run"
     image_dir: str | None = None  # where images may lie besides the data's own folder
+    max_pixels: Count | None = None  # of an image; None: as many as its processor allows
     max_bad_fraction: Share = 0.01  # of the rows drawn; more that cannot be used end the run
     max_tokens_per_pack: Count = 16384  # how a batch is cut; the results do not depend on it
     activation_checkpointing: bool | None = None  # recompute to save memory; None: on a GPU
@@ -203,6 +205,14 @@ def _die(message: str, code: int) -> None:
         tqdm.write(f"error: {' '.join(message.split())}", file=sys.stderr)
     sys.stderr.flush()
     os._exit(code) if dist.is_initialized() else sys.exit(code)  # others wait in a collective
+
+
+def start_verifier() -> None:
+    """A broken math-verify is an error at the start, not wrong rewards later."""
+    try:
+        verifier.start()
+    except RuntimeError as error:
+        raise UserError(f"{error}; pip install math-verify") from None
 
 
 def write_json(path: str, content) -> None:
@@ -385,7 +395,7 @@ class Run:
         return self._batches(examples, processor, encode, batch_size, total, held_out)
 
     def _batches(self, examples, processor, encode, batch_size, total, held_out) -> Iterator[list]:
-        limits = ("max_prompt_length", "max_image_size")
+        limits = ("max_prompt_length", "max_image_size", "max_pixels")
         limits = {name: getattr(self.config, name, None) for name in limits}
         encoded = Encoded(examples, processor, encode, **limits)
         start, share = 0 if held_out else self.position, (rank(), world_size())

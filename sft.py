@@ -23,8 +23,8 @@ import torch
 
 from checkpoint import load_policy, save_policy
 from data import Group, encode_response, make_packs
-from model import all_sum, even_packs, learning_rate_at, optimizer_step, shard, token_logprobs
-from model import world_size
+from model import all_max, all_sum, even_packs, learning_rate_at, optimizer_step, shard
+from model import token_logprobs, world_size
 from rows import Unfit, load_data
 from run import Count, Positive, Run, RunConfig, Schedule, Weight, main
 
@@ -80,9 +80,9 @@ def train() -> None:
     modules = {"policy": (policy, optimizer)}
 
     for step in run.steps(max_steps, modules, partial(save_policy, policy, processor)):
-        # A batch of demonstrations (x, y), cut into packs.
+        # A batch of demonstrations (x, y), cut into packs: the longest first leave least room.
         with run.phase("data"):
-            groups = next(stream)
+            groups = sorted(next(stream), key=lambda group: -group.num_tokens)
             packs = even_packs(make_packs(groups, config.max_tokens_per_pack), processor)
         # M, the response tokens of all ranks.
         tokens = sum(len(group.branches[0]) for group in groups)
@@ -104,9 +104,12 @@ def train() -> None:
             "entropy": (entropy, tokens),
             "response_length": (tokens, len(groups)),
         }
-        prompts = sum(len(group.prompt.input_ids) for group in groups)
+        rows, sizes = sum(g.num_tokens for g in groups), [p.input_ids.numel() for p in packs]
+        longest = float(all_max([0, *sizes]).sum())  # ranks wait for the one with the longest pack
+        means["padding_share"] = sum(sizes) - rows, sum(sizes)  # blanks that even_packs has added
+        means["idle_share"] = longest - sum(sizes), longest
         values = {"grad_norm": grad_norm, "learning_rate": rate, "packs": len(packs)}
-        run.log(step, means, sums={"tokens": tokens + prompts}, values=values)
+        run.log(step, means, sums={"tokens": rows}, values=values)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ import json
 import random
 import time
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,11 +12,12 @@ from hypothesis import example as h_example
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from transformers import CLIPImageProcessorPil
 
 from checkpoint import load_processor, save_processor
 from data import Encoded, Group, Prompt, Response, batches, decode, encode_prompts, encode_response
 from data import encode_views, epoch_rows, make_packs, parse_response
-from rows import Example, RowError, Unfit, load_data
+from rows import Example, RowError, Unfit, UserError, load_data
 
 QUICK = settings(deadline=None, database=None, derandomize=True)
 
@@ -297,6 +299,36 @@ def test_large_images_are_scaled_down(tmp_path, processor):
     assert grids == [[1, 8, 16], [1, 4, 8], [1, 8, 16], [1, 8, 16]]
 
 
+def test_max_pixels_is_the_processors_own_resizing(world, tmp_path):
+    """Photos become as few tokens as with a processor whose files say so; small ones stay."""
+    chat = [{"role": "user", "content": [{"type": "image"}]}]
+    sizes, rows = [(256, 256), (500, 90), (1, 3), (32, 16)], []
+    for i, size in enumerate(sizes):
+        Image.effect_noise(size, 50).save(tmp_path / f"{i}.jpg")
+        rows.append(Example(i, "r", chat, [str(tmp_path / f"{i}.jpg")]))
+    limited, without, files = (load_processor(world["init"]) for _ in range(3))
+    image = json.loads(files.files["preprocessor_config.json"])
+    image["size"] = {"shortest_edge": 256, "longest_edge": 4096}
+    files.files["preprocessor_config.json"] = json.dumps(image).encode()
+    save_processor(files, tmp_path / "p")
+    encoded = Encoded(rows, limited, lambda example, prompt: prompt, max_pixels=4096)
+    for (_, prompt), expected, more in zip(
+        encoded[list(enumerate(range(4)))],
+        encode_prompts(load_processor(tmp_path / "p"), rows),
+        encode_prompts(without, rows),
+    ):
+        assert torch.equal(prompt.pixel_values, expected.pixel_values)
+        assert torch.equal(prompt.input_ids, expected.input_ids)
+        tokens = [int((p.input_ids == limited.image_token_id).sum()) for p in (prompt, more)]
+        assert tokens == [[16, 256], [9, 186], [2, 2], [2, 2]][prompt.index]
+    assert limited.files == without.files  # what is saved with a model is as it was
+    few = Encoded(rows, limited, lambda example, prompt: prompt, max_pixels=1)
+    assert [len(p.pixel_values) for _, p in few[list(enumerate(range(4)))]] == [4, 4, 4, 4]
+    other = SimpleNamespace(image_processor=CLIPImageProcessorPil())
+    with pytest.raises(UserError, match="--max_pixels: CLIPImageProcessorPil has one size for all"):
+        Encoded(rows, other, None, max_pixels=4096)
+
+
 # --------------------------------------------------------------------------------------------------
 # Views and packs
 
@@ -323,6 +355,18 @@ def test_views_are_blind_to_layout(processor):
 
 
 @QUICK
+@given(lengths=st.lists(st.integers(2, 90), min_size=1, max_size=30), budget=st.integers(90, 200))
+def test_rows_stand_in_the_first_pack_with_room(lengths, budget):
+    """So no two packs would fit into one."""
+    prompt = Prompt(0, torch.zeros(1, dtype=torch.long), torch.zeros(3, 1, dtype=torch.long))
+    groups = [Group(prompt, [torch.ones(length - 1)]) for length in lengths]
+    for order in (groups, sorted(groups, key=lambda group: -group.num_tokens)):
+        sizes = [pack.input_ids.numel() for pack in make_packs(order, budget)]
+        assert sum(sizes) == sum(lengths) and max(sizes) <= budget
+        assert all(a + b > budget for i, a in enumerate(sizes) for b in sizes[:i])
+
+
+@QUICK
 @given(seed=st.integers(0, 10**6), budget=st.one_of(st.none(), st.integers(1, 120)))
 def test_packs_hold_every_branch_once_within_the_budget(seed, budget):
     rng = random.Random(seed)
@@ -335,7 +379,9 @@ def test_packs_hold_every_branch_once_within_the_budget(seed, budget):
         )
     packs = make_packs(groups, budget)
     members = [m for pack in packs for m in pack.members]
-    assert members == [(g, i) for g, group in enumerate(groups) for i in range(len(group.branches))]
+    for g, group in enumerate(groups):
+        assert [i for of, i in members if of == g] == list(range(len(group.branches)))
+    assert len(members) == sum(len(group.branches) for group in groups)
     for pack in packs:
         cost = pack.input_ids.shape[1]
         assert (

@@ -4,7 +4,11 @@ import json
 
 import pytest
 import torch
+from PIL import Image
 
+from checkpoint import load_processor
+from data import encode_prompts
+from rows import load_data
 from tests.conftest import launch
 
 
@@ -36,9 +40,32 @@ def test_sft_loss_is_the_same_on_any_number_of_ranks(world, tmp_path):
             ranks=ranks,
         )
         losses[ranks] = metrics(tmp_path / str(ranks))
+        padding, idle = (metrics(tmp_path / str(ranks), f"{n}_share") for n in ("padding", "idle"))
+        assert max(padding) < 0.2 and max(idle) < 0.7  # of very few rows a rank
+        assert (ranks == 1) == (set(padding) == set(idle) == {0})
     assert len(losses[1]) == 5 and losses[1][0] - losses[1][-1] > 0.1  # it moves
     assert losses[2] == pytest.approx(losses[1], rel=1e-5)
     assert losses[4] == pytest.approx(losses[1], rel=1e-5)
+
+
+def test_max_pixels_is_the_same_on_any_number_of_ranks(world, tmp_path):
+    """Photos of 256 tokens, which are to be 16; one row has none."""
+    rows = []
+    for i in range(7):
+        Image.effect_noise((256, 256), 50).save(tmp_path / f"{i}.jpg")
+        rows.append({"question": "What is it?", "image": f"{i}.jpg", "response": f"Photo {i}."})
+    rows.append({"question": "What is it?", "response": "Nothing."})
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    flags = ("--model", world["init"], "--data", tmp_path / "rows.jsonl", "--max_steps", 2)
+    flags += ("--learning_rate", 1e-3, "--max_pixels", 4096)
+    for ranks in (1, 2):
+        size = ("--per_device_train_batch_size", 8 // ranks)
+        launch("sft.py", *flags, "--output_dir", tmp_path / str(ranks), *size, ranks=ranks)
+    assert metrics(tmp_path / "2") == pytest.approx(metrics(tmp_path / "1"), rel=1e-5)
+    prompts = encode_prompts(load_processor(world["init"]), load_data(str(tmp_path / "rows.jsonl")))
+    whole = sum(len(prompt.input_ids) for prompt in prompts)
+    responses = 8 * metrics(tmp_path / "2", "response_length")[0]
+    assert metrics(tmp_path / "2", "tokens")[0] == whole + responses - 7 * 240
 
 
 def test_policy_and_discriminator_are_the_same_on_any_number_of_ranks(world, trained, tmp_path):

@@ -321,6 +321,31 @@ def test_eval_agrees_with_transformers(world, trained, tmp_path):
         )
 
 
+def test_eval_of_several_samples(world, trained, tmp_path):
+    """Means over all answers, and pass@k over the rows; on 1 and 2 ranks."""
+    flags = ("--ckpt", trained, "--data", world["test"], "--num_samples", 4, *TINY)
+    assert "error: --num_samples 4 need a --temperature above 0" == fails("eval.py", *flags)
+    said = []
+    for ranks in (1, 2):
+        out = tmp_path / str(ranks)
+        launch("eval.py", *flags, "--temperature", 1.2, "--output_dir", out, ranks=ranks)
+        result = json.loads((out / "eval.json").read_text())
+        answers = lines(out / "generations.jsonl")
+        assert [answer["row"] for answer in answers] == [i // 4 for i in range(96)]
+        said.append([answer["response"] for answer in answers])
+        parts = [(result, answers)]
+        for source, part in result["by_source"].items():
+            parts.append((part, [answer for answer in answers if answer["source"] == source]))
+        for part, own in parts:
+            right = {answer["row"] for answer in own if answer["correct"]}
+            assert part["rows"] == len({answer["row"] for answer in own}) == len(own) / 4
+            assert part["accuracy"] == sum(answer["correct"] for answer in own) / len(own)
+            assert part["pass_at_k"] == len(right) / part["rows"]
+        assert 0 < result["accuracy"] < result["pass_at_k"]
+    assert len(set(said[0])) > 24
+    assert sum(a == b for a, b in zip(*said)) >= 88  # rounding may move a boundary
+
+
 def test_checkpoints_look_like_the_original(trained):
     assert {
         "chat_template.json",
@@ -441,9 +466,9 @@ def test_the_published_values_are_the_defaults():
         assert tuple(getattr(config, name, None) for config in configs) == values, name
 
 
-def fails(*args, ranks=1) -> str:
+def fails(*args, ranks=1, **env) -> str:
     """The one line that a user sees."""
-    done = launch(*args, ranks=ranks, check=False)
+    done = launch(*args, ranks=ranks, check=False, **env)
     assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
     errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1, done.stderr
@@ -500,6 +525,32 @@ def test_bad_input_is_one_line(world, trained, tmp_path):
         "--output_dir",
         tmp_path / "o4",
     )
+
+
+def test_without_packages_that_a_run_may_do_without(world, trained, tmp_path):
+    """A machine that has torch and transformers and little else: what needs more says so."""
+    hidden = "datasets pyarrow pandas math_verify latex2sympy2_extended sklearn plotly tensorboard"
+    (tmp_path / "sitecustomize.py").write_text(
+        "from importlib.machinery import PathFinder\n"
+        "real = PathFinder.find_spec\n"
+        f"hidden = {hidden.split()}\n"
+        "find = lambda cls, name, *args: None if name in hidden else real(name, *args)\n"
+        "PathFinder.find_spec = classmethod(find)\n"
+    )
+    (tmp_path / "rows.parquet").write_bytes(b"")
+    env = {"PYTHONPATH": f"{tmp_path}:{ROOT}"}
+    ckpt, out = ("--ckpt", trained, "--data", world["prompts"]), ("--output_dir", tmp_path / "o")
+    code = "import align, data, discriminator, eval, report, rlvr, sft, sys; print(*sys.modules)"
+    loaded = launch("-c", code, **env).stdout.split()
+    assert "transformers" in loaded and not set(hidden.split()) & set(loaded)
+    for script in ("rlvr.py", "eval.py"):
+        said = fails(script, *ckpt, *out, **env)
+        assert "No module named" in said and said.endswith("; pip install math-verify")
+    said = fails("sft.py", "--model", trained, "--data", tmp_path / "rows.parquet", *out, **env)
+    assert said.endswith("rows.parquet: needs `datasets`; pip install datasets")
+    flags = ("--model", trained, "--data", world["sft"], "--max_steps", 1, *out)
+    launch("sft.py", *flags, **env)
+    assert lines(tmp_path / "o" / "metrics.jsonl")[0]["loss"] > 0
 
 
 def test_over_long_rows_are_counted_and_named(world, trained, tmp_path):

@@ -334,6 +334,16 @@ def test_rollouts_with_older_names_or_few_values(tmp_path, run):
     assert group["images"] == [] and group["supervision"] is None and group["answer"] == "–"
 
 
+def test_an_evaluation_of_several_samples_says_so(tmp_path, run):
+    several = RESULT | {"num_samples": 8, "temperature": 0.7, "pass_at_k": 0.875}
+    ways = ((RESULT, "greedy decoding"), (several, "8 samples a row at temperature 0.7"))
+    for result, how in ways:
+        make(tmp_path, [], result)
+        run(tmp_path)
+        text = Page(tmp_path / "report.html").text
+        assert how in text and ("0.875" in text) == ("pass_at_k" in text) == (result is several)
+
+
 def test_wrong_types_are_survived_and_counted(tmp_path, run):
     shares = ["x", 3, {"a": 1}, [[0.5], [0.5, 0.5]], [["x", 0.5]], [[]], [], None]
     lines = steps(8, loss=1.0, packs=1, expert_share_perception=shares)
