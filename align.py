@@ -111,8 +111,10 @@ def train() -> None:
     run = Run(AlignConfig)
     config = run.config
     examples = load_data(config.data, ("response",), config.system_prompt, config.image_dir)
-    policy, processor = load_policy("--ckpt", config.ckpt, config.activation_checkpointing)
-    policy = shard(policy, run.device).train()
+    policy, processor = load_policy(
+        "--ckpt", config.ckpt, run.device, config.activation_checkpointing
+    )
+    policy.train()
     discriminator, d_processor = load_discriminator(
         "--discriminator", config.discriminator, seed=config.seed, policy_processor=processor
     )

@@ -493,6 +493,11 @@ def build_model(path: Path, tokenizer: PreTrainedTokenizerFast, world: World) ->
         eos_token_id=[end, pad], pad_token_id=pad, bos_token_id=pad
     )
     model.save_pretrained(path)
+    # Rotary settings as the published files have them: older versions read no other names.
+    config = json.loads((path / "config.json").read_text())
+    rope = config["text_config"].pop("rope_parameters")
+    config["text_config"] |= {"rope_theta": rope.pop("rope_theta"), "rope_scaling": rope}
+    (path / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     image = {
         "size": {
             "longest_edge": 65536,

@@ -40,13 +40,13 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
-from transformers import AutoModelForImageTextToText, Qwen3VLMoeConfig
+from transformers import Qwen3VLMoeConfig
 
-from checkpoint import full_state, load_policy, load_pretrained
-from checkpoint import read_config, read_tensors, save_processor
+from checkpoint import load_policy, load_pretrained, read_config, read_tensors
+from checkpoint import save_processor, save_weights
 from data import SYSTEM_PROMPT, Group, Pack, Prompt, Response, decode, encode_views
 from data import make_packs, parse_response
-from model import adapt, all_sum, barrier, even_packs, learning_rate_at
+from model import adapt, all_sum, even_packs, learning_rate_at
 from model import model_inputs, optimizer_step, rank, recompute, shard, world_size
 from rows import RowError, Unfit, UserError, load_data
 from run import Count, Positive, Run, RunConfig, Schedule, Share, Weight, add, main, say
@@ -452,7 +452,7 @@ def load_discriminator(
     no_class = saved and not ready and kind != "dense"
     head_names = r"score|^v_head|^value_head"
     unused = rf"{head_names}|language_model.*\.mlp\." if no_class else head_names
-    whole, processor = load_pretrained(flag, path, unused)
+    whole, processor = load_pretrained(flag, path, config, unused)
     ours = policy_processor or processor
     same = ours.tokenizer.get_vocab() == processor.tokenizer.get_vocab()
     if not same or str(ours.image_processor) != str(processor.image_processor):
@@ -485,6 +485,7 @@ def load_discriminator(
             layers[int(layer)].get_parameter(parameter).data.copy_(tensor)
     torch.manual_seed(seed)
     discriminator = Discriminator(backbone, kind, dropout)
+    discriminator.saved_as = whole.saved_as
     heads = [head for head in read_tensors(path, head_names).values() if head.ndim == 2]
     if heads:  # (1, h), one row for both views, or (2, h)
         discriminator.score.weight.data.copy_(heads[0].float())
@@ -498,7 +499,6 @@ def save_discriminator(discriminator, processor, path: str) -> None:
     of a Qwen3-VL are written as Qwen3VLMoeForConditionalGeneration opens them. For other models
     transformers has no class with experts: theirs stand under the same names, and only
     `load_discriminator` finds them. Every rank calls it."""
-    state = full_state(discriminator)
     if rank() == 0:
         config = discriminator.model.config.to_dict()
         sparse = discriminator.sparse
@@ -514,16 +514,15 @@ def save_discriminator(discriminator, processor, path: str) -> None:
             vision = {k: v for k, v in config["vision_config"].items() if k != "model_type"}
             ids = {k: v for k, v in config.items() if k.endswith("_token_id")}
             config = Qwen3VLMoeConfig(text_config=text, vision_config=vision, **ids)
+            config.architectures = ["Qwen3VLMoeForConditionalGeneration"]
         else:
             config = type(discriminator.model.config).from_dict(config)
         # It has no language head; tied embeddings keep transformers from asking for one.
         config.tie_word_embeddings = config.get_text_config().tie_word_embeddings = True
-        config.prism_experts = discriminator.kind
-        with torch.device("meta"):
-            shell = AutoModelForImageTextToText.from_config(config)
-        shell.save_pretrained(path, state_dict=state)
+        config.prism_experts, config.dtype = discriminator.kind, discriminator.saved_as
+        config.save_pretrained(path)
         save_processor(processor, path)
-    barrier()
+    save_weights(discriminator, path, discriminator.saved_as)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -541,8 +540,7 @@ def warm_up() -> None:
     validation, training = order[:held_out], order[held_out:]
     if not training:
         raise UserError(f"--data: {len(examples)} pairs leave none beside {held_out} held out")
-    policy = load_policy("--policy", config.policy)[0] if config.policy else None
-    policy = policy and shard(policy, run.device)
+    policy = load_policy("--policy", config.policy, run.device)[0] if config.policy else None
     discriminator, processor = load_discriminator(
         "--model", config.model, config.experts, config.dropout, config.seed
     )

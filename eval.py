@@ -24,7 +24,7 @@ from tqdm import tqdm
 from checkpoint import load_policy
 from data import SYSTEM_PROMPT, Encoded
 from data import batches, decode, parse_response
-from model import join_ranks, rank, shard, world_size
+from model import join_ranks, rank, world_size
 from rows import RowError, UserError, load_data
 from run import Count, Weight, main, parse, say, start_verifier, write_json
 from sampler import generate
@@ -89,8 +89,7 @@ def evaluate() -> None:
     output_dir = config.output_dir or here
     start_verifier()
     examples = load_data(config.data, ("answer",), config.system_prompt, config.image_dir)
-    policy, processor = load_policy("--ckpt", config.ckpt)
-    policy = shard(policy, device).eval()
+    policy, processor = load_policy("--ckpt", config.ckpt, device)
     batch_size = config.per_device_eval_batch_size * world_size()
     encoded = Encoded(examples, processor, lambda *row: row, max_pixels=config.max_pixels)
     share = rank(), world_size()

@@ -22,7 +22,7 @@ import torch
 
 from checkpoint import load_policy, save_policy
 from data import SYSTEM_PROMPT, Group, decode, parse_response
-from model import all_max, all_sum, learning_rate_at, optimizer_step, rank, shard, world_size
+from model import all_max, all_sum, learning_rate_at, optimizer_step, rank, world_size
 from policy_gradient import ALGORITHMS, group_advantage, policy_backward
 from policy_gradient import policy_loss  # noqa: F401, others know it as rlvr.policy_loss
 from rows import Example, RowError, UserError, load_data
@@ -125,10 +125,11 @@ def train() -> None:
     settle_algorithm(config)
     start_verifier()
     examples = load_data(config.data, ("answer",), config.system_prompt, config.image_dir)
-    policy, processor = load_policy("--ckpt", config.ckpt, config.activation_checkpointing)
-    policy = shard(policy, run.device).train()
-    reference = load_policy("--ckpt", config.ckpt)[0] if config.beta else None
-    reference = reference and shard(reference, run.device).eval()
+    policy, processor = load_policy(
+        "--ckpt", config.ckpt, run.device, config.activation_checkpointing
+    )
+    policy.train()
+    reference = load_policy("--ckpt", config.ckpt, run.device)[0] if config.beta else None
     decay = config.weight_decay
     optimizer = torch.optim.AdamW(policy.parameters(), weight_decay=decay, fused=True)
 

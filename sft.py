@@ -23,7 +23,7 @@ import torch
 
 from checkpoint import load_policy, save_policy
 from data import Group, encode_response, make_packs
-from model import all_max, all_sum, even_packs, learning_rate_at, optimizer_step, shard
+from model import all_max, all_sum, even_packs, learning_rate_at, optimizer_step
 from model import token_logprobs, world_size
 from rows import Unfit, load_data
 from run import Count, Positive, Run, RunConfig, Schedule, Weight, main
@@ -59,8 +59,10 @@ def train() -> None:
     run = Run(SFTConfig)
     config = run.config
     examples = load_data(config.data, ("response",), None, config.image_dir)
-    policy, processor = load_policy("--model", config.model, config.activation_checkpointing)
-    policy = shard(policy, run.device).train()
+    policy, processor = load_policy(
+        "--model", config.model, run.device, config.activation_checkpointing
+    )
+    policy.train()
     decay = config.weight_decay
     optimizer = torch.optim.AdamW(policy.parameters(), weight_decay=decay, fused=True)
 

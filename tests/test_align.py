@@ -9,6 +9,7 @@ import dataclasses
 import inspect
 import io
 import math
+import shutil
 import statistics
 
 import numpy as np
@@ -31,8 +32,8 @@ from transformers.models.qwen3_vl_moe.modeling_qwen3_vl_moe import (
 
 import digits
 from align import AlignConfig, alignment_advantage, debias, fill_invalid, game_advantage
-from checkpoint import load_processor
-from data import Response, encode_prompts, encode_views
+from checkpoint import load_processor, save_processor
+from data import Group, Prompt, Response, encode_prompts, encode_views, make_packs, mrope_positions
 from discriminator import (
     VIEWS,
     Comparison,
@@ -55,6 +56,7 @@ from discriminator import (
 )
 from model import PackAttention
 from rows import Example, UserError
+from tests.conftest import ROOT
 
 repeatable = settings(derandomize=True, deadline=None, database=None, max_examples=50)
 
@@ -1123,6 +1125,36 @@ def test_a_single_headed_checkpoint_fills_both_heads(sparse, tmp_path, name):
         again.model.language_model.layers[1].mlp.experts.down_proj,
         discriminator.model.language_model.layers[1].mlp.experts.down_proj,
     )
+
+
+def test_the_released_layout(world, tmp_path):
+    """A checkpoint as transformers 4.57 writes it, experts transposed and `v_head.1.weight`: the
+    hidden states of that version's own forward, and its scores from both heads. How it was made:
+    tests/released/make.py."""
+    released = ROOT / "tests" / "released"
+    shutil.copytree(released, tmp_path / "d")
+    save_processor(load_processor(world["init"]), tmp_path / "d")
+    (tmp_path / "d" / "expected.safetensors").unlink()
+    stored, expected = (load_file(released / f"{n}.safetensors") for n in ("model", "expected"))
+    experts = "model.language_model.layers.0.mlp.experts."
+    assert stored[experts + "gate_up_proj"].shape == (4, 8, 12)  # (E, h, 2i)
+    assert stored[experts + "down_proj"].shape == (4, 6, 8)  # (E, i, h)
+    discriminator, processor = load_discriminator("--model", str(tmp_path / "d"))
+    discriminator.eval()
+    prompt, grid = expected["prompt"], expected["image_grid_thw"]
+    positions = mrope_positions(prompt, grid, 40, 2)
+    prompt = Prompt(0, prompt, positions, expected["pixel_values"], grid)
+    (pack,) = make_packs([Group(prompt, [expected["branch_0"], expected["branch_1"]])])
+    with torch.no_grad():
+        hidden = our_hidden(discriminator, pack)[pack.last_tokens]
+        scores = [discriminator(pack, torch.tensor(views))[1] for views in ([0, 1], [1, 0])]
+    torch.testing.assert_close(hidden, expected["hidden"], atol=1e-5, rtol=1e-5)
+    assert expected["scores"].abs().max() < 10 and hidden.std() > 0.1
+    for some in scores:
+        torch.testing.assert_close(some, expected["scores"], atol=1e-4, rtol=1e-5)
+    save_discriminator(discriminator, processor, str(tmp_path / "again"))
+    again = load_file(tmp_path / "again" / "model.safetensors")
+    assert {tensor.dtype for tensor in again.values()} == {torch.bfloat16}
 
 
 def test_a_fresh_head_is_drawn_as_in_the_paper(dense):

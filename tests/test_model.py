@@ -1,10 +1,12 @@
 """The policy's computations: packed equals separate, and both equal transformers' own."""
 
 import copy
-import json
-import shutil
 import io
+import json
 import math
+import os
+import shutil
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -15,13 +17,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForImageTextToText
 from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLTextRMSNorm
 
-from checkpoint import load_policy, load_processor, save_policy
+from checkpoint import _hollow, load_policy, load_processor, read_config, save_policy
+from checkpoint import save_weights
 from data import Group, Prompt, encode_prompts, encode_response, make_packs
 from data import parse_response
 from discriminator import Comparison, judge, load_discriminator
 from model import LogProbs, Norm, Patches, join_ranks, learning_rate_at, recompute, shard
 from model import token_logprobs
 from rows import Example, UserError, load_data
+from tests.conftest import launch
 
 
 @pytest.fixture(scope="module")
@@ -498,3 +502,105 @@ def test_a_lost_tie_is_refused(trained, tmp_path):
 
     with pytest.raises(UserError, match="1 missing .lm_head.weight"):
         load_policy("--ckpt", changed(trained, tmp_path / "m", lambda t: t, untie))
+
+
+# --------------------------------------------------------------------------------------------------
+# Directories in and out
+
+
+def half(tensors):
+    return {name: tensor.bfloat16() for name, tensor in tensors.items()}
+
+
+def untied(tensors):
+    name = next(k for k in tensors if k.endswith("embed_tokens.weight"))
+    return half({**tensors, "lm_head.weight": tensors[name].flip(0).clone()})
+
+
+def of_4_57(content):
+    """The config as published: the dtype stands in its text part only."""
+    content.pop("dtype")
+    content["text_config"]["dtype"] = "bfloat16"
+
+
+def of_4_57_untied(content):
+    of_4_57(content)
+    content["tie_word_embeddings"] = content["text_config"]["tie_word_embeddings"] = False
+
+
+# Each rank's part of the weights equals transformers' own; what no file holds does as well.
+LOADED = """
+import sys
+import torch
+from transformers import AutoModelForImageTextToText
+from checkpoint import load_policy, save_policy
+from model import join_ranks, rank, world_size
+
+device = join_ranks()
+policy, processor = load_policy("--ckpt", sys.argv[1], device)
+theirs = AutoModelForImageTextToText.from_pretrained(sys.argv[1], dtype=torch.float32)
+ours = {n: getattr(p, "full_tensor", lambda: p)() for n, p in policy.named_parameters()}
+ours |= dict(policy.named_buffers())
+expected = dict(theirs.named_parameters()) | dict(theirs.named_buffers())
+assert ours.keys() == expected.keys(), ours.keys() ^ expected.keys()
+for name in ours:
+    assert ours[name].dtype == torch.float32 == expected[name].dtype
+    assert torch.equal(ours[name], expected[name]), name
+tied = theirs.lm_head.weight is theirs.get_input_embeddings().weight
+assert tied == (policy.lm_head.weight is policy.get_input_embeddings().weight)
+assert policy.training == theirs.training == False
+assert all(p.requires_grad for p in policy.parameters())
+assert policy.generation_config.eos_token_id == theirs.generation_config.eos_token_id
+if world_size() > 1:
+    held = sum(p.to_local().numel() for p in policy.parameters())
+    assert held < 0.6 * sum(p.numel() for p in theirs.parameters())
+save_policy(policy, processor, sys.argv[2])
+print("equal", rank())
+"""
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("source", ["ours", "published", "published, untied"])
+def test_loading_by_shard(trained, tmp_path, ranks, source):
+    """The same weights bit by bit as transformers loads, on any number of ranks. What is saved
+    again has the source's config, its dtype and its values."""
+    path = trained
+    if source != "ours":
+        weights, config = (half, of_4_57) if source == "published" else (untied, of_4_57_untied)
+        path = changed(trained, tmp_path / "m", weights, config)
+    assert _hollow(read_config("--ckpt", path), path) is not None
+    (tmp_path / "loaded.py").write_text(LOADED)
+    saved = tmp_path / "saved"
+    done = launch(tmp_path / "loaded.py", path, saved, ranks=ranks)
+    assert all(f"equal {r}" in done.stdout for r in range(ranks))
+    before, after = (load_file(f"{p}/model.safetensors") for p in (path, saved))
+    assert before.keys() == after.keys()
+    assert {t.dtype for t in after.values()} == {
+        torch.float32 if path == trained else torch.bfloat16
+    }
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    for name in os.listdir(path):
+        if name.endswith((".json", ".txt")) and name != "run.json":
+            assert (saved / name).read_bytes() == Path(path, name).read_bytes(), name
+
+
+def test_weights_in_several_files(policy_processor, tmp_path):
+    """With an index, as transformers reads them; a file that was left there is not read as well."""
+    policy, processor = policy_processor
+    save_policy(policy, processor, str(tmp_path))
+    (tmp_path / "model.safetensors").unlink()
+    save_weights(policy, str(tmp_path), torch.float32, "300KB")
+    files = sorted(tmp_path.glob("*.safetensors"))
+    index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
+    assert len(files) > 2 and {p.name for p in files} == set(index["weight_map"].values())
+    assert all(p.stat().st_size < 320_000 for p in files)
+    expected = dict(policy.named_parameters())
+    assert index["weight_map"].keys() == expected.keys()
+    assert index["metadata"]["total_size"] == 4 * sum(p.numel() for p in expected.values())
+    theirs = AutoModelForImageTextToText.from_pretrained(tmp_path)
+    ours, _ = load_policy("--ckpt", str(tmp_path))
+    for model in (theirs, ours):
+        assert all(torch.equal(p, expected[n]) for n, p in model.named_parameters())
+    save_file({"lm_head.weight": torch.zeros(3)}, tmp_path / "other.safetensors")
+    again, _ = load_policy("--ckpt", str(tmp_path))
+    assert all(torch.equal(p, expected[n]) for n, p in again.named_parameters())

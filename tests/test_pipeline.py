@@ -359,6 +359,10 @@ def test_checkpoints_look_like_the_original(trained):
         "video_preprocessor_config.json",
         "vocab.json",
     } <= set(os.listdir(trained))
+    with open(os.path.join(trained, "config.json")) as file:
+        text = json.load(file)["text_config"]
+    assert text["rope_theta"] == 10000 and text["rope_scaling"]["mrope_interleaved"]
+    assert "rope_parameters" not in text  # which older versions of transformers do not read
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 
 import torch
 
-from checkpoint import full_state, load_policy
+from checkpoint import load_policy
 from data import Group, encode_prompts, encode_response, parse_response
 from discriminator import Comparison, judge, load_discriminator
 from model import all_sum, join_ranks, optimizer_step, rank, shard
@@ -21,17 +21,20 @@ from rows import Example, load_data
 from sampler import generate
 
 
+def whole(tensors: dict) -> dict[str, torch.Tensor]:
+    """The tensors over all ranks. Every rank calls it."""
+    return {n: t.full_tensor() if hasattr(t, "full_tensor") else t for n, t in tensors.items()}
+
+
 def whole_gradients(module) -> dict[str, torch.Tensor]:
-    """Name -> gradient over all ranks. Every rank calls it."""
-    grads = {n: p.grad for n, p in module.named_parameters() if p.grad is not None}
-    return {n: g.full_tensor() if hasattr(g, "full_tensor") else g for n, g in grads.items()}
+    return whole({n: p.grad for n, p in module.named_parameters() if p.grad is not None})
 
 
 def main(out: str, path: str, data: str) -> None:
     device = join_ranks()
     result = {}
-    policy, processor = load_policy("--ckpt", path)
-    policy = shard(policy, device).train()
+    policy, processor = load_policy("--ckpt", path, device)
+    policy.train()
     examples = load_data(data)[:4]
     prompts = encode_prompts(processor, examples)
     # With several ranks, one has no image: the vision tower must not hang the others.
@@ -72,7 +75,7 @@ def main(out: str, path: str, data: str) -> None:
     policy_backward(*own, "grpo", clips, on_policy=True)
     optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-3)
     result["grad_norm"] = optimizer_step(policy, optimizer, 1e-3, 1.0)
-    state = full_state(policy)
+    state = whole(policy.state_dict())
     if rank() == 0:
         result["weights"] = {n: float(w.double().norm()) for n, w in state.items()}
 
