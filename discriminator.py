@@ -112,8 +112,8 @@ class Router(torch.nn.Module):
 class SparseMLP(torch.nn.Module):
     """(4): a layer's experts and the router that chooses `top_k` of them for each token.
 
-    After a forward, `probabilities` (T, E) and `chosen` (T, top_k) tell how the router decided.
-    Where `allowed` (T, E) is set, a token chooses among its allowed experts only.
+    After a forward, `probabilities` (T, E) and `chosen` (T, top_k) tell how the router decided, if
+    they were None before. Where `allowed` (T, E) is set, a token chooses among its allowed experts.
     Takes along: Experts, Router.
     """
 
@@ -127,12 +127,14 @@ class SparseMLP(torch.nn.Module):
         logits = F.linear(flat, self.gate.weight).float()
         if self.allowed is not None:
             logits = logits.masked_fill(~self.allowed, -torch.inf)
-        self.probabilities = logits.softmax(-1)
-        weights, self.chosen = self.probabilities.topk(self.top_k, -1)
+        probabilities = logits.softmax(-1)
+        weights, chosen = probabilities.topk(self.top_k, -1)
+        if self.chosen is None:  # what is computed again for backward must not be held
+            self.probabilities, self.chosen = probabilities, chosen
         weights = (weights / weights.sum(-1, keepdim=True)).to(flat.dtype)
         out = torch.zeros_like(flat)
         for e in range(len(self.gate.weight)):  # every expert takes part, with no token if need be
-            token, slot = (self.chosen == e).nonzero(as_tuple=True)
+            token, slot = (chosen == e).nonzero(as_tuple=True)
             gate, up = F.linear(flat[token], self.experts.gate_up_proj[e]).chunk(2, -1)
             mine = F.linear(self.experts.act_fn(gate) * up, self.experts.down_proj[e])
             out = out.index_add(0, token, mine * weights[token, slot, None])
@@ -211,6 +213,8 @@ class Discriminator(torch.nn.Module):
         """-> (2, B) scores in [-10, 10] of the pack's B branches, whose views are `views` (B,).
         Row 0 is for the loss, with dropout while training; row 1, without, for rewards."""
         inputs = model_inputs(self.model, pack)
+        for mlp in self.sparse:
+            mlp.allowed = mlp.probabilities = mlp.chosen = None
         if self.kind == "dedicated":
             owner = view_of_tokens(pack, views)
             for mlp in self.sparse:
