@@ -112,13 +112,14 @@ def train() -> None:
     config = run.config
     examples = load_data(config.data, ("response",), config.system_prompt, config.image_dir)
     policy, processor = load_policy("--ckpt", config.ckpt, config.activation_checkpointing)
-    policy = shard(policy, run.device).train()
+    sharding = config.hsdp, config.freeze_vision
+    policy = shard(policy, run.device, *sharding).train()
     discriminator, d_processor = load_discriminator(
         "--discriminator", config.discriminator, seed=config.seed, policy_processor=processor
     )
     if config.activation_checkpointing:
         discriminator.model.activation_checkpointing_enable()
-    discriminator = shard(discriminator, run.device).train()
+    discriminator = shard(discriminator, run.device, *sharding).train()
     optimizer = torch.optim.AdamW(policy.parameters(), weight_decay=config.weight_decay)
     d_optimizer = torch.optim.AdamW(discriminator.parameters(), weight_decay=config.weight_decay)
     modules = {"policy": (policy, optimizer), "discriminator": (discriminator, d_optimizer)}

@@ -535,13 +535,14 @@ def warm_up() -> None:
     if not training:
         raise UserError(f"--data: {len(examples)} pairs leave none beside {held_out} held out")
     policy = load_policy("--policy", config.policy)[0] if config.policy else None
-    policy = policy and shard(policy, run.device)
+    policy = policy and shard(policy, run.device, config.hsdp)
     discriminator, processor = load_discriminator(
         "--model", config.model, config.experts, config.dropout, config.seed
     )
     if config.activation_checkpointing:
         discriminator.model.activation_checkpointing_enable()
-    discriminator = shard(discriminator, run.device).train()
+    sharding = config.hsdp, config.freeze_vision
+    discriminator = shard(discriminator, run.device, *sharding).train()
     optimizer = torch.optim.AdamW(discriminator.parameters(), weight_decay=config.weight_decay)
 
     def encode(example, prompt) -> Comparison:

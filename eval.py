@@ -25,7 +25,7 @@ from data import SYSTEM_PROMPT, Encoded
 from data import batches, decode, parse_response
 from model import join_ranks, rank, shard, world_size
 from rows import RowError, UserError, load_data
-from run import Count, main, parse, say, write_json
+from run import Count, Natural, main, parse, say, write_json
 from sampler import generate
 from verifier import start as start_verifier
 from verifier import verify
@@ -41,6 +41,7 @@ class EvalConfig:
     per_device_eval_batch_size: Count = 64
     max_completion_length: Count = 8192
     max_rollout_rows: Count | None = None  # rows sampled at a time; None: all
+    dry_run: Natural = 0  # prints the bytes a GPU of this run on so many GPUs, and ends
 
 
 def same_caption(caption: str, accepted: list[str]) -> bool:

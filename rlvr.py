@@ -126,9 +126,9 @@ def train() -> None:
     start_verifier()  # a broken math-verify is an error now, not wrong rewards later
     examples = load_data(config.data, ("answer",), config.system_prompt, config.image_dir)
     policy, processor = load_policy("--ckpt", config.ckpt, config.activation_checkpointing)
-    policy = shard(policy, run.device).train()
+    policy = shard(policy, run.device, config.hsdp, config.freeze_vision).train()
     reference = load_policy("--ckpt", config.ckpt)[0] if config.beta else None
-    reference = reference and shard(reference, run.device).eval()
+    reference = reference and shard(reference, run.device, config.hsdp).eval()
     optimizer = torch.optim.AdamW(policy.parameters(), weight_decay=config.weight_decay)
 
     dapo, wanted = config.algorithm == "dapo", config.prompts_per_step

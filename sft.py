@@ -60,7 +60,7 @@ def train() -> None:
     config = run.config
     examples = load_data(config.data, ("response",), None, config.image_dir)
     policy, processor = load_policy("--model", config.model, config.activation_checkpointing)
-    policy = shard(policy, run.device).train()
+    policy = shard(policy, run.device, config.hsdp, config.freeze_vision).train()
     optimizer = torch.optim.AdamW(policy.parameters(), weight_decay=config.weight_decay)
 
     def encode(example, prompt) -> Group:
