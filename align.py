@@ -30,7 +30,7 @@ import torch
 from checkpoint import load_policy, save_policy
 from data import SYSTEM_PROMPT, decode, parse_response
 from discriminator import Comparison, judge, load_discriminator, save_discriminator
-from model import learning_rate_at, optimizer_step, recompute, shard
+from model import learning_rate_at, optimizer_step, shard
 from policy_gradient import group_advantage, policy_backward
 from rows import RowError, load_data
 from run import Count, Positive, Run, RunConfig, Schedule, Share, Weight, main
@@ -111,16 +111,12 @@ def train() -> None:
     run = Run(AlignConfig)
     config = run.config
     examples = load_data(config.data, ("response",), config.system_prompt, config.image_dir)
-    policy, processor = load_policy(
-        "--ckpt", config.ckpt, run.device, config.activation_checkpointing
-    )
-    policy.train()
+    policy, processor = load_policy("--ckpt", config.ckpt, run.device, config)
     discriminator, d_processor = load_discriminator(
         "--discriminator", config.discriminator, seed=config.seed, policy_processor=processor
     )
-    if config.activation_checkpointing:
-        recompute(discriminator)
-    discriminator = shard(discriminator, run.device).train()
+    discriminator = shard(discriminator, run.device, config)
+    policy.train(), discriminator.train()
     decay = dict(weight_decay=config.weight_decay, fused=True)
     optimizer = torch.optim.AdamW(policy.parameters(), **decay)
     d_optimizer = torch.optim.AdamW(discriminator.parameters(), **decay)

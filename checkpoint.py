@@ -23,7 +23,7 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, GenerationConfig
 from transformers import ProcessorMixin, Qwen3VLProcessor
 
-from model import adapt, barrier, rank, recompute, shard
+from model import adapt, barrier, rank, shard
 from rows import UserError
 
 CPU = torch.device("cpu")
@@ -32,21 +32,19 @@ CPU = torch.device("cpu")
 # Loading
 
 
-def load_policy(flag: str, path: str, device=CPU, activation_checkpointing: bool = False):
-    """-> (policy, processor), in float32, sharded over all ranks (`model.shard`). The policy is
-    adapted to packs and carries `stop_ids`, which end a response. UserError, which names `flag`,
-    where it cannot be loaded."""
-    config = read_config(flag, path)
-    if hasattr(config, "prism_experts"):
+def load_policy(flag: str, path: str, device=CPU, config=None):
+    """-> (policy, processor), in float32, sharded as the flags in `config` say (`model.shard`). The
+    policy is adapted to packs and carries `stop_ids`, which end a response. UserError, which names
+    `flag`, where it cannot be loaded."""
+    its_config = read_config(flag, path)
+    if hasattr(its_config, "prism_experts"):
         raise UserError(f"{flag} {path}: a discriminator, without a language head; name a policy")
-    policy, processor = load_pretrained(flag, path, config, hollow=True)
+    policy, processor = load_pretrained(flag, path, its_config, hollow=True)
     adapt(policy, f"{flag} {path}")
     ends = policy.generation_config.eos_token_id
     ends = {processor.tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])}
     policy.stop_ids = torch.tensor(sorted(end for end in ends if end is not None))
-    if activation_checkpointing:
-        recompute(policy)
-    return _fill(shard(policy, device), path, device), processor
+    return _fill(shard(policy, device, config), path, device), processor
 
 
 def read_config(flag: str, path: str):

@@ -47,7 +47,7 @@ from checkpoint import save_processor, save_weights
 from data import SYSTEM_PROMPT, Group, Pack, Prompt, Response, decode, encode_views
 from data import make_packs, parse_response
 from model import adapt, all_sum, even_packs, learning_rate_at
-from model import model_inputs, optimizer_step, rank, recompute, shard, world_size
+from model import model_inputs, optimizer_step, rank, shard, world_size
 from rows import RowError, Unfit, UserError, load_data
 from run import Count, Positive, Run, RunConfig, Schedule, Share, Weight, add, main, say
 from sampler import generate
@@ -113,8 +113,8 @@ class Router(torch.nn.Module):
 class SparseMLP(torch.nn.Module):
     """(4): a layer's experts and the router that chooses `top_k` of them for each token.
 
-    After a forward, `probabilities` (T, E) and `chosen` (T, top_k) tell how the router decided.
-    Where `allowed` (T, E) is set, a token chooses among its allowed experts only.
+    After a forward, `probabilities` (T, E) and `chosen` (T, top_k) tell how the router decided, if
+    they were None before. Where `allowed` (T, E) is set, a token chooses among its allowed experts.
     Takes along: Experts, Router, grouped.
     """
 
@@ -128,17 +128,19 @@ class SparseMLP(torch.nn.Module):
         logits = F.linear(flat, self.gate.weight).float()
         if self.allowed is not None:
             logits = logits.masked_fill(~self.allowed, -torch.inf)
-        self.probabilities = logits.softmax(-1)
-        weights, self.chosen = self.probabilities.topk(self.top_k, -1)
+        probabilities = logits.softmax(-1)
+        weights, chosen = probabilities.topk(self.top_k, -1)
+        if self.chosen is None:  # what is computed again for backward must not be held
+            self.probabilities, self.chosen = probabilities, chosen
         weights = (weights / weights.sum(-1, keepdim=True)).to(flat.dtype)
         # The choices sorted by expert, so that each expert has a block of rows of its own. Where
         # the blocks end stays on the device, and is no reason to wait for it.
-        order = self.chosen.flatten().argsort(stable=True)
-        ends = F.one_hot(self.chosen, len(self.gate.weight)).sum((0, 1)).cumsum(0).int()
+        order = chosen.flatten().argsort(stable=True)
+        ends = F.one_hot(chosen, len(self.gate.weight)).sum((0, 1)).cumsum(0).int()
         mine = flat.repeat_interleave(self.top_k, 0).index_select(0, order)
         gate, up = grouped(mine, self.experts.gate_up_proj, ends).chunk(2, -1)
         mine = grouped(self.experts.act_fn(gate) * up, self.experts.down_proj, ends)
-        mine = mine.index_select(0, order.argsort()).view(*self.chosen.shape, -1)
+        mine = mine.index_select(0, order.argsort()).view(*chosen.shape, -1)
         return (mine * weights[..., None]).sum(1).view_as(hidden)
 
 
@@ -222,6 +224,8 @@ class Discriminator(torch.nn.Module):
         """-> (2, B) scores in [-10, 10] of the pack's B branches, whose views are `views` (B,).
         Row 0 is for the loss, with dropout while training; row 1, without, for rewards."""
         inputs = model_inputs(self.model, pack)
+        for mlp in self.sparse:
+            mlp.allowed = mlp.probabilities = mlp.chosen = None
         if self.kind == "dedicated":
             owner = view_of_tokens(pack, views)
             for mlp in self.sparse:
@@ -540,13 +544,11 @@ def warm_up() -> None:
     validation, training = order[:held_out], order[held_out:]
     if not training:
         raise UserError(f"--data: {len(examples)} pairs leave none beside {held_out} held out")
-    policy = load_policy("--policy", config.policy, run.device)[0] if config.policy else None
+    policy = config.policy and load_policy("--policy", config.policy, run.device, config)[0]
     discriminator, processor = load_discriminator(
         "--model", config.model, config.experts, config.dropout, config.seed
     )
-    if config.activation_checkpointing:
-        recompute(discriminator)
-    discriminator = shard(discriminator, run.device).train()
+    discriminator = shard(discriminator, run.device, config).train()
     optimizer = torch.optim.AdamW(
         discriminator.parameters(), weight_decay=config.weight_decay, fused=True
     )

@@ -26,7 +26,7 @@ from data import SYSTEM_PROMPT, Encoded
 from data import batches, decode, parse_response
 from model import join_ranks, rank, world_size
 from rows import RowError, UserError, load_data
-from run import Count, Weight, main, parse, say, start_verifier, write_json
+from run import Count, Natural, Weight, main, parse, say, start_verifier, write_json
 from sampler import generate
 from verifier import verify
 
@@ -44,6 +44,7 @@ class EvalConfig:
     num_samples: Count = 1  # answers to a row
     temperature: Weight = 0.0  # of sampling; 0: greedy
     max_rollout_rows: Count | None = 32  # rows sampled at a time, others wait; None: all
+    dry_run: Natural = 0  # prints the bytes a GPU of this run on so many GPUs, and ends
 
 
 def same_caption(caption: str, accepted: list[str]) -> bool:

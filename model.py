@@ -393,15 +393,36 @@ def all_max(values) -> torch.Tensor:
     return values
 
 
-def shard(module: torch.nn.Module, device: torch.device) -> torch.nn.Module:
-    """FSDP2 over all ranks: every transformer block is a unit, the rest is the root's."""
+def blocks(module: torch.nn.Module) -> list[torch.nn.Module]:
+    """The transformer blocks of a model, by what transformers says not to split."""
+    names = {n for part in module.modules() for n in getattr(part, "_no_split_modules", 0) or ()}
+    return [m for m in module.modules() if type(m).__name__ in names]
+
+
+def vision_tower(module: torch.nn.Module) -> torch.nn.Module:
+    """What sees images, up to the language model's width."""
+    return next(m for m in module.modules() if hasattr(m, "get_encoder")).get_encoder("image")
+
+
+def shard(module, device: torch.device, config=None):
+    """-> the module under FSDP2 over all ranks: every transformer block is a unit, the rest is the
+    root's. Of the flags in `config`, `freeze_vision` leaves the vision tower as it is, and
+    `activation_checkpointing` is `recompute`. With `hsdp` the ranks of a node share the parameters,
+    and each node has all of them: then only gradients go from node to node."""
+    if getattr(config, "freeze_vision", False):
+        vision_tower(module).requires_grad_(False)
+    if getattr(config, "activation_checkpointing", False):
+        recompute(module)
     if world_size() == 1 and device.type == "cpu":
         return module
-    mesh = init_device_mesh(device.type, (world_size(),))
+    shape, names = (world_size(),), ("ranks",)
+    if getattr(config, "hsdp", False):
+        node = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        shape, names = (world_size() // node, node), ("nodes", "ranks")
+    mesh = init_device_mesh(device.type, shape, mesh_dim_names=names)
     half = dict(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
     precision = MixedPrecisionPolicy(**(half if device.type == "cuda" else {}))
-    blocks = {n for part in module.modules() for n in getattr(part, "_no_split_modules", 0) or ()}
-    for block in [m for m in module.modules() if type(m).__name__ in blocks]:
+    for block in blocks(module):
         fully_shard(block, mesh=mesh, mp_policy=precision)
     fully_shard(module, mesh=mesh, mp_policy=precision)
     for part in module.modules():

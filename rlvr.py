@@ -125,11 +125,9 @@ def train() -> None:
     settle_algorithm(config)
     start_verifier()
     examples = load_data(config.data, ("answer",), config.system_prompt, config.image_dir)
-    policy, processor = load_policy(
-        "--ckpt", config.ckpt, run.device, config.activation_checkpointing
-    )
+    policy, processor = load_policy("--ckpt", config.ckpt, run.device, config)
     policy.train()
-    reference = load_policy("--ckpt", config.ckpt, run.device)[0] if config.beta else None
+    reference = load_policy("--ckpt", config.ckpt, run.device, config)[0] if config.beta else None
     decay = config.weight_decay
     optimizer = torch.optim.AdamW(policy.parameters(), weight_decay=decay, fused=True)
 

@@ -44,6 +44,7 @@ from transformers import HfArgumentParser
 from transformers.utils import logging
 
 import digits
+import fit
 import verifier
 from data import Encoded, batches
 from model import all_max, all_sum, barrier, join_ranks, rank, world_size
@@ -73,6 +74,9 @@ class RunConfig:
     max_bad_fraction: Share = 0.01  # of the rows drawn; more that cannot be used end the run
     max_tokens_per_pack: Count = 16384  # how a batch is cut; the results do not depend on it
     activation_checkpointing: bool | None = None  # recompute to save memory; None: on a GPU
+    freeze_vision: bool = False  # the vision tower of all that learns stays as it is
+    hsdp: bool = False  # parameters are shared by the GPUs of a node, and every node has all
+    dry_run: Natural = 0  # prints the bytes a GPU of this run on so many GPUs, and ends
     dataloader_num_workers: Natural = 2  # processes that encode rows ahead
     save_steps: Count = 100
     save_total_limit: Count = 2  # checkpoints that are kept
@@ -105,6 +109,10 @@ def parse(config_class):
             config.system_prompt = file.read().strip()
     given = {arg.split("=")[0][2:].replace("-", "_") for arg in sys.argv[1:] if arg[:2] == "--"}
     stage = config_class.__name__.removesuffix("Config").lower()
+    if config.dry_run:
+        if rank() == 0:
+            print(fit.table(config, stage))
+        raise Ended("a dry run: nothing was read but configurations, and nothing written", 0)
     if config.data == ["digits"] or not given & {"model", "ckpt", "data"}:
         say(digits.settle(config, stage, given))
     if rank() == 0:

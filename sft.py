@@ -59,9 +59,7 @@ def train() -> None:
     run = Run(SFTConfig)
     config = run.config
     examples = load_data(config.data, ("response",), None, config.image_dir)
-    policy, processor = load_policy(
-        "--model", config.model, run.device, config.activation_checkpointing
-    )
+    policy, processor = load_policy("--model", config.model, run.device, config)
     policy.train()
     decay = config.weight_decay
     optimizer = torch.optim.AdamW(policy.parameters(), weight_decay=decay, fused=True)

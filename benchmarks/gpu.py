@@ -30,7 +30,7 @@ import digits
 from checkpoint import load_processor
 from data import Group, Response, make_packs
 from discriminator import Comparison, Discriminator, judge, upcycle
-from model import adapt, join_ranks, optimizer_step, recompute, shard, token_logprobs
+from model import adapt, join_ranks, optimizer_step, shard, token_logprobs
 from policy_gradient import group_advantage, policy_backward
 from sampler import generate
 from sft import sft_loss
@@ -70,8 +70,8 @@ def make(shape: str, device, seed: int = 0):
 
 def trained(module, device):
     """As a stage has it: checkpointed, sharded, with an optimiser. -> (module, optimiser, name)"""
-    recompute(module)
-    module = shard(module, device).train()
+    flags = argparse.Namespace(activation_checkpointing=True)
+    module = shard(module, device, flags).train()
     size = sum(p.numel() for p in module.parameters())
     if device.type == "cuda" and 16 * size > 0.55 * torch.cuda.mem_get_info()[1]:
         return module, torch.optim.SGD(module.parameters(), lr=1e-6, fused=True), "SGD"

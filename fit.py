@@ -1,0 +1,193 @@
+"""Will it fit, before it is paid for: `--dry_run N` counts the bytes of one of N GPUs.
+
+Only the model's config.json is read. States and weights are counted from the parameters of an empty
+model (P in all, R of them outside the blocks, B in the largest block), which N GPUs, or with --hsdp
+those of one node, share as model.shard does. S is the number of GPUs that share.
+
+    weights        4 P / S        float32
+    optimiser      8 P / S        two moments of what is trained
+    gradients      4 P / S        and whole, 4 B of the last block while they are summed over the
+                                  GPUs, in the end 6 R of the root: in bfloat16 and in float32
+    gathered       2 R + 4 B      bfloat16: the root, a block, and the buffer of the next one; 2 P
+                                  while sampling
+    activations                   what backward needs of a pack of --max_tokens_per_pack tokens: of
+                                  each layer all (see `layer`), or with --activation_checkpointing
+                                  its input, and all of the one in work
+    head           6 V (1024 + h) log-probabilities, V words, h wide: a chunk of logits in float32
+                                  and bfloat16, the head's gradient likewise
+    cache          4 k            for each layer and token while sampling, k values of a key; a
+                                  prompt stands once, rows have --max_completion_length tokens
+
+A phase is counted at the moment that needs most. Not counted is what CUDA, NCCL and the gaps of the
+allocator take: of the 79 GiB or so of an 80 GB card only 80e9 bytes, 74.5 GiB, are given out here.
+"""
+
+import math
+import os
+from dataclasses import dataclass
+
+import torch
+from transformers import AutoModelForImageTextToText, PreTrainedConfig
+
+from checkpoint import read_config
+from model import blocks, vision_tower
+
+CARD = 80e9
+IMAGES = 0.25  # of the tokens of a pack; assumed, as no data is read
+PROMPT = 2048  # tokens of a prompt, where a stage has no limit of its own (paper: 2048)
+CHUNK = 1024  # rows of logits at a time
+NODE = 8  # GPUs that share with --hsdp
+COLUMNS = "weights optimiser gradients gathered activations head cache".split()
+
+
+@dataclass
+class Model:
+    """What is counted of a model."""
+
+    whole: int  # P
+    root: int  # R
+    block: int  # B
+    trained: int  # of P
+    h: int  # width
+    i: int  # width of an MLP, or of an expert
+    q: int  # values of a query, all heads
+    k: int  # values of a key, all heads
+    layers: int
+    words: int  # V
+    chosen: int  # experts that a token goes through, 0 for a dense MLP
+    vision: PreTrainedConfig
+
+
+def read_model(flag: str, path: str, experts: int = 0, head=True, frozen=False) -> Model:
+    """The model of a Hugging Face directory or hub id, as a policy or, without its head, as a
+    discriminator: a dense one is given `experts` (0: stays dense)."""
+    config = read_config(flag, path)
+    with torch.device("meta"):
+        model = AutoModelForImageTextToText.from_config(config)
+    return count(model if head else model.base_model, experts, frozen)
+
+
+def count(model, experts: int = 0, frozen: bool = False) -> Model:
+    text = model.config.get_text_config()
+    h, heads = text.hidden_size, text.num_attention_heads
+    i = getattr(text, "moe_intermediate_size", text.intermediate_size)
+    dim = getattr(text, "head_dim", None) or h // heads
+    # (3): a dense model's layers are given copies of their MLP, and a router.
+    more = (experts - 1) * 3 * h * i + experts * h if experts else 0
+    more = 0 if hasattr(text, "num_experts") else more
+    size = lambda module: sum(p.numel() for p in module.parameters())
+    parts = [size(block) for block in blocks(model)]
+    whole = size(model) + more * text.num_hidden_layers
+    trained = whole - (size(vision_tower(model)) if frozen else 0)
+    sizes = whole, size(model) - sum(parts), max(parts) + more, trained
+    widths = h, i, heads * dim, text.num_key_value_heads * dim
+    chosen = getattr(text, "num_experts_per_tok", 2 if experts else 0)
+    rest = text.num_hidden_layers, text.vocab_size, chosen, model.config.vision_config
+    return Model(*sizes, *widths, *rest)
+
+
+def layer(m: Model, tokens: int, keys: int) -> int:
+    """Bytes that backward needs of one language layer. Each norm of h values keeps 8 h: a copy in
+    float32, the normal and the scaled in bfloat16, and so it is with queries and keys. Attention
+    keeps queries, output, and the `keys` and values that it reads. The MLP keeps gate, silu(gate),
+    up and their product, an expert also its tokens in and out."""
+    mlp = m.chosen * (8 * m.i + 4 * m.h) if m.chosen else 8 * m.i
+    return tokens * (16 * m.h + 10 * m.q + 6 * m.k + mlp) + keys * 4 * m.k
+
+
+def activations(m: Model, tokens: int, keys: int, checkpointing: bool, images=IMAGES):
+    """-> (bytes at the end of forward, those that one layer's backward adds)."""
+    v, get = m.vision.hidden_size, lambda name, default: getattr(m.vision, name, default)
+    patch = 2 * v if checkpointing else 22 * v + 4 * m.vision.intermediate_size
+    mergers = 1 + len(get("deepstack_visual_indexes", ()))
+    pixels = 3 * get("temporal_patch_size", 1) * m.vision.patch_size**2
+    patch = m.vision.num_hidden_layers * patch + mergers * 6 * v + 2 * pixels
+    patches = images * tokens * get("spatial_merge_size", 1) ** 2
+    kept = m.layers * (2 * m.h * tokens if checkpointing else layer(m, tokens, keys))
+    kept += 8 * m.h * tokens  # the last norm
+    kept += patches * patch if m.trained == m.whole else 0
+    work = 2 * tokens * (m.h + m.i)  # gradients on their way through an MLP
+    return kept, work + (layer(m, tokens, keys) if checkpointing else 0)
+
+
+def training(m: Model, shards: int, tokens: int, keys: int, checkpointing, policy, images=IMAGES):
+    """Three moments of a backward: at the head of a policy, in a layer, and at the root."""
+    shard, gathered = 4 * m.trained / shards, 2 * m.root + 4 * m.block
+    kept, work = activations(m, tokens, keys, checkpointing, images)
+    own = 2 * m.words * m.h if policy else 0  # the head's gradient, which waits for the root's
+    first = dict(gradients=shard, gathered=gathered, activations=kept)
+    first["head"] = 6 * m.words * (CHUNK + m.h) if policy else 0
+    layers = dict(gathered=gathered, activations=kept + work, head=own)
+    layers["gradients"] = shard + 4 * m.block
+    return first, layers, dict(gathered=2 * m.root, gradients=shard + 6 * m.root)
+
+
+def sampling(m: Model, prompts: int, prompt: int, rows: int, limit: int) -> dict:
+    """Everything at its longest. The prompts go through the layers first; then a step holds four
+    copies of its logits in float32. One layer's cache is there twice while it grows."""
+    return dict(
+        gathered=2 * m.whole,
+        activations=layer(m, prompts * prompt, prompts * prompt),
+        head=16 * rows * m.words,
+        cache=4 * m.k * (m.layers + 1) * (prompts * prompt + rows * limit),
+    )
+
+
+def phases(config, stage: str, gpus: int) -> list[tuple[str, dict]]:
+    """-> (name, bytes of each column) of each phase of a stage."""
+    get = lambda name, default=None: getattr(config, name, default)
+    node = int(os.environ.get("LOCAL_WORLD_SIZE", NODE))
+    shards = min(gpus, node) if get("hsdp") else gpus
+    frozen = get("freeze_vision", False)
+    flag = {"sft": "model", "discriminator": "policy"}.get(stage, "ckpt")
+    policy = read_model(f"--{flag}", get(flag), frozen=frozen) if get(flag) else None
+    judge, kind = None, get("experts", "learned")
+    if stage in ("discriminator", "align"):
+        source = "model" if stage == "discriminator" else "discriminator"
+        experts = 0 if kind == "dense" else 4
+        judge = read_model(f"--{source}", get(source), experts, head=False, frozen=frozen)
+    learns = policy if stage in ("sft", "align", "rlvr") else None
+    reference = policy if get("beta") else None
+    held = [m for m in (policy, judge, reference) if m]
+    states = dict(weights=sum(4 * m.whole / shards for m in held))
+    states["optimiser"] = sum(8 * m.trained / shards for m in (learns, judge) if m)
+
+    prompt, limit = get("max_prompt_length", PROMPT), get("max_completion_length", 0)
+    n = get("num_generations", 1)
+    out = []
+    if policy and stage != "sft":
+        prompts = get("per_device_eval_batch_size") or get("per_device_train_batch_size", 0)
+        prompts *= get("gradient_accumulation_steps", 1)
+        step = get("prompts_per_step", 0)
+        step *= config.gen_batch_factor if get("algorithm") == "dapo" else 1
+        prompts = math.ceil(step / gpus) or prompts
+        rows = min(prompts * n, get("max_rollout_rows") or math.inf)
+        out.append(("rollout", states | sampling(policy, prompts, prompt, rows, limit)))
+    for name, m, branches, sides in (("judge", judge, 2 * n + 2, 2), ("update", learns, n, 1)):
+        longest = get("max_length") or prompt + sides * limit
+        tokens = max(get("max_tokens_per_pack", 0), longest)
+        keys = tokens + (branches * prompt if branches > 1 else 0)  # a branch reads its prompt
+        for checkpointing in (True, False) if m else ():
+            moments = training(m, shards, tokens, keys, checkpointing, m is learns)
+            most = max(moments, key=lambda moment: sum(moment.values()))
+            if m is reference:
+                most["gathered"] += 2 * m.root
+            how = "" if checkpointing else ", without checkpointing"
+            out.append((name + how, states | most))
+    return out
+
+
+def table(config, stage: str) -> str:
+    """What --dry_run prints."""
+    gpus, size = config.dry_run, CARD
+    if torch.cuda.is_available():
+        size = torch.cuda.get_device_properties(0).total_memory - 5 * 2**30
+    gib = lambda amount: f"{amount / 2**30:.1f}"
+    lines = [f"| GiB a GPU | {' | '.join(COLUMNS)} | in all | fits {gib(size)} |"]
+    lines.append("|---" * (len(COLUMNS) + 3) + "|")
+    for name, parts in phases(config, stage, gpus):
+        whole = sum(parts.values())
+        cells = [gib(parts.get(column, 0)) for column in COLUMNS]
+        fits = "yes" if whole <= size else "no"
+        lines.append(f"| {stage}, {name} | {' | '.join(cells)} | {gib(whole)} | {fits} |")
+    return "\n".join(lines)

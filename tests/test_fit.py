@@ -1,0 +1,317 @@
+"""--dry_run: the count against what is really allocated, and against the README's table.
+
+Measured are small models with random weights, in bfloat16 as on a GPU, in one process on a CPU.
+"""
+
+import io
+import json
+import weakref
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.distributed as dist
+from PIL import Image
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed._tools.fsdp2_mem_tracker import FSDPMemTracker
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.testing._internal.distributed.fake_pg import FakeStore
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers import AutoModelForImageTextToText, Qwen3VLConfig
+
+import fit
+from align import AlignConfig
+from checkpoint import load_processor
+from data import Group, Prompt, encode_prompts, make_packs
+from discriminator import Discriminator, DiscriminatorConfig, upcycle
+from model import LogProbs, PackAttention, _ragged, adapt, blocks, token_logprobs, vision_tower
+from rlvr import RLVRConfig
+from rows import Example
+from sampler import generate
+from sft import SFTConfig
+from tests.conftest import ROOT, launch
+
+
+class Live(TorchDispatchMode):
+    """Bytes of all tensors made inside that are still there, and the most there have been."""
+
+    def __init__(self, *modules):
+        super().__init__()
+        self.now = self.peak = 0
+        parts = [x for module in modules for x in (*module.parameters(), *module.buffers())]
+        self.seen = {part.untyped_storage()._cdata for part in parts}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, torch.Tensor):
+                self._add(tensor.untyped_storage())
+        return out
+
+    def _add(self, storage):
+        if storage._cdata not in self.seen:
+            self.seen.add(storage._cdata)
+            weakref.finalize(storage, self._free, storage._cdata, storage.nbytes())
+            self.now += storage.nbytes()
+            self.peak = max(self.peak, self.now)
+
+    def _free(self, key, size):
+        self.seen.discard(key)
+        self.now -= size
+
+
+@pytest.fixture(scope="module")
+def small(world, tmp_path_factory):
+    """(path, model, processor): a Qwen3-VL whose layers dwarf all that is not counted."""
+    config = json.loads(open(f"{world['init']}/config.json").read())
+    config["text_config"] |= dict(hidden_size=128, intermediate_size=384, num_hidden_layers=6)
+    config["text_config"] |= dict(num_attention_heads=8, num_key_value_heads=4, head_dim=16)
+    config["vision_config"] |= dict(out_hidden_size=128, depth=3)
+    path = tmp_path_factory.mktemp("small")
+    (path / "config.json").write_text(json.dumps(config))
+    torch.manual_seed(0)
+    config = Qwen3VLConfig.from_pretrained(path)
+    model = adapt(AutoModelForImageTextToText.from_config(config, dtype=torch.bfloat16))
+    model.stop_ids = torch.tensor([], dtype=torch.long)  # every row gets as long as it may
+    return str(path), model.train(), load_processor(world["init"])
+
+
+def prompts(processor, count: int, size: int) -> list:
+    """Prompts of one image, `size` pixels a side, and few words."""
+    file = io.BytesIO()
+    Image.new("RGB", (size, size)).save(file, "PNG")
+    chat = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "So?"}]}]
+    rows = [Example(i, "row", chat, [file.getvalue()]) for i in range(count)]
+    return encode_prompts(processor, rows)
+
+
+def packed(processor, count: int, size: int, branches: list[int]):
+    """-> (pack, its tokens, its keys, the share of its tokens that are images)."""
+    groups = [
+        Group(prompt, [torch.arange(n) % 200 for n in branches])
+        for prompt in prompts(processor, count, size)
+    ]
+    (pack,) = make_packs(groups)
+    tokens, prompt = pack.input_ids.shape[1], len(groups[0].prompt.input_ids)
+    keys = tokens + (count * prompt * len(branches) if len(branches) > 1 else 0)
+    images = int((pack.input_ids == processor.image_token_id).sum())
+    return pack, tokens, keys, images / tokens
+
+
+def passes(module, run, checkpointing: bool) -> SimpleNamespace:
+    """Bytes that are kept at the end of a forward, and the most in forward and backward, less
+    what was there. A gradient is let go at once, as FSDP does when it has summed it."""
+    base = module.model
+    base.gradient_checkpointing_enable() if checkpointing else base.gradient_checkpointing_disable()
+    hooks = [
+        p.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
+        for p in module.parameters()
+    ]
+    with Live(module) as live:
+        out = run()
+        kept = live.now
+        out.float().sum().backward()
+    for hook in hooks:
+        hook.remove()
+    return SimpleNamespace(kept=kept, peak=live.peak)
+
+
+def compare(m, counted, measured, tokens: int, keys: int, layers: int) -> None:
+    """What a CPU's attention keeps besides, in `layers` layers, is no part of the count: its output
+    in the order of its blocks, and where branches read a prompt their own keys and values again."""
+    more = tokens * (2 * m.q + (4 * m.k if keys > tokens else 0))
+    kept, work = counted
+    kept, most = kept + more * layers, kept + work + more * max(1, layers)
+    print(measured, kept, most)
+    assert kept == pytest.approx(measured.kept, rel=0.1)
+    assert most == pytest.approx(measured.peak, rel=0.1)
+
+
+@pytest.mark.parametrize("checkpointing", [True, False])
+@pytest.mark.parametrize("branches", [[900], [150] * 8])
+def test_activations(small, checkpointing, branches):
+    path, policy, processor = small
+    pack, tokens, keys, share = packed(processor, 2, 160, branches)
+    m = fit.read_model("--model", path)
+    counted = fit.activations(m, tokens, keys, checkpointing, share)
+    measured = passes(policy, lambda: token_logprobs(policy, pack)[0], checkpointing)
+    compare(m, counted, measured, tokens, keys, 0 if checkpointing else 6)
+
+
+def test_head(small):
+    """With many more rows than the hidden state is wide, a chunk of logits is what counts."""
+    path, policy, _ = small
+    rows, words, width = fit.CHUNK, 20_000, 16
+    hidden = torch.randn(rows, width, dtype=torch.bfloat16, requires_grad=True)
+    weight = torch.randn(words, width, dtype=torch.bfloat16, requires_grad=True)
+    asked = torch.arange(rows), torch.arange(rows), 1.0, policy.forbidden, fit.CHUNK
+    with Live():
+        logp = LogProbs.apply(hidden, weight, *asked)[0].sum()
+    with Live() as live:
+        logp.backward()
+    m = replace(fit.read_model("--model", path), words=words, h=width)
+    counted = fit.training(m, 1, 1, 1, True, policy=True)[0]["head"]
+    assert counted == pytest.approx(live.peak, rel=0.1)
+
+
+@pytest.mark.parametrize("checkpointing", [True, False])
+def test_sharded_on_eight_gpus(checkpointing):
+    """All of a forward and a backward, but for images, against torch's own FSDPMemTracker, with
+    fake tensors, seven fake ranks besides, and the attention of a GPU."""
+    text = dict(hidden_size=512, intermediate_size=1536, num_hidden_layers=6, head_dim=64)
+    text |= dict(num_attention_heads=8, num_key_value_heads=2, vocab_size=2000)
+    config = Qwen3VLConfig(text_config=text, tie_word_embeddings=True)
+    prompt = Prompt(0, torch.zeros(300, dtype=torch.long), torch.arange(300).expand(3, -1))
+    branches = [torch.zeros(200, dtype=torch.long)] * 8
+    (pack,) = make_packs([Group(prompt, branches)])
+    layout = PackAttention(pack)
+    layout.ragged = _ragged(pack)
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=8)
+    try:
+        mesh = init_device_mesh("cpu", (8,))
+        half = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            policy = adapt(AutoModelForImageTextToText.from_config(config)).train()
+            policy.model.visual = torch.nn.Identity()  # its blocks are never gathered
+            m = fit.count(policy)
+            if checkpointing:
+                policy.gradient_checkpointing_enable()
+            for part in (*blocks(policy), policy):
+                fully_shard(part, mesh=mesh, mp_policy=half)
+                part.set_gradient_divide_factor(1.0)
+                part.set_force_sum_reduction_for_comms(True)
+            asked = pack.predictors, pack.targets, 1.0, policy.forbidden, fit.CHUNK
+            policy.lm_head.asked = asked
+            inputs = dict(input_ids=pack.input_ids, position_ids=pack.position_ids, layout=layout)
+            for _ in range(2):  # the second time there are gradients from the start
+                with FSDPMemTracker(policy) as tracker:
+                    policy(**inputs, use_cache=False).logits[0].sum().backward()
+    finally:
+        dist.destroy_process_group()
+    (peak,) = tracker.get_tracker_snapshot("peak").values()
+    tokens = pack.input_ids.shape[1]
+    moments = fit.training(m, 8, tokens, tokens + 8 * 300, checkpointing, True, images=0)
+    counted = 4 * m.whole / 8 + max(sum(moment.values()) for moment in moments)
+    print(peak, counted, moments)
+    assert counted == pytest.approx(peak["Total"], rel=0.1)
+
+
+def test_discriminator(small):
+    path, policy, processor = small
+    judge = AutoModelForImageTextToText.from_config(policy.config, dtype=torch.bfloat16)
+    judge = adapt(judge).base_model
+    upcycle(judge)
+    judge = Discriminator(judge, "learned").bfloat16().train()
+    m = fit.read_model("--model", path, experts=4, head=False)
+    assert m.whole == pytest.approx(sum(p.numel() for p in judge.parameters()), rel=0.001)
+    pack, tokens, keys, share = packed(processor, 2, 160, [150] * 8)
+    views = torch.zeros(len(pack.members), dtype=torch.long)
+    for checkpointing in (True, False):
+        counted = fit.activations(m, tokens, keys, checkpointing, share)
+        measured = passes(judge, lambda: judge(pack, views), checkpointing)
+        compare(m, counted, measured, tokens, keys, 0 if checkpointing else 6)
+
+
+def test_cache(small):
+    """The most that sampling holds: keys and values at their longest, and one step's logits."""
+    path, policy, processor = small
+    asked = prompts(processor, 2, 16)  # pixels are not counted
+    length = len(asked[0].input_ids)
+    m = fit.read_model("--model", path)
+    counted = fit.sampling(m, 2, length, 8, 200)
+    with Live(policy) as live:
+        groups = generate(policy, asked, 8, 200, max_rollout_rows=8)
+    assert [len(branch) for group in groups for branch in group.branches] == [200] * 16
+    print(live.peak, counted)
+    assert counted["cache"] + counted["head"] == pytest.approx(live.peak, rel=0.1)
+
+
+def test_states(small):
+    """Weights, gradients and moments of a step in float32, on one GPU that shares with none."""
+    path, policy, _ = small
+    whole = AutoModelForImageTextToText.from_config(policy.config, dtype=torch.float32)
+    for frozen in (False, True):
+        vision_tower(whole).requires_grad_(not frozen)
+        optimizer = torch.optim.AdamW(whole.parameters(), fused=True)
+        for p in whole.parameters():
+            p.grad = torch.zeros_like(p) if p.requires_grad else None
+        optimizer.step()
+        moments = [x for state in optimizer.state.values() for x in state.values()]
+        config = SFTConfig(model=path, freeze_vision=frozen)
+        ((_, parts), *_) = fit.phases(config, "sft", 1)
+        size = lambda tensors: sum(t.numel() * t.element_size() for t in tensors)
+        assert parts["weights"] == pytest.approx(size(whole.parameters()), rel=0.1)
+        assert parts["optimiser"] == pytest.approx(size(moments), rel=0.1)
+        ((_, four), *_) = fit.phases(config, "sft", 4)
+        assert parts["optimiser"] == 4 * four["optimiser"]
+
+
+# --------------------------------------------------------------------------------------------------
+# The published models
+
+VISION = dict(hidden_size=1024, depth=24, intermediate_size=4096, num_heads=16)
+VISION |= dict(deepstack_visual_indexes=[5, 11, 17], patch_size=16)
+LARGE = dict(hidden_size=1152, depth=27, intermediate_size=4304, num_heads=16)
+LARGE |= dict(deepstack_visual_indexes=[8, 16, 24], patch_size=16)
+SHAPES = {  # hidden, MLP, layers, heads, tied, vision tower
+    "2B": (2048, 6144, 28, 16, True, VISION),
+    "4B": (2560, 9728, 36, 32, True, VISION),
+    "8B": (4096, 12288, 36, 32, False, LARGE),
+}
+
+
+@pytest.fixture(scope="module")
+def published(tmp_path_factory) -> dict[str, str]:
+    """Size -> a directory with the config.json of Qwen3-VL-<size>-Instruct, and no weights."""
+    paths = {}
+    for name, (hidden, mlp, layers, heads, tied, vision) in SHAPES.items():
+        text = dict(hidden_size=hidden, intermediate_size=mlp, num_hidden_layers=layers)
+        text |= dict(num_attention_heads=heads, num_key_value_heads=8, head_dim=128)
+        text |= dict(vocab_size=151936, tie_word_embeddings=tied)
+        vision = vision | dict(out_hidden_size=hidden)
+        paths[name] = str(tmp_path_factory.mktemp(name))
+        config = Qwen3VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=tied)
+        config.save_pretrained(paths[name])
+    return paths
+
+
+def test_parameters_of_the_published_models(published):
+    sizes = {name: fit.read_model("--model", path).whole for name, path in published.items()}
+    # What the hub says of Qwen/Qwen3-VL-2B, 4B and 8B-Instruct.
+    assert sizes == {"2B": 2_127_532_032, "4B": 4_437_815_808, "8B": 8_767_123_696}
+
+
+def test_the_readmes_table(published):
+    """With the published lengths, which are the defaults."""
+    lines = []
+    for size in ("4B", "8B"):
+        ours = dict(dry_run=8, max_rollout_rows=32)
+        of_policy = dict(ckpt=published[size], **ours)
+        runs = [SFTConfig(model=published[size], dry_run=8)]
+        runs += [AlignConfig(discriminator=published["2B"], **of_policy), RLVRConfig(**of_policy)]
+        if size == "4B":
+            runs.insert(1, DiscriminatorConfig(model=published["2B"], dry_run=8))
+        for config in runs:
+            stage = type(config).__name__.removesuffix("Config").lower()
+            head, rule, *rows = fit.table(config, stage).splitlines()
+            name = {"discriminator": "warm-up 2B x 4"}.get(stage, f"{stage} {size}")
+            rows = [row for row in rows if "without" not in row or (stage, size) == ("sft", "4B")]
+            lines += [row.replace(f"| {stage}, ", f"| {name}, ") for row in rows]
+    expected = "\n".join([head, rule, *lines])
+    print(expected)
+    table = (ROOT / "README.md").read_text().split("<!-- fit -->\n")[1].split("\n<!-- /fit")[0]
+    assert table == expected
+
+
+@pytest.mark.parametrize("script", ["align.py", "eval.py"])
+def test_a_dry_run_reads_a_configuration_and_writes_nothing(small, script, tmp_path):
+    path, *_ = small
+    flag = "--model" if script == "sft.py" else "--ckpt"
+    more = ("--discriminator", path) if script == "align.py" else ()
+    out = tmp_path / "out"
+    done = launch(script, flag, path, *more, "--dry_run", 2, "--output_dir", out)
+    assert done.stdout.startswith("| GiB a GPU | weights |") and "yes" in done.stdout
+    assert not out.exists()
