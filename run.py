@@ -54,13 +54,13 @@ from rows import Example, RowError, Unfit, UserError
 # The types of flags, with the smallest and the largest value that they may have.
 Count = Annotated[int, 1, math.inf]
 Natural = Annotated[int, 0, math.inf]
-Positive = Annotated[float, sys.float_info.min, sys.float_info.max]
+Positive = Annotated[float, 1e-9, 1e9]  # so that it and what is divided by it stay finite
 Weight = Annotated[float, 0.0, sys.float_info.max]
 Share = Annotated[float, 0.0, 1.0]
 # Of the learning rate: transformers' schedules that a peak, a warm-up and a length determine.
 Schedule = Literal["constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts"]
 Schedule = Literal[Schedule, "polynomial", "inverse_sqrt"]
-Minutes = Annotated[float, sys.float_info.min, 1e6]
+Minutes = Annotated[float, 1e-9, 1e6]
 Seed = Annotated[int, 0, 2**32 - 1]
 
 
@@ -129,9 +129,8 @@ def check_ranges(config) -> None:
         for kind in (hint, *get_args(hint)):  # Count, or Count | None
             low, high = getattr(kind, "__metadata__", (-math.inf, math.inf))
             if value is not None and hasattr(kind, "__metadata__") and not low <= value <= high:
-                few = "above 0" if low == sys.float_info.min else f"at least {low:g}"
                 most = "" if high >= sys.float_info.max else f" and at most {high:.10g}"
-                raise UserError(f"--{name} {value}: must be {few}{most}")
+                raise UserError(f"--{name} {value}: must be at least {low:g}{most}")
 
 
 def announce(name: str, source: str) -> None:
@@ -178,8 +177,10 @@ def main(stage: Callable) -> None:
     except UserError as error:
         _die(str(error), 2)
     except OSError as error:
-        # No space, quota, read-only, permission, input or output, no folder, a name too long.
-        if error.errno not in (28, 122, 30, 13, 5, 20, 36):
+        # A file of the run; or: no space, quota, read-only, permission, a broken disk, no folder, a
+        # name too long.
+        own = Run.current and str(error.filename).startswith(Run.current.path)
+        if not own and error.errno not in (28, 122, 30, 13, 5, 20, 36):
             raise
         where = error.filename or (Run.current.path if Run.current else "")
         again = "go on with --resume" if Run.current else "start again"

@@ -223,12 +223,8 @@ def differences(one, two) -> list[str]:
     return found
 
 
-def prepare(nursery: Nursery, folder: Path) -> tuple[dict, str, str]:
-    """A small world, a policy that has learned the format in it, and a discriminator."""
-    import digits
-    from tests.conftest import WORLD
-
-    world = digits.build(folder / "world", digits.World(**WORLD))
+def prepare(nursery: Nursery, folder: Path, world: dict) -> tuple[dict, str, str]:
+    """A policy that has learned the format in a small world, and a discriminator."""
     flags = ("--max_steps", 150, "--learning_rate", 4e-3, "--per_device_train_batch_size", 32)
     where = ("--data", world["pretrain"], "--output_dir", folder / "trained")
     done = nursery.run("sft.py", "--model", world["init"], *where, *flags, log=folder / "trained")
@@ -725,16 +721,21 @@ def main() -> None:
     args = parser.parse_args()
     if args.serve:
         return serve()
+    import digits
+    from tests.conftest import WORLD
+
     nursery, good = Nursery(), True
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        prepared = prepare(nursery, folder)
+        world = digits.build(folder / "world", digits.World(**WORLD))
+        if args.tries or args.steps:
+            prepared = prepare(nursery, folder, world)
         if args.tries:
             good &= chaos(nursery, folder, prepared, args.tries, args.seed, args.faults)
         if args.steps:
             good &= watch(nursery, folder, prepared, args.steps)
         if args.fuzz:
-            good &= fuzz(folder, prepared[0], args.fuzz, args.seed)
+            good &= fuzz(folder, world, args.fuzz, args.seed)
     nursery.close()
     sys.exit(not good)
 

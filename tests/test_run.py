@@ -841,17 +841,20 @@ def test_the_defaults_are_inside_their_ranges(stage):
         (("--save_total_limit", -1), "--save_total_limit -1: must be at least 1"),
         (("--save_steps", 0), "--save_steps 0: must be at least 1"),
         (("--per_device_train_batch_size", 0), "must be at least 1"),
-        (("--max_grad_norm", 0), "--max_grad_norm 0.0: must be above 0"),
+        (("--max_grad_norm", 0), "--max_grad_norm 0.0: must be at least 1e-09 and at most"),
         (("--learning_rate", "inf"), "--learning_rate inf: must be"),
-        (("--num_train_epochs", -2), "--num_train_epochs -2.0: must be above 0"),
+        (("--num_train_epochs", -2), "--num_train_epochs -2.0: must be at least"),
         (("--seed", 10**12), f"--seed {10**12}: must be"),
         (("--save_steps", "often"), "invalid"),
+        (("--report_to", "paper"), "invalid choice: 'paper' (choose from"),
+        (("--output_dir", "README.md/out"), "README.md/out: Not a directory"),
+        (("--output_dir", ""), "--output_dir . is not empty"),
         (("--lr_scheduler_type", "linaer"), "invalid choice: 'linaer' (choose from"),
     ],
 )
 def test_a_flag_outside_its_range_is_one_line(nursery, short, tmp_path, flags, said):
     base = short("sft.py")
-    words = (*base, *flags, "--output_dir", tmp_path / "out")
+    words = (*base, "--output_dir", tmp_path / "out", *flags)
     refused(nursery.start(*words, log=tmp_path / "log"), said)
     assert not (tmp_path / "out" / "metrics.jsonl").exists()
 
