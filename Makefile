@@ -1,6 +1,7 @@
 # make demo   the whole pipeline on handwritten digits, into out/demo
 # make test   ruff, then the tests
-# make chaos  kills, signals and two runs at once at random moments; TRIES and SEED may be given
+# make chaos  faults at random moments, a long run, inputs broken in every way; TRIES, SEED, STEPS
+#             and FUZZ may be given
 # They make .venv from requirements.txt where it is missing. PYTHON=python3.11 picks the interpreter
 # that it is made with.
 
@@ -21,10 +22,12 @@ export TOKENIZERS_PARALLELISM := false
 test: lint
 	$(PY) -m pytest
 
-TRIES ?= 56
+TRIES ?= 80
 SEED ?= 0
+STEPS ?= 300
+FUZZ ?= 20000
 chaos: .venv/installed
-	$(PY) tests/chaos.py --tries $(TRIES) --seed $(SEED)
+	$(PY) tests/chaos.py --tries $(TRIES) --seed $(SEED) --steps $(STEPS) --fuzz $(FUZZ)
 
 lint: .venv/installed
 	$(PY) -m ruff check .

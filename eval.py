@@ -26,7 +26,7 @@ from data import SYSTEM_PROMPT, Encoded
 from data import batches, decode, parse_response
 from model import join_ranks, rank, world_size
 from rows import RowError, UserError, load_data
-from run import Count, Natural, Weight, main, parse, say, start_verifier, write_json
+from run import Count, Natural, Weight, main, parse, replacing, say, start_verifier, write_json
 from sampler import generate
 from verifier import verify
 
@@ -151,10 +151,8 @@ def evaluate() -> None:
             "seconds": time.perf_counter() - start,
         }
         os.makedirs(output_dir, exist_ok=True)
-        generations = os.path.join(output_dir, "generations.jsonl")
-        with open(generations + ".new", "w") as file:
+        with replacing(os.path.join(output_dir, "generations.jsonl")) as file:
             file.writelines(json.dumps(row) + "\n" for row in rows)
-        os.replace(generations + ".new", generations)
         write_json(os.path.join(output_dir, "eval.json"), result)
         names = ("accuracy", "pass_at_k", "caption_accuracy", "format_valid")
         shown = [f"{name} {result[name]:.3f}" for name in names if result.get(name) is not None]

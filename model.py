@@ -33,7 +33,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.attention.varlen import varlen_attn
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
-from transformers import AttentionInterface, AttentionMaskInterface
+from transformers import AttentionInterface, AttentionMaskInterface, get_scheduler
 
 from data import Pack, blank_group, make_packs
 from rows import UserError
@@ -487,20 +487,18 @@ def _with_blank(pack: Pack, blank: Pack) -> Pack:
 def learning_rate_at(
     step: int, max_steps: int, config, learning_rate: float | None = None
 ) -> float:
-    """The rate of step 1 .. max_steps: linear warm-up, then constant, linear or cosine to zero.
+    """The rate of step 1 .. max_steps: transformers' schedule of this name, a function of the
+    step. Its warm-up begins at a rate of 0, which teaches nothing; here it is a step ahead.
     `config.warmup_steps` counts steps, or is a share of the run where it is below 1."""
     peak = config.learning_rate if learning_rate is None else learning_rate
-    warmup = config.warmup_steps * (max_steps if config.warmup_steps < 1 else 1)
-    if step <= warmup:
-        return peak * step / max(1.0, warmup)
-    gone, whole = step - 1 - warmup, max(1.0, max_steps - warmup)
-    cosine = 0.5 * (1 + math.cos(math.pi * gone / whole))
-    shapes = {"constant": 1.0, "linear": 1 - gone / whole, "cosine": cosine}
-    if config.lr_scheduler_type not in shapes:
-        raise UserError(
-            f"--lr_scheduler_type {config.lr_scheduler_type}: choose one of {', '.join(shapes)}"
-        )
-    return peak * shapes[config.lr_scheduler_type]
+    warmup = math.ceil(config.warmup_steps * (max_steps if config.warmup_steps < 1 else 1))
+    name = config.lr_scheduler_type
+    named = "constant_with_warmup" if name == "constant" else name  # theirs has no warm-up
+    try:  # an optimiser that holds the peak and nothing else
+        schedule = get_scheduler(named, torch.optim.SGD([torch.zeros(1)], peak), warmup, max_steps)
+    except ValueError as error:
+        raise UserError(f"--lr_scheduler_type {name}: {error}") from None
+    return peak * schedule.lr_lambdas[0](step - (step > warmup))
 
 
 def optimizer_step(module, optimizer, learning_rate: float, max_grad_norm: float) -> float:

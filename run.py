@@ -56,11 +56,13 @@ from rows import Example, RowError, Unfit, UserError
 # The types of flags, with the smallest and the largest value that they may have.
 Count = Annotated[int, 1, math.inf]
 Natural = Annotated[int, 0, math.inf]
-Positive = Annotated[float, sys.float_info.min, sys.float_info.max]
+Positive = Annotated[float, 1e-9, 1e9]  # so that it and what is divided by it stay finite
 Weight = Annotated[float, 0.0, sys.float_info.max]
 Share = Annotated[float, 0.0, 1.0]
-Schedule = Literal["constant", "linear", "cosine"]  # of the learning rate, behind its warm-up
-Minutes = Annotated[float, sys.float_info.min, 1e6]
+# Of the learning rate: transformers' schedules that a peak, a warm-up and a length determine.
+Schedule = Literal["constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts"]
+Schedule = Literal[Schedule, "polynomial", "inverse_sqrt"]
+Minutes = Annotated[float, 1e-9, 1e6]
 Seed = Annotated[int, 0, 2**32 - 1]
 
 
@@ -82,7 +84,7 @@ class RunConfig:
     save_total_limit: Count = 2  # checkpoints that are kept
     timeout: Minutes = 30.0  # minutes that a rank waits for another
     max_skipped: Count = 5  # steps in a row without a finite gradient that end the run
-    report_to: str = "none"  # none, tensorboard, wandb
+    report_to: Literal["none", "tensorboard", "wandb"] = "none"
     seed: Seed = 0
     resume: bool = False
 
@@ -105,8 +107,11 @@ def parse(config_class):
         raise UserError(f"{' '.join(unknown)}: no such flag; --help lists them")
     check_ranges(config)
     if os.path.isfile(getattr(config, "system_prompt", "")):
-        with open(config.system_prompt, encoding="utf-8") as file:
-            config.system_prompt = file.read().strip()
+        try:
+            with open(config.system_prompt, encoding="utf-8") as file:
+                config.system_prompt = file.read().strip()
+        except UnicodeDecodeError:
+            raise UserError(f"--system_prompt {config.system_prompt}: no text in UTF-8") from None
     given = {arg.split("=")[0][2:].replace("-", "_") for arg in sys.argv[1:] if arg[:2] == "--"}
     stage = config_class.__name__.removesuffix("Config").lower()
     if config.dry_run:
@@ -134,9 +139,8 @@ def check_ranges(config) -> None:
         for kind in (hint, *get_args(hint)):  # Count, or Count | None
             low, high = getattr(kind, "__metadata__", (-math.inf, math.inf))
             if value is not None and hasattr(kind, "__metadata__") and not low <= value <= high:
-                few = "above 0" if low == sys.float_info.min else f"at least {low:g}"
                 most = "" if high >= sys.float_info.max else f" and at most {high:.10g}"
-                raise UserError(f"--{name} {value}: must be {few}{most}")
+                raise UserError(f"--{name} {value}: must be at least {low:g}{most}")
 
 
 def announce(name: str, source: str) -> None:
@@ -183,10 +187,14 @@ def main(stage: Callable) -> None:
     except UserError as error:
         _die(str(error), 2)
     except OSError as error:
-        if error.errno not in (28, 122, 30, 13):  # no space, quota, read-only, permission
+        # A file of the run; or: no space, quota, read-only, permission, a broken disk, no folder, a
+        # name too long.
+        own = Run.current and str(error.filename).startswith(Run.current.path)
+        if not own and error.errno not in (28, 122, 30, 13, 5, 20, 36):
             raise
         where = error.filename or (Run.current.path if Run.current else "")
-        _die(f"{where}: {error.strerror}; go on with --resume once that is mended", 2)
+        again = "go on with --resume" if Run.current else "start again"
+        _die(f"{where}: {error.strerror}; {again} once that is mended", 2)
     except RuntimeError as error:
         if not _of_another_rank(error):
             raise
@@ -194,8 +202,9 @@ def main(stage: Callable) -> None:
         _die(f"{lost} ({str(error).splitlines()[0][:120]}); go on with --resume", 1)
     if not dist.is_initialized():
         sys.exit(code)
-    dist.barrier()  # a thread of the last collective may still hold tensors
-    dist.destroy_process_group()
+    with contextlib.suppress(RuntimeError):  # where a rank is gone, that one has said why
+        dist.barrier()  # a thread of the last collective may still hold tensors
+        dist.destroy_process_group()
     if "wandb" in sys.modules:
         sys.modules["wandb"].finish()
     sys.stdout.flush()
@@ -204,12 +213,12 @@ def main(stage: Callable) -> None:
 
 
 def _of_another_rank(error: BaseException) -> bool:
-    """Whether a collective has failed, because a rank is gone or does not answer."""
-    return dist.is_initialized() and bool(re.search(r"gloo|NCCL|[Tt]imed out|peer", str(error)))
+    """Whether ranks could not meet, or a collective has failed, because one is gone or stuck."""
+    return "RANK" in os.environ and bool(re.search(r"gloo|NCCL|[Tt]imed out|peer", str(error)))
 
 
 def _die(message: str, code: int) -> None:
-    if not Run.current or Run.current.speaks_first():
+    if _speaks_first():
         tqdm.write(f"error: {' '.join(message.split())}", file=sys.stderr)
     sys.stderr.flush()
     os._exit(code) if dist.is_initialized() else sys.exit(code)  # others wait in a collective
@@ -223,13 +232,45 @@ def start_verifier() -> None:
         raise UserError(f"{error}; pip install math-verify") from None
 
 
+def _speaks_first() -> bool:
+    """Whether no other rank has said why the run ends. It is said once."""
+    run = Run.current
+    if run and run.started and world_size() > 1:
+        try:
+            os.close(os.open(os.path.join(run.path, "ranks", "ended"), os.O_CREAT | os.O_EXCL))
+        except FileExistsError:
+            return False
+        except OSError:
+            pass
+    elif rank() > 0:
+        # There is no place for a word between ranks yet. What fails here fails on rank 0 as well
+        # in most cases, and torchrun then ends this one; where it does not, this one has to speak.
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        ended = run and run.asked == signal.SIGTERM
+        time.sleep(0 if ended else 10)
+        return not ended
+    return True
+
+
+@contextlib.contextmanager
+def replacing(path: str):
+    """A new file for `path`: written beside, forced to the disk, renamed; removed where it cannot
+    be finished."""
+    try:
+        with open(path + ".new", "w") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(path + ".new", path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            os.remove(path + ".new")
+        raise OSError(error.errno, error.strerror, path) from None
+
+
 def write_json(path: str, content) -> None:
-    """Written beside, forced to the disk, renamed."""
-    with open(path + ".new", "w") as file:
+    with replacing(path) as file:
         json.dump(content, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(path + ".new", path)
 
 
 def say(*words) -> None:
@@ -267,12 +308,11 @@ class Run:
             config.activation_checkpointing = self.device.type == "cuda"
         Run.current = self
         self.stage = config_class.__name__.removesuffix("Config").lower()
-        self.path = config.output_dir
+        self.path = config.output_dir or "."
         self.seconds: dict[str, float] = {}
         self.last = time.perf_counter()
         self.bar = self.writer = self.lock = None
-        self.left_out, self.left_out_before, self.bad = 0, 0, set()
-        self.skipped = self.skipped_in_a_row = 0
+        self.left_out, self.bad = 0, set()
         self.rows: list[str] = []  # where the rows of this step come from
         self.asked = self.stopping = 0  # the signal that this rank got, and that all know of
         self.started = False
@@ -291,18 +331,14 @@ class Run:
             raise Ended(f"{self.path}: finished at step {before['finished']}; nothing to do", 0)
         self.step = self._newest() if config.resume else 0  # the last that is done
         self.checkpoint = os.path.join(self.path, f"checkpoint-{self.step}") if self.step else None
-        self.progress = {
-            "position": 0,
-            "skipped": 0,
-            "rows_used": 0,
-        }  # what a checkpoint keeps besides tensors
+        # What a checkpoint keeps besides tensors. `position`: how many rows all ranks have drawn.
+        self.progress = {"position": 0, "skipped": 0, "skipped_in_a_row": 0, "rows_used": 0}
         if self.checkpoint:
             with open(os.path.join(self.checkpoint, "state", "progress.json")) as file:
-                self.progress = json.load(file)
+                self.progress |= json.load(file)
         elif config.resume:
             say(f"--resume: no checkpoint in {self.path}, starting from step 1")
-        self.position, self.skipped = self.progress["position"], self.progress["skipped"]
-        self.rows_used = self.progress["rows_used"]
+        self.drawn = self.progress["position"]  # that this rank knows of, none of them twice
 
     def _ask_to_stop(self, number: int, frame) -> None:
         """Schedulers and torchrun send SIGTERM more than once; a second Ctrl-C is meant at once."""
@@ -322,14 +358,14 @@ class Run:
             if self.found:
                 raise UserError(f"--resume: {self.path} is no run's directory, no run.json in it")
             return {}
+        source = "model" if hasattr(self.config, "model") else "ckpt"
+        mine = {"stage": self.stage, source: getattr(self.config, source)}
         try:
             with open(name) as file:
                 before = json.load(file)
-        except ValueError:
+            theirs = {"stage": before["stage"], source: before["run"].get(source)}
+        except (ValueError, TypeError, KeyError, AttributeError):
             raise UserError(f"--resume: {name} is damaged; name another directory") from None
-        source = "model" if hasattr(self.config, "model") else "ckpt"
-        mine = {"stage": self.stage, source: getattr(self.config, source)}
-        theirs = {"stage": before.get("stage"), source: before.get("run", {}).get(source)}
         for name in mine:
             if mine[name] != theirs[name]:
                 said = f"its {name} is {theirs[name]}, not {mine[name]}"
@@ -375,18 +411,6 @@ class Run:
         slow = min(notes, key=notes.get)
         return f"rank {slow} is gone or stuck, last heard of at step {notes[slow][2]}"
 
-    def speaks_first(self) -> bool:
-        """Whether no other rank has said why the run ends. It is said once."""
-        if not self.started or world_size() == 1:
-            return True
-        try:
-            os.close(os.open(os.path.join(self.path, "ranks", "ended"), os.O_CREAT | os.O_EXCL))
-        except FileExistsError:
-            return False
-        except OSError:
-            pass
-        return True
-
     # ----------------------------------------------------------------------------------------------
     # Rows
 
@@ -400,41 +424,46 @@ class Run:
                 f"--resume: a step had {before} rows over all ranks and would now have "
                 f"{batch_size}; set the batch size or the number of ranks so that they agree"
             )
+        rows = self.progress.setdefault("rows", len(examples))
+        if not held_out and rows != len(examples):
+            say(f"--resume: the data had {rows} rows and has {len(examples)}; some may come twice")
+            self.progress["rows"] = len(examples)
         return self._batches(examples, processor, encode, batch_size, total, held_out)
 
     def _batches(self, examples, processor, encode, batch_size, total, held_out) -> Iterator[list]:
         limits = ("max_prompt_length", "max_image_size", "max_pixels")
         limits = {name: getattr(self.config, name, None) for name in limits}
         encoded = Encoded(examples, processor, encode, **limits)
-        start, share = 0 if held_out else self.position, (rank(), world_size())
+        start, share = 0 if held_out else self.progress["position"], (rank(), world_size())
         workers = 0 if held_out else self.config.dataloader_num_workers
-        drawn = 0
+        rows = len(examples) + (self.drawn if held_out else 0)
         # What encodes rows ahead ends with this process, not by signals to the whole job.
         held = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT})
         stream = batches(encoded, batch_size, self.config.seed, start, total, share, workers)
         signal.pthread_sigmask(signal.SIG_SETMASK, held)
         for items in stream:
-            self.position += 0 if held_out else batch_size
-            drawn += len(items)
+            self.progress["position"] += 0 if held_out else batch_size
+            self.drawn = min(self.drawn + len(items), rows)
             for where, error in items:
                 if isinstance(error, RowError):
-                    self._leave_out(where, error, drawn, len(examples))
+                    self._leave_out(where, error, rows)
             used = [(where, item) for where, item in items if not isinstance(item, RowError)]
             self.rows += [where for where, _ in used]
             yield [item for _, item in used]
 
-    def _leave_out(self, where: str, error: RowError, drawn: int, rows: int) -> None:
+    def _leave_out(self, where: str, error: RowError, rows: int) -> None:
         self.left_out += 1
-        self._append("left_out.jsonl", {"step": self.step, "row": where, "why": str(error)})
+        bad = not isinstance(error, Unfit)
+        line = {"step": self.step, "row": where, "why": str(error), "bad": bad}
+        self._append("left_out.jsonl", line)
         if self.left_out <= 3:
             more = "; more of them go to left_out.jsonl only" if self.left_out == 3 else ""
             say(f"{where}: left out, {error}{more}")
-        if not isinstance(error, Unfit):
-            self.bad.add(where)
-        drawn = min(drawn, rows)
-        if len(self.bad) >= min(3, rows) and len(self.bad) > self.config.max_bad_fraction * drawn:
+        self.bad |= {where} if bad else set()
+        most = max(min(3, rows) - 1, self.config.max_bad_fraction * self.drawn)
+        if bad and len(self.bad) > most:
             raise UserError(
-                f"{len(self.bad)} bad rows among the first {drawn} are more than "
+                f"{len(self.bad)} bad rows among the first {self.drawn} are more than "
                 f"--max_bad_fraction {self.config.max_bad_fraction}; {where}: {error}"
             )
 
@@ -460,10 +489,9 @@ class Run:
             # Dropout draws from (seed, step, rank): other masks on every rank, and a resumed run
             # draws what it would have drawn.
             torch.manual_seed((self.config.seed * 1_000_003 + step) * 4096 + rank())
-            self.rows = []
             yield step
             self.bar.update()
-            due = step % self.config.save_steps == 0 and not self.skipped_in_a_row
+            due = step % self.config.save_steps == 0 and not self.progress["skipped_in_a_row"]
             if step < max_steps and (self.stopping or due):
                 self._save(step, modules, save)
             if step < max_steps and self.stopping:
@@ -472,21 +500,30 @@ class Run:
                 where = os.path.join(self.path, f"checkpoint-{step}")
                 raise Ended(f"stopped by a signal; saved {where}, go on with --resume", code)
         self.bar.close()
-        if not self.rows_used:
+        if not self.progress["rows_used"]:
             raise UserError(
                 f"not one row could be used ({self.left_out} were left out, see {self.path}/"
-                f"left_out.jsonl, and {self.skipped} steps skipped); nothing was learned and "
-                f"nothing is saved"
+                f"left_out.jsonl, and {self.progress['skipped']} steps skipped); nothing was "
+                f"learned and nothing is saved"
             )
         self._check_weights(modules)
-        with _all_or_nothing(self.path):
-            save(self.path)
+        beside = os.path.join(self.path, "result.incomplete")
+        with _all_or_nothing(beside):
+            save(beside)
+            if rank() == 0:
+                _force(beside, _files(beside))
+                for name in os.listdir(beside):
+                    final = os.path.join(self.path, name)
+                    shutil.rmtree(final, ignore_errors=True)  # a folder of a run that was killed
+                    os.replace(os.path.join(beside, name), final)
+                os.rmdir(beside)
         say(f"saved {self.path}")
 
     def finish(self) -> None:
         """Marks the run as finished, once all that belongs to it is written."""
         barrier()
         if rank() == 0:
+            _force(self.path, self._logs())
             record = {"stage": self.stage, "run": dataclasses.asdict(self.config)}
             write_json(os.path.join(self.path, "run.json"), record | {"finished": self.step})
 
@@ -506,8 +543,7 @@ class Run:
         measurement that was not made. A loss that is already divided by a global denominator has
         the count 1 / world_size: then its sum over ranks is the loss."""
         means, sums, peaks = means or {}, sums or {}, peaks or {}
-        left_out = self.left_out + (self.left_out_before if rank() == 0 else 0)
-        sums = sums | {"rows_left_out": left_out, "rows": len(self.rows)}
+        sums = sums | {"rows_left_out": self.left_out, "rows": len(self.rows)}
         flat = [float(x) for pair in means.values() for x in pair] + list(map(float, sums.values()))
         flat = all_sum(flat).tolist()
         pairs = zip(flat[: 2 * len(means) : 2], flat[1 : 2 * len(means) : 2])
@@ -521,16 +557,15 @@ class Run:
         *most, self.stopping, peak = all_max([*extremes, self.asked, peak / 2**30]).tolist()
         line |= {name: s * x for name, s, x in zip(peaks, sign, most)}
         line |= values or {}
-        line["steps_skipped"] = self._count_skipped(step, line)
+        self._count_skipped(step, line)
         now = time.perf_counter()
         line["time/step"] = now - self.last
         line |= {f"time/{name}": seconds for name, seconds in self.seconds.items()}
         line["peak_memory_gb"] = peak
         if "tokens" in line:
             line["tokens_per_second"] = line["tokens"] / line["time/step"]
-        self.last, self.seconds = now, {}
+        self.last, self.seconds, self.rows = now, {}, []
         line = finite(line)
-        self.rows_used += 0 if self.skipped_in_a_row else line["rows"]
         if rank() == 0:
             self._append("metrics.jsonl", line)
             if self.writer:
@@ -540,23 +575,28 @@ class Run:
             self.bar.set_postfix(shown)
         return line
 
-    def _count_skipped(self, step: int, line: dict) -> int:
-        """A step whose gradient is not finite was skipped, on every rank alike: counts it, names
-        its rows, and ends the run after --max_skipped in a row."""
-        norms = [v for k, v in line.items() if k.endswith("grad_norm")]
-        if all(map(math.isfinite, norms)):
-            self.skipped_in_a_row = 0
-            return self.skipped
-        self.skipped, self.skipped_in_a_row = self.skipped + 1, self.skipped_in_a_row + 1
+    def _count_skipped(self, step: int, line: dict) -> None:
+        """A step for which the gradient of any model is not finite counts as skipped, on every
+        rank alike: names its rows, and ends the run after --max_skipped in a row. A step without
+        a gradient, as where no rollout is valid, proves nothing: it neither counts nor ends a
+        row of them."""
+        norms, count = [v for k, v in line.items() if k.endswith("grad_norm")], self.progress
+        skipped = not all(map(math.isfinite, norms))
+        count["skipped"] += skipped
+        line["steps_skipped"] = count["skipped"]
+        if not skipped:
+            count["rows_used"] += line["rows"]
+            count["skipped_in_a_row"] = count["skipped_in_a_row"] if 0.0 in norms else 0
+            return
+        count["skipped_in_a_row"] += 1
         self._append("skipped.jsonl", {"step": step, "rank": rank(), "rows": self.rows})
         say(f"step {step}: skipped, its gradient is not finite; its rows are in skipped.jsonl")
-        if self.skipped_in_a_row >= self.config.max_skipped:
+        if count["skipped_in_a_row"] >= self.config.max_skipped:
             raise UserError(
                 f"--max_skipped {self.config.max_skipped} steps in a row, the last {step}, had a "
                 f"gradient that is not finite: the weights or the data hold NaN or infinity, or "
                 f"--learning_rate is too high; nothing was saved over the last checkpoint"
             )
-        return self.skipped
 
     def log_rollouts(self, step: int, example: Example, texts: list[str], **columns) -> None:
         """The rollouts of one prompt, with a value of each column for each of them."""
@@ -600,9 +640,8 @@ class Run:
             for name in self.found:
                 if name.endswith(".incomplete"):
                     shutil.rmtree(os.path.join(self.path, name))
-            for name in ("metrics.jsonl", "rollouts.jsonl", "skipped.jsonl"):
+            for name in self._logs():
                 self._cut(name)
-            self.left_out_before = self._cut("left_out.jsonl")
             fields = dataclasses.asdict(self.config)
             name = os.path.join(self.path, "run.json")
             if self.checkpoint and os.path.exists(name):
@@ -614,28 +653,30 @@ class Run:
                     say("resumed with other settings:", ", ".join(changed))
             write_json(name, {"stage": self.stage, "run": fields})
             self.writer = _writer(self.config.report_to, self.path, fields)
-        barrier()  # no rank logs a row before rank 0 has cut the files
+        barrier()  # rank 0 has cut the files
+        if "left_out.jsonl" in self._logs():
+            with open(os.path.join(self.path, "left_out.jsonl")) as file:
+                before = [json.loads(line) for line in file]
+            self.left_out = len(before) if rank() == 0 else 0
+            self.bad = {line["row"] for line in before if line.get("bad")}
+        barrier()  # no rank logs a row before all have read
         self.started = True
 
-    def _cut(self, name: str) -> int:
+    def _logs(self) -> list[str]:
+        names = ("metrics.jsonl", "rollouts.jsonl", "skipped.jsonl", "left_out.jsonl")
+        return [name for name in names if os.path.exists(os.path.join(self.path, name))]
+
+    def _cut(self, name: str) -> None:
         """Drops what a killed run had logged behind the checkpoint that this run goes on from, and
-        lines that are no JSON. -> the number of lines that are left."""
+        lines that are no JSON."""
         path = os.path.join(self.path, name)
-        if not os.path.exists(path):
-            return 0
-        kept = 0
-        with open(path, errors="replace") as file, open(path + ".new", "w") as new:
+        with open(path, errors="replace") as file, replacing(path) as new:
             for line in file:
                 try:
                     done = json.loads(line)["step"] <= self.step
-                except (ValueError, TypeError, KeyError):
+                except (ValueError, TypeError, KeyError, RecursionError):
                     done = False
                 new.write(line.rstrip("\n") + "\n" if done else "")
-                kept += done
-            new.flush()
-            os.fsync(new.fileno())
-        os.replace(path + ".new", path)
-        return kept
 
     def _save(self, step: int, modules: dict, save: Callable) -> None:
         """checkpoint-<step>, written beside, checked, forced to the disk and renamed; only then the
@@ -646,17 +687,18 @@ class Run:
         if rank() == 0:
             shutil.rmtree(beside, ignore_errors=True)
         barrier()
-        progress = self.progress | {"position": self.position, "skipped": self.skipped}
-        progress["rows_used"] = self.rows_used
-        progress["stepped"] = _stepped(modules)
+        self.progress["stepped"] = stepped = _stepped(modules)
         with _all_or_nothing(beside):
             save(beside)
             state, alone = os.path.join(beside, "state"), not dist.is_initialized()
-            dcp.save(_state(modules, progress["stepped"]), checkpoint_id=state, no_dist=alone)
+            dcp.save(_state(modules, stepped), checkpoint_id=state, no_dist=alone)
             if rank() == 0:
-                write_json(os.path.join(state, "progress.json"), progress)
+                _force(self.path, self._logs())
+                write_json(os.path.join(state, "progress.json"), self.progress)
             barrier()
-            sums = {name: _checksum(os.path.join(beside, name)) for name in _my_files(beside)}
+            mine = _files(beside)[rank() :: world_size()]
+            _force(beside, mine)
+            sums = {name: _checksum(os.path.join(beside, name)) for name in mine}
             barrier()
             write_json(os.path.join(beside, f"checksums-{rank()}.json"), sums)
         barrier()
@@ -747,20 +789,24 @@ def _state(modules: dict, stepped: dict[str, list[str]]) -> dict:
     return state
 
 
-def _my_files(path: str) -> list[str]:
-    """This rank's share of the files of a checkpoint, relative to it."""
+def _files(path: str) -> list[str]:
+    """The files below a directory, relative to it."""
     found = (os.path.join(top, name) for top, _, names in os.walk(path) for name in names)
-    files = sorted(os.path.relpath(file, path) for file in found)
-    return [file for file in files if "checksums-" not in file][rank() :: world_size()]
+    return sorted(os.path.relpath(file, path) for file in found)
+
+
+def _force(path: str, names: list[str]) -> None:
+    """Files of a directory to the disk."""
+    for name in names:
+        with open(os.path.join(path, name), "rb") as file:
+            os.fsync(file.fileno())
 
 
 def _checksum(path: str) -> int:
-    """Also forces the file to the disk."""
     total = 0
     with open(path, "rb") as file:
         while block := file.read(1 << 24):
             total = zlib.crc32(block, total)
-        os.fsync(file.fileno())
     return total
 
 
@@ -776,7 +822,7 @@ def _is_whole(path: str) -> bool:
         return bool(expected) and all(
             _checksum(os.path.join(path, name)) == expected[name] for name in mine
         )
-    except (OSError, ValueError):
+    except (OSError, ValueError, TypeError):
         return False
 
 
@@ -794,13 +840,11 @@ def _writer(report_to: str, path: str, fields: dict) -> Callable | None:
             board.flush()
 
         return write
-    if report_to == "wandb":
-        try:
-            import wandb
-        except ImportError:
-            raise UserError(
-                "--report_to wandb: it is not installed; pip install wandb, or use tensorboard"
-            ) from None
-        wandb.init(project="prism", dir=path, config=fields)
-        return lambda line, step: wandb.log(line, step=step)
-    raise UserError(f"--report_to {report_to}: choose none, tensorboard or wandb")
+    try:
+        import wandb
+    except ImportError:
+        raise UserError(
+            "--report_to wandb: it is not installed; pip install wandb, or use tensorboard"
+        ) from None
+    wandb.init(project="prism", dir=path, config=fields)
+    return lambda line, step: wandb.log(line, step=step)

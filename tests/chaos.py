@@ -1,18 +1,21 @@
 """What happens to a run: kills at random moments, and what is left of it afterwards.
 
-    python tests/chaos.py --tries 60 --seed 0
+    python tests/chaos.py --tries 80 --seed 0         every fault on every stage
+    python tests/chaos.py --tries 100 --faults kill   kills only
+    python tests/chaos.py --tries 0 --fuzz 1000000    inputs that are broken in every way
 
-A try is a short run of one stage on one or two ranks, killed up to three times and resumed each
-time. What it ends with must equal an undisturbed run to the last bit: metrics without the times,
-rollouts, weights. A part of the kills is aimed into the saving of checkpoints. Prints a table:
-fault, tried, survived. Then one long run of alignment is watched for memory, time a step, open
-files and threads that grow.
+A try is a short run of one stage on one or two ranks, that a fault happens to up to three times and
+that is resumed each time. What it ends with must equal an undisturbed run to the last bit: metrics
+without the times, rollouts, weights. A part of the kills is aimed into the saving of checkpoints.
+Prints a table: fault, tried, survived. Then one long run of alignment is watched for memory, time
+a step, open files and threads that grow. Then come the inputs: whatever they are, they raise
+nothing that is not caught, and take no second.
 
-Not a test by pytest's names; `make chaos` runs it. `Nursery` and `differences` are used by
-tests/test_run.py as well.
+Not a test by pytest's names; `make chaos` runs it. tests/test_run.py uses parts of it.
 """
 
 import argparse
+import itertools
 import json
 import os
 import random
@@ -220,12 +223,8 @@ def differences(one, two) -> list[str]:
     return found
 
 
-def prepare(nursery: Nursery, folder: Path) -> tuple[dict, str, str]:
-    """A small world, a policy that has learned the format in it, and a discriminator."""
-    import digits
-    from tests.conftest import WORLD
-
-    world = digits.build(folder / "world", digits.World(**WORLD))
+def prepare(nursery: Nursery, folder: Path, world: dict) -> tuple[dict, str, str]:
+    """A policy that has learned the format in a small world, and a discriminator."""
     flags = ("--max_steps", 150, "--learning_rate", 4e-3, "--per_device_train_batch_size", 32)
     where = ("--data", world["pretrain"], "--output_dir", folder / "trained")
     done = nursery.run("sft.py", "--model", world["init"], *where, *flags, log=folder / "trained")
@@ -241,14 +240,48 @@ def prepare(nursery: Nursery, folder: Path) -> tuple[dict, str, str]:
 # --------------------------------------------------------------------------------------------------
 # Faults
 
+FAULTS = (
+    "kill -9",
+    "kill -9 in a save",
+    "kill -9 of one of two ranks",
+    "kill -9 of ranks that differ",
+    "kill -9, then a damaged checkpoint",
+    "SIGTERM",
+    "SIGINT",
+    "SIGSTOP of one of two ranks",
+    "full disk",
+    "two at once",
+)
+ODD = ("no images", "rows left out", "one row", "nothing valid")  # how ranks come to differ
+
+
+def odd_flags(script: str, kind: str, world: dict, folder: Path) -> tuple:
+    """What makes ranks differ: half of the rows have no image, half of them are bad, there is one
+    row for all ranks, or the policy answers in no format."""
+    if kind == "nothing valid" and script in ("align.py", "rlvr.py"):
+        return ("--ckpt", world["init"])
+    path = Path(world["sft" if script == "sft.py" else "prompts"])
+    rows = [json.loads(line) for line in open(path)]
+    for row in rows[::2] if kind != "one row" else []:
+        row |= {"videos": "x"} if kind == "rows left out" else {}
+        for name in {"image", "images"} & row.keys():
+            row[name] = []
+    text = [json.dumps(row) for row in rows[: 1 if kind == "one row" else None]]
+    text = [line.replace("<image>", "") if "[]" in line else line for line in text]
+    data = path.with_name(f"{path.stem}-{kind.replace(' ', '-')}.jsonl")
+    data.write_text("\n".join(text))
+    alone = script == "discriminator.py" and kind == "one row"
+    more = ("--validation_share", 0) if alone else ()
+    return ("--data", data, "--max_bad_fraction", 1, "--image_dir", path.parent, *more)
+
 
 def in_a_save(out: Path) -> bool:
     return any(name.endswith(".incomplete") for name in os.listdir(out)) if out.is_dir() else False
 
 
-def strike(started: Started, out: Path, rng: random.Random, length: float, aimed: bool) -> float:
+def strike(started: Started, out: Path, rng: random.Random, length: float, aimed: bool) -> None:
     """Waits for the moment of a kill: anywhere in a run of `length` seconds, or `aimed` into a
-    save, which is seen by its unfinished copy. -> the moment, in seconds from the start."""
+    save, which is seen by its unfinished copy."""
     start, moment = time.monotonic(), rng.uniform(0, length)
     if aimed:  # the copy of some checkpoint, and some time into it
         passed = rng.randrange(STEPS - 1)
@@ -263,7 +296,18 @@ def strike(started: Started, out: Path, rng: random.Random, length: float, aimed
         moment = time.monotonic() - start + rng.uniform(0, 0.06)
     while time.monotonic() - start < moment and not started.gone():
         time.sleep(0.001)
-    return time.monotonic() - start
+
+
+def damage(out: Path, rng: random.Random) -> None:
+    """Other bytes in the middle of some file of the newest checkpoint, or an end too early."""
+    found = [p for p in out.glob("checkpoint-*") if p.name[11:].isdigit()]
+    if found:
+        newest = max(found, key=lambda path: int(path.name[11:]))
+        path = rng.choice(sorted(p for p in newest.rglob("*") if p.is_file()))
+        content = bytearray(path.read_bytes())
+        middle = len(content) // 2
+        content[middle : middle + 8] = bytes(255 - byte for byte in content[middle : middle + 8])
+        path.write_bytes(content[: rng.choice((None, middle))])
 
 
 def one_try(
@@ -275,12 +319,22 @@ def one_try(
     words = [script, *base, "--save_steps", 1, "--output_dir", out]
     happened = 0
     for _ in range(rng.randint(1, 3)):
-        started = nursery.start(*words, "--resume", ranks=ranks, log=folder / "log")
+        wait = ("--timeout", 0.1) if fault.startswith("SIGSTOP") else ()
+        started = nursery.start(*words, *wait, "--resume", ranks=ranks, log=folder / "log")
         strike(started, out, rng, length, fault == "kill -9 in a save")
         if started.gone() and started.wait() == [0] * ranks:
             break  # it had finished before
+        lost = rng.randrange(ranks)
         if fault == "kill -9 of one of two ranks":
-            started.signal(signal.SIGKILL, rng.randrange(ranks))
+            started.signal(signal.SIGKILL, lost)
+        elif fault == "SIGSTOP of one of two ranks":
+            started.signal(signal.SIGSTOP, lost)
+            end = time.monotonic() + 60
+            while not started.gone(1 - lost) and time.monotonic() < end:
+                time.sleep(0.01)
+            if not started.gone(1 - lost):
+                return False, "the other rank did not end"
+            started.signal(signal.SIGKILL, lost)
         elif fault in ("SIGTERM", "SIGINT"):
             started.signal(getattr(signal, fault))
         else:
@@ -297,11 +351,41 @@ def one_try(
             polite = {0 if fault == "SIGTERM" else 130}
         if fault in ("SIGTERM", "SIGINT") and not set(codes) <= polite:
             return False, f"after {fault}: {codes} {started.said[-300:]}"
+        if fault.endswith("damaged checkpoint"):
+            damage(out, rng)
+    return resumed(nursery, words, ranks, reference, folder, out)
+
+
+def resumed(nursery, words, ranks, reference, folder, out) -> tuple[bool, str]:
+    """Whether the run goes on to what it would have been, undisturbed."""
     done = nursery.run(*words, "--resume", ranks=ranks, log=folder / "log")
     if done.codes != [0] * ranks:
-        return False, f"resumed after {happened}: {done.codes} {done.said[-400:]}"
+        return False, f"resumed: {done.codes} {done.said[-400:]}"
     other = differences(reference, out)
     return not other, "; ".join(other)
+
+
+def full_disk(nursery, script, ranks, base, reference, folder, rng) -> tuple[bool, str]:
+    """A disk that is full at some moment: one line, and nothing half on it."""
+    disk = folder / "disk"
+    disk.mkdir(exist_ok=True)
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", disk], check=True)
+    try:
+        out, ballast = disk / "out", disk / "ballast"
+        words = [script, *base, "--save_steps", 1, "--output_dir", out]
+        result = sum(p.stat().st_size for p in reference.rglob("*.safetensors"))
+        with open(ballast, "wb") as file:  # a checkpoint is four times the result, two are kept
+            file.write(bytes(max(0, (64 << 20) - int(rng.uniform(0, 13) * result))))
+        started = nursery.start(*words, ranks=ranks, log=folder / "log")
+        codes = started.wait()
+        if set(codes) != {0}:
+            whole = len(started.errors) == 1 and not in_a_save(out) and 2 in codes
+            if not whole or "Traceback" in started.said or (out / "model.safetensors").exists():
+                return False, f"{codes} {started.said[-300:]}"
+        ballast.unlink()
+        return resumed(nursery, words, ranks, reference, folder, out)
+    finally:
+        subprocess.run(["umount", "-l", disk], check=True)
 
 
 def two_at_once(nursery, script, base, reference, folder, rng) -> tuple[bool, str]:
@@ -319,22 +403,25 @@ def two_at_once(nursery, script, base, reference, folder, rng) -> tuple[bool, st
     return not other, "; ".join(other)
 
 
-def chaos(nursery: Nursery, folder: Path, prepared: tuple, tries: int, seed: int) -> bool:
+def chaos(nursery: Nursery, folder: Path, prepared: tuple, tries: int, seed: int, only: str):
     """The table. -> whether all was survived."""
     rng = random.Random(seed)
-    faults = ("kill -9", "kill -9 in a save", "kill -9 in a save")
-    faults += ("kill -9 of one of two ranks", "SIGTERM", "SIGINT", "two at once")
+    faults = [fault for fault in FAULTS if only in fault]
     reference, length = {}, {}
     tried, survived, struck, failed = Counter(), Counter(), Counter(), []
     kinds = [(script, ranks) for ranks in (1, 2) for script in STAGES]
     for number in range(tries):
         script, ranks = kinds[number % len(kinds)]
         fault = faults[number // len(kinds) % len(faults)]
-        fault = "kill -9" if fault == "kill -9 of one of two ranks" and ranks == 1 else fault
-        fault = "kill -9" if fault == "two at once" and ranks == 2 else fault
-        base = flags_of(script, *prepared)
-        if (script, ranks) not in reference:
-            reference[script, ranks] = whole = folder / f"{script}-{ranks}"
+        many = fault.endswith(("ranks", "differ"))
+        fault = "kill -9" if many and ranks == 1 or fault == "two at once" and ranks == 2 else fault
+        base, odd = flags_of(script, *prepared), None
+        if fault.endswith("differ"):
+            odd = rng.choice(ODD)
+            base = (*base, *odd_flags(script, odd, prepared[0], folder))
+        if (script, ranks, odd) not in reference:
+            whole = folder / f"{script}-{ranks}-{odd}"
+            reference[script, ranks, odd] = whole
             done = nursery.run(
                 *(script, *base, "--output_dir", whole), ranks=ranks, log=folder / "log"
             )
@@ -342,15 +429,16 @@ def chaos(nursery: Nursery, folder: Path, prepared: tuple, tries: int, seed: int
             start = time.monotonic()
             often = ("--save_steps", 1, "--output_dir", folder / "often")
             done = nursery.run(script, *base, *often, ranks=ranks, log=folder / "log")
-            length[script, ranks] = time.monotonic() - start
+            length[script, ranks, odd] = time.monotonic() - start
             other = differences(whole, folder / "often")
             assert done.codes == [0] * ranks and not other, (other, done.said)
             shutil.rmtree(folder / "often")
-        whole = reference[script, ranks]
+        whole, span = reference[script, ranks, odd], length[script, ranks, odd]
         if fault == "two at once":
             good, why = two_at_once(nursery, script, base, whole, folder, rng)
+        elif fault == "full disk":
+            good, why = full_disk(nursery, script, ranks, base, whole, folder, rng)
         else:
-            span = length[script, ranks]
             good, why = one_try(
                 nursery, script, ranks, base, whole, folder, rng, span, fault, struck
             )
@@ -360,13 +448,13 @@ def chaos(nursery: Nursery, folder: Path, prepared: tuple, tries: int, seed: int
         if number % 8 == 7:
             print(f"{number + 1} tries, {len(failed)} failed", file=sys.stderr, flush=True)
         if not good:
-            failed.append(f"try {number}, {key}: {why}")
+            failed.append(f"try {number}, {key}, {odd}: {why}")
             print(failed[-1], flush=True)
     print(f"seed {seed}, {tries} tries")
-    print(f"{'fault':30} {'stage':14} {'ranks':>5} {'tried':>6} {'survived':>9}")
+    print(f"{'fault':36} {'stage':14} {'ranks':>5} {'tried':>6} {'survived':>9}")
     for key in sorted(tried):
-        print(f"{key[0]:30} {key[1]:14} {key[2]:5} {tried[key]:6} {survived[key]:9}")
-    print(f"{'all':51} {sum(tried.values()):6} {sum(survived.values()):9}")
+        print(f"{key[0]:36} {key[1]:14} {key[2]:5} {tried[key]:6} {survived[key]:9}")
+    print(f"{'all':57} {sum(tried.values()):6} {sum(survived.values()):9}")
     print(f"{struck['all']} kills and signals, {struck['in a save']} of them during a save")
     return not failed
 
@@ -420,23 +508,234 @@ def watch(nursery: Nursery, folder: Path, prepared: tuple, steps: int) -> bool:
     return good
 
 
+# --------------------------------------------------------------------------------------------------
+# Inputs. Each generator gives (how many inputs, what they are, what tries them).
+
+
+def answers(rng: random.Random):
+    """Texts for parse_response: what it takes apart is whole."""
+    from data import TAGS, parse_response
+
+    odd = ["<", ">", "</", "caption", "<image>", "\ud800", "\0", "é", "  ", "\n", "a", "x = 5"]
+    while True:
+        text = "".join(rng.choice((tag, "", tag + rng.choice(odd))) for tag in TAGS)
+        text = (
+            "<caption>a</caption>\n<think>b</think> <answer>c</answer>"
+            if rng.random() < 0.3
+            else text
+        )
+        for _ in range(rng.randrange(5)):
+            at, piece = rng.randrange(len(text) + 1), rng.choice([*TAGS, *odd])
+            piece *= rng.choice((0, 1, 1, 1, 2, 3000 if rng.random() < 0.02 else 1))
+            text = text[:at] + piece + text[at + rng.choice((0, 0, 1, 3, 9)) :]
+        text = rng.choice((None, 7, text.encode(errors="replace"))) if rng.random() < 0.01 else text
+
+        def attempt(text=text):
+            response = parse_response(text)
+            if response is not None:
+                blocks = [response.caption, response.think, response.answer]
+                assert all(b and b == b.strip() for b in blocks)
+                assert not any(tag in block for tag in TAGS for block in blocks)
+
+        yield 1, text, attempt
+
+
+def judgements(rng: random.Random):
+    """Pairs of an answer and a ground truth for verify."""
+    from tests.test_verifier import mutated
+    from verifier import verify
+
+    while True:
+        pair = mutated(rng), mutated(rng)
+        pair = (
+            (pair[0], rng.choice(([pair[1], mutated(rng)], None, 3.5, [], [[]], {})))
+            if rng.random() < 0.05
+            else pair
+        )
+
+        def attempt(pair=pair):
+            assert verify(*pair) in (True, False)
+
+        yield 1, pair, attempt
+
+
+def tables(rng: random.Random, folder: Path, processor):
+    """Files of rows in every layout and format, drawn and encoded as a stage does."""
+    import pyarrow
+    import pyarrow.parquet
+
+    from data import Encoded
+    from rows import RowError, UserError, load_data
+    from tests import test_rows as wild
+
+    layouts = [wild.SHAREGPT, wild.OLDER, wild.PLAIN, wild.VERL, wild.PAIR, wild.PARTS]
+    (folder / "a.png").write_bytes(wild.PIXEL)
+    texts = [value for value in wild.ODD if isinstance(value, str) and value.isprintable()]
+
+    def text():
+        return rng.choice((None, "q <image>", *texts))
+
+    def verl():
+        turns = [{"role": rng.choice(("user", "assistant", "x", None)), "content": text()}]
+        picture = {"bytes": rng.choice((None, b"", b"x", wild.PIXEL)), "path": text()}
+        truth = {"ground_truth": text(), "equivalent_answers": rng.choice((None, [], [text()]))}
+        return {
+            "prompt": turns * rng.randrange(3),
+            "images": [picture] * rng.randrange(3),
+            "reward_model": truth,
+            "teacher_response": text(),
+        }
+
+    def damaged(line: bytes) -> bytes:
+        at, content = rng.randrange(len(line) + 1), bytes([rng.choice(b'\xff{}[]",:\0 9')])
+        return line[:at] + content * rng.randrange(3) + line[at + rng.randrange(4) :]
+
+    for number in itertools.count():
+        kind = ("jsonl", "json", "jsonl", "parquet")[number % 4]
+        path, size = folder / f"rows.{kind}", 2000
+        if kind == "parquet":
+            pyarrow.parquet.write_table(
+                pyarrow.Table.from_pylist([verl() for _ in range(size)]), path
+            )
+        else:
+            rows = [wild.mutated(rng.choice(layouts), rng) for _ in range(size)]
+            lines = [json.dumps(row, default=str).encode() for row in rows]
+            if kind == "json":
+                path.write_bytes(b"[" + b",".join(lines) + b"]")
+            else:
+                path.write_bytes(b"\n".join(damaged(x) if rng.random() < 0.3 else x for x in lines))
+        encoded = Encoded(load_data(str(path)), processor, lambda *row: row)
+        for at in range(0, len(encoded.examples), 8):
+            draws = [(i, i) for i in range(at, min(at + 8, len(encoded.examples)))]
+
+            def attempt(draws=draws, encoded=encoded):
+                for where, item in encoded[draws]:
+                    assert where and (isinstance(item, RowError) or len(item[1].input_ids))
+
+            yield len(draws), (str(path), draws), attempt
+        content = damaged(path.read_bytes()[: rng.choice((None, 50, 4000))])
+
+        def opened(content=content, path=path.with_name(f"broken.{kind}")):
+            path.write_bytes(content)
+            try:
+                rows = load_data(str(path))
+            except UserError:
+                return
+            try:
+                rows[len(rows) - 1]
+            except RowError:
+                pass
+
+        yield 1, content[:100], opened
+
+
+def packs(rng: random.Random, path: str, data: str):
+    """Groups of any shape under any budget: the log-probabilities of each branch are those of
+    transformers' own forward of prompt and branch alone, in float64."""
+    import torch
+    from transformers import AutoModelForImageTextToText
+
+    from data import Group, encode_prompts, make_packs
+    from model import load_policy, token_logprobs
+    from rows import Example, load_data
+    from tests.test_model import reference_logprobs
+
+    policy, processor = load_policy("--model", path)
+    reference = AutoModelForImageTextToText.from_pretrained(path, dtype=torch.float64)
+    asked = [[{"role": "user", "content": [{"type": "text", "text": "a" * n}]}] for n in (1, 9, 60)]
+    examples = [*load_data(data)[:30], *(Example(0, "text", chat, []) for chat in asked)]
+    prompts = encode_prompts(processor, examples)
+    words = torch.tensor([i for i in range(300) if i not in policy.forbidden])
+    while True:
+        chosen = rng.choices(prompts, k=rng.randint(1, 3))
+        branches = [
+            [words[torch.randint(len(words), (rng.choice((1, 2, 5, 17, 40)),))] for _ in range(n)]
+            for n in (rng.choice((0, 1, 2, 3)) for _ in chosen)
+        ]
+        groups = [Group(prompt, some) for prompt, some in zip(chosen, branches)]
+        budget, temperature = rng.choice((None, rng.randint(1, 300))), rng.uniform(0.3, 2)
+
+        def attempt(groups=groups, budget=budget, temperature=temperature):
+            seen = []
+            with torch.no_grad():
+                for pack in make_packs(groups, budget):
+                    logp = token_logprobs(policy, pack, temperature)[0].split(pack.lengths)
+                    for (g, i), mine in zip(pack.members, logp):
+                        given = groups[g].prompt, groups[g].branches[i], temperature
+                        own = reference_logprobs(reference, *given, policy.forbidden)[0]
+                        assert torch.allclose(mine.double(), own, atol=1e-4), (
+                            (mine - own).abs().max()
+                        )
+                        seen.append((g, i))
+            assert seen == [
+                (g, i) for g, group in enumerate(groups) for i in range(len(group.branches))
+            ]
+
+        shape = [(len(group.prompt.input_ids), [*map(len, group.branches)]) for group in groups]
+        yield 1, (shape, budget, temperature), attempt
+
+
+def fuzz(folder: Path, world: dict, count: int, seed: int) -> bool:
+    """`count` inputs in all. -> whether none raised and none took a second of processor time."""
+    import datasets
+    import torch
+
+    from data import load_processor
+    from tests.test_verifier import processor_time
+
+    datasets.config.HF_DATASETS_CACHE = str(folder / "cache")
+    datasets.disable_progress_bars()
+    torch.manual_seed(seed)
+    rng, good = random.Random(seed), True
+    kinds = {"parse_response": (0.4, answers(rng)), "verify": (0.4, judgements(rng))}
+    kinds["rows"] = 0.19, tables(rng, folder, load_processor(world["init"]))
+    kinds["packs"] = 0.01, packs(rng, world["init"], world["prompts"])
+    print(f"{'inputs':16} {'tried':>9} {'raised':>7} {'slowest, s':>11}", flush=True)
+    for name, (share, inputs) in kinds.items():
+        tried = raised = slowest = 0
+        while tried < share * count:
+            number, given, attempt = next(inputs)
+            start = processor_time()
+            try:
+                attempt()
+            except Exception as error:
+                print(f"{name}: {type(error).__name__}: {error}, {ascii(given)[:500]}", flush=True)
+                raised += 1
+            took = processor_time() - start
+            tried, slowest = tried + number, max(slowest, took)
+            if took >= 1:
+                print(f"{name}: {took:.2f} s, {ascii(given)[:500]}", flush=True)
+        print(f"{name:16} {tried:9} {raised:7} {slowest:11.3f}", flush=True)
+        good &= not raised and slowest < 1
+    return good
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--tries", type=int, default=56, help="56: every fault on every stage")
+    parser.add_argument("--tries", type=int, default=80, help="80: every fault on every stage")
+    parser.add_argument("--faults", default="", help="those only whose name has this in it")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument(
-        "--steps", type=int, default=300, help="of the run that is watched; 0: none"
-    )
+    parser.add_argument("--steps", type=int, default=300, help="of the run that is watched")
+    parser.add_argument("--fuzz", type=int, default=20_000, help="inputs that are tried")
     parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.serve:
         return serve()
-    nursery = Nursery()
-    with tempfile.TemporaryDirectory() as folder:
-        prepared = prepare(nursery, Path(folder))
-        good = chaos(nursery, Path(folder), prepared, args.tries, args.seed)
+    import digits
+    from tests.conftest import WORLD
+
+    nursery, good = Nursery(), True
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        world = digits.build(folder / "world", digits.World(**WORLD))
+        if args.tries or args.steps:
+            prepared = prepare(nursery, folder, world)
+        if args.tries:
+            good &= chaos(nursery, folder, prepared, args.tries, args.seed, args.faults)
         if args.steps:
-            good &= watch(nursery, Path(folder), prepared, args.steps)
+            good &= watch(nursery, folder, prepared, args.steps)
+        if args.fuzz:
+            good &= fuzz(folder, world, args.fuzz, args.seed)
     nursery.close()
     sys.exit(not good)
 

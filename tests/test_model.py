@@ -8,13 +8,14 @@ import os
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
+from typing import get_args
 
 import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import AutoModelForImageTextToText
+from transformers import AutoModelForImageTextToText, get_scheduler
 from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLTextRMSNorm
 
 from checkpoint import _hollow, load_policy, load_processor, read_config, save_policy
@@ -25,6 +26,7 @@ from discriminator import Comparison, judge, load_discriminator
 from model import LogProbs, Norm, Patches, join_ranks, learning_rate_at, recompute, shard
 from model import token_logprobs
 from rows import Example, UserError, load_data
+from run import Schedule
 from tests.conftest import launch
 
 
@@ -343,23 +345,39 @@ def test_learning_rate_schedule():
     assert learning_rate_at(1, 10, constant) == learning_rate_at(10, 10, constant) == 3.0
 
 
-@pytest.mark.parametrize("name", ["constant", "linear", "cosine"])
-@pytest.mark.parametrize("warmup, steps", [(0.0, 0), (0.2, 4), (4.0, 4), (1.0, 1), (40.0, 40)])
+@pytest.mark.parametrize("name", ["constant", "constant_with_warmup", "linear", "cosine"])
+@pytest.mark.parametrize("warmup, steps", [(0.0, 0), (0.2, 4), (0.11, 3), (4.0, 4), (40.0, 40)])
 def test_every_schedule_step_by_step(name, warmup, steps):
-    """Warm-up as a number of steps and as a share of 20 steps, then the shape; a warm-up that is
-    longer than the run never ends; another rate takes the place of the configuration's."""
+    """Warm-up as a number of steps and as a share of 20 steps, rounded up as in transformers, then
+    the shape; a warm-up that is longer than the run never ends; another rate takes the place of
+    the configuration's."""
     config = schedule(warmup, name, 3.0)
     for step in range(1, 21):
         gone = (step - 1 - steps) / max(1, 20 - steps)
-        shape = {"constant": 1, "linear": 1 - gone, "cosine": (1 + math.cos(math.pi * gone)) / 2}
-        expected = step / steps if step <= steps else shape[name]
+        shape = {"linear": 1 - gone, "cosine": (1 + math.cos(math.pi * gone)) / 2}
+        expected = step / steps if step <= steps else shape.get(name, 1)
         assert learning_rate_at(step, 20, config) == pytest.approx(3 * expected, abs=1e-12)
         assert learning_rate_at(step, 20, config, 7.0) == pytest.approx(7 * expected, abs=1e-12)
 
 
-def test_an_unknown_schedule_is_refused():
-    with pytest.raises(UserError, match="--lr_scheduler_type polynomial: choose one of constant"):
-        learning_rate_at(1, 10, schedule(0.0, "polynomial", 1.0))
+@pytest.mark.parametrize("name", [name for name in get_args(Schedule) if name != "constant"])
+def test_every_schedule_is_transformers_own(name):
+    """Behind the warm-up its rates, step by step; in it those of the step after."""
+    optimizer = torch.optim.SGD([torch.zeros(1)], 0.5)
+    theirs, rates = get_scheduler(name, optimizer, 4, 20), []
+    for _ in range(21):
+        rates.append(theirs.get_last_lr()[0])
+        optimizer.step()
+        theirs.step()
+    ours = [learning_rate_at(step, 20, schedule(4.0, name, 0.5)) for step in range(1, 21)]
+    assert ours == [*rates[1:5], *rates[4:20]] and rates[0] == 0 < ours[0]
+
+
+def test_a_schedule_that_cannot_be_is_one_line():
+    with pytest.raises(UserError, match="--lr_scheduler_type linaer: .*select one of .*'linear'"):
+        learning_rate_at(1, 10, schedule(0.0, "linaer", 1.0))
+    with pytest.raises(UserError, match="--lr_scheduler_type polynomial: lr_end .* smaller"):
+        learning_rate_at(1, 10, schedule(0.0, "polynomial", 1e-8))
 
 
 def test_special_tokens_in_text_stay_text(world):

@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import get_args, get_type_hints
 
 import pytest
@@ -23,15 +24,15 @@ from safetensors.torch import load_file, save_file
 import run
 from align import AlignConfig
 from checkpoint import load_policy
-from data import Encoded, batches
+from data import Encoded, batches, epoch_rows
 from discriminator import DiscriminatorConfig
 from eval import EvalConfig
 from rlvr import RLVRConfig
 from rows import UserError, load_data
 from sampler import generate
 from sft import SFTConfig
-from tests.chaos import STEPS, Nursery, differences, flags_of, in_a_save, numbers
-from tests.conftest import ROOT, lines
+from tests.chaos import STEPS, Nursery, differences, flags_of, fuzz, in_a_save, numbers
+from tests.conftest import ROOT, launch, lines
 
 STAGES = ("sft.py", "discriminator.py", "align.py", "rlvr.py")
 
@@ -342,9 +343,10 @@ def test_another_runs_directory_is_refused(nursery, world, trained, whole, tmp_p
     (mine / "thesis.txt").write_text("keep")
     refused(nursery.start(*base, "--resume", "--output_dir", mine, log=log), "no run's directory")
     assert os.listdir(mine) == ["thesis.txt"]
-    (out / "run.json").write_text('{"stage": "sft", "ru')
-    line = refused(nursery.start(*base, *resume, log=log), "run.json", "damaged")
-    assert "\n" not in line and (out / "model.safetensors").exists()
+    for text in ('{"stage": "sft", "ru', "[]", '{"stage": "sft", "run": 1}', "{}", "null"):
+        (out / "run.json").write_text(text)
+        line = refused(nursery.start(*base, *resume, log=log), "run.json", "damaged")
+        assert "\n" not in line and (out / "model.safetensors").exists()
 
 
 @pytest.fixture(scope="module")
@@ -372,6 +374,7 @@ DAMAGE = {
     "index": lambda path: flip(path / "state" / ".metadata"),
     "gone": lambda path: (path / "state" / "progress.json").unlink(),
     "checksums": lambda path: (path / "checksums-0.json").write_text("{"),
+    "no checksums": lambda path: (path / "checksums-0.json").write_text("[1]"),
 }
 
 
@@ -416,7 +419,15 @@ def test_broken_lines_in_logs_are_dropped(nursery, whole, stopped, tmp_path):
     out = shutil.copytree(stopped, tmp_path / "out")
     path = out / "metrics.jsonl"
     first, *others = path.read_bytes().splitlines(keepends=True)
-    rubbish = [b"\n", b"no json\n", b"[1]\n", b"null\n", b"\xff\x00\xfe\n", b'{"step": "x"}\n']
+    rubbish = [
+        b"\n",
+        b"no json\n",
+        b"[" * 100_000 + b"\n",
+        b"[1]\n",
+        b"null\n",
+        b"\xff\x00\xfe\n",
+        b'{"step": "x"}\n',
+    ]
     path.write_bytes(b"".join([first, *rubbish, *others]) + b'{"step": 7, "lo')
     (out / "left_out.jsonl").write_bytes(b'{"step": 1')
     done = nursery.run(*base, "--output_dir", out, "--resume", log=tmp_path / "log")
@@ -436,24 +447,48 @@ def test_a_last_line_without_its_end_is_kept_whole(nursery, whole, stopped, tmp_
 
 
 def test_the_batch_over_all_ranks_is_kept(nursery, short, tmp_path):
-    """Two ranks, then one with the batch of both: the same rows and losses as all on one. With
-    another batch it is refused, and nothing is touched."""
+    """With another batch a run is not resumed, and nothing is touched; of other data it says so."""
     base = short("sft.py")
-    rate = ("--learning_rate", 1e-4, "--save_steps", 1)
-    batch = [("--per_device_train_batch_size", size) for size in (8, 4)]
-    one, out, log = tmp_path / "one", tmp_path / "out", tmp_path / "log"
-    done = nursery.run(*base, *rate, *batch[0], "--output_dir", one, log=log)
-    assert done.codes == [0]
-    stopped_at(nursery, [*base, *rate, *batch[1]], out, 2, ranks=2)
-    before = files(out)
-    resume = ("--output_dir", out, "--resume")
-    line = refused(nursery.start(*base, *rate, *batch[1], *resume, log=log))
+    out, log = tmp_path / "out", tmp_path / "log"
+    stopped_at(nursery, base, out, 2, ranks=2)
+    before, resume = files(out), ("--output_dir", out, "--resume")
+    line = refused(nursery.start(*base, *resume, log=log))
     assert "a step had 8 rows over all ranks and would now have 4" in line
     assert files(out) == before
-    done = nursery.run(*base, *rate, *batch[0], *resume, log=log)
-    assert done.codes == [0], done.said
+    data = Path(base[base.index("--data") + 1])
+    fewer = data.with_name("fewer.jsonl")
+    fewer.write_text("".join(data.read_text().splitlines(keepends=True)[:-1]))
+    done = nursery.run(*base, *resume, "--data", fewer, ranks=2, log=log)
+    fewer.unlink()
+    assert done.codes == [0, 0] and "the data had 120 rows and has 119" in done.said, done.said
+
+
+@pytest.mark.parametrize("ranks", [(2,), (4,), (1, 2, 4), (4, 2, 1)])
+def test_a_loss_is_the_same_on_any_ranks(nursery, short, tmp_path, ranks):
+    """As on one, to 1e-5, and with the same rows; also where each step is made by other ranks than
+    the step before, from a checkpoint of theirs."""
+    base = [*short("sft.py"), "--max_steps", 4, "--learning_rate", 1e-3, "--warmup_steps", 0]
+    base += ["--save_steps", 1, "--save_total_limit", 4]
+
+    def go(out, ranks, *more):
+        batch = ("--per_device_train_batch_size", 8 // ranks)
+        words = (*base, *batch, "--output_dir", out, *more)
+        done = nursery.run(*words, ranks=ranks, log=tmp_path / "log")
+        assert done.codes == [0] * ranks, done.said
+        return done.said
+
+    one, out = tmp_path / "one", tmp_path / "out"
+    go(one, 1)
+    go(out, ranks[0])
+    for step, number in enumerate(ranks[1:], 1):  # back to where it stood after this step
+        for later in range(step + 1, 4):
+            shutil.rmtree(out / f"checkpoint-{later}")
+        record = json.loads((out / "run.json").read_text())
+        del record["finished"]
+        (out / "run.json").write_text(json.dumps(record))
+        assert f"resumed from {out}/checkpoint-{step}" in go(out, number, "--resume")
     a, b = numbers(one), numbers(out)
-    assert [s["step"] for s in a] == [s["step"] for s in b] == list(range(1, STEPS + 1))
+    assert [s["step"] for s in b] == [1, 2, 3, 4] and a[0]["loss"] - a[3]["loss"] > 0.01
     for x, y in zip(a, b):
         assert (x["tokens"], x["rows"]) == (y["tokens"], y["rows"])
         assert y["loss"] == pytest.approx(x["loss"], rel=1e-5)
@@ -535,6 +570,41 @@ def test_a_full_disk_is_one_line(nursery, whole, small_disk, tmp_path, ranks):
     assert differences(expected, out) == []
 
 
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_disk_that_is_full_at_the_end(nursery, whole, small_disk, tmp_path, ranks):
+    """No part of the result is left in the directory, where it would look like one."""
+    base, expected = whole("sft.py", ranks)
+    out = small_disk / "out"
+    fill(small_disk, (expected / "model.safetensors").stat().st_size // 2)
+    started = nursery.start(*base, "--output_dir", out, ranks=ranks, log=tmp_path / "log")
+    codes = started.wait()
+    assert 2 in codes and set(codes) <= {1, 2} and "Traceback" not in started.said, started.said
+    (line,) = started.errors
+    assert f"{out}/result.incomplete could not be written" in line, line
+    logs = {"ranks", "run.json", "metrics.jsonl"}
+    assert set(os.listdir(out)) == logs, os.listdir(out)
+    (small_disk / "ballast").unlink()
+    words = (*base, "--output_dir", out, "--resume")
+    done = nursery.run(*words, ranks=ranks, log=tmp_path / "log")
+    assert done.codes == [0] * ranks and differences(expected, out) == [], done.said
+    assert not in_a_save(out) and files(out).keys() == files(expected).keys()
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_disk_that_is_full_for_an_evaluation(
+    nursery, world, trained, small_disk, tmp_path, ranks
+):
+    out = small_disk / "out"
+    fill(small_disk, 4096)
+    words = ("--ckpt", trained, "--data", world["test"], "--output_dir", out)
+    limit = ("--max_completion_length", 8)
+    started = nursery.run("eval.py", *words, *limit, ranks=ranks, log=tmp_path / "log")
+    assert started.codes[0] == 2 and "Traceback" not in started.said, started.said
+    (line,) = started.errors
+    assert f"{out}/generations.jsonl: No space left" in line and "start again" in line
+    assert os.listdir(out) == []
+
+
 def test_a_disk_that_is_full_for_the_log(nursery, whole, small_disk, tmp_path):
     base, expected = whole("sft.py")
     out = small_disk / "out"
@@ -564,6 +634,44 @@ def test_a_rank_that_is_gone_or_stuck_is_named(nursery, short, tmp_path, fault, 
     assert codes[1 - lost] == 1 and "Traceback" not in started.said, started.said
     (line,) = started.errors
     assert f"rank {lost} is gone or stuck" in line and "--resume" in line, line
+
+
+ONE_FAILS = '''"""Stage 1, where what only the last rank has is missing."""
+
+import sft
+from model import rank
+from rows import UserError
+from run import main
+
+plain = sft.load_data
+
+
+def load_data(*args):
+    if rank() == 1:
+        raise UserError("--data: this node has no such file")
+    return plain(*args)
+
+
+sft.load_data = load_data
+main(sft.train)
+'''
+
+
+@pytest.mark.parametrize("fault", ["typo", "model", "one rank"])
+def test_what_fails_on_all_ranks_is_said_once(short, tmp_path, fault):
+    """Before there is a directory, under torchrun; and what fails on one alone is said as well."""
+    script, *base = short("sft.py")
+    more = {"typo": ("--lr_scheduler_type", "linaer"), "model": ("--model", tmp_path)}
+    if fault == "one rank":
+        script = tmp_path / "sft.py"
+        script.write_text(ONE_FAILS)
+    words = (script, *base, "--output_dir", tmp_path / "out", *more.get(fault, ()))
+    done = launch(*words, ranks=2, check=False)
+    assert done.returncode and "Traceback" not in done.stderr, done.stderr
+    said = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    wanted = {"typo": "linaer", "model": "no config.json", "one rank": "this node has no such file"}
+    assert sum(wanted[fault] in line for line in said) == 1, done.stderr
+    assert len(said) == 1 or fault == "one rank" and "a rank is gone" in said[1], said
 
 
 # --------------------------------------------------------------------------------------------------
@@ -609,6 +717,26 @@ def test_a_good_checkpoint_outlives_a_run_that_breaks(nursery, whole, stopped, t
     words = (*base, *more, "--output_dir", out, "--lr_scheduler_type", "constant")
     refused(nursery.start(*words, log=tmp_path / "log"), "--max_skipped 5 steps in a row")
     assert files(out / f"checkpoint-{newest}") == before
+
+
+def test_the_row_of_skipped_steps_ends_with_a_good_one():
+    """A step without a gradient, of either model, neither counts nor ends it."""
+    one = object.__new__(run.Run)
+    one.config, one.rows = SimpleNamespace(max_skipped=3), []
+    one.progress = {"skipped": 0, "skipped_in_a_row": 0, "rows_used": 0}
+    one._append = lambda name, line: None
+
+    def counted(policy, discriminator):
+        line = {"rows": 1, "grad_norm": policy, "d_grad_norm": discriminator}
+        one._count_skipped(1, line)
+        return line["steps_skipped"], one.progress["skipped_in_a_row"]
+
+    assert counted(1.0, math.nan) == (1, 1) == counted(1.0, 0.0) == counted(0.0, 1.0)
+    assert counted(math.inf, 1.0) == (2, 2) and counted(2.0, 1.0) == (2, 0)
+    assert counted(math.nan, 0.0) == (3, 1) and counted(0.0, math.nan) == (4, 2)
+    assert one.progress["rows_used"] == 3
+    with pytest.raises(UserError, match="--max_skipped 3 steps in a row"):
+        counted(1.0, math.nan)
 
 
 BAD_STEP = '''"""Stage 1, whose second loss is no number on the last rank."""
@@ -713,17 +841,20 @@ def test_the_defaults_are_inside_their_ranges(stage):
         (("--save_total_limit", -1), "--save_total_limit -1: must be at least 1"),
         (("--save_steps", 0), "--save_steps 0: must be at least 1"),
         (("--per_device_train_batch_size", 0), "must be at least 1"),
-        (("--max_grad_norm", 0), "--max_grad_norm 0.0: must be above 0"),
+        (("--max_grad_norm", 0), "--max_grad_norm 0.0: must be at least 1e-09 and at most"),
         (("--learning_rate", "inf"), "--learning_rate inf: must be"),
-        (("--num_train_epochs", -2), "--num_train_epochs -2.0: must be above 0"),
+        (("--num_train_epochs", -2), "--num_train_epochs -2.0: must be at least"),
         (("--seed", 10**12), f"--seed {10**12}: must be"),
         (("--save_steps", "often"), "invalid"),
+        (("--report_to", "paper"), "invalid choice: 'paper' (choose from"),
+        (("--output_dir", "README.md/out"), "README.md/out: Not a directory"),
+        (("--output_dir", ""), "--output_dir . is not empty"),
         (("--lr_scheduler_type", "linaer"), "invalid choice: 'linaer' (choose from"),
     ],
 )
 def test_a_flag_outside_its_range_is_one_line(nursery, short, tmp_path, flags, said):
     base = short("sft.py")
-    words = (*base, *flags, "--output_dir", tmp_path / "out")
+    words = (*base, "--output_dir", tmp_path / "out", *flags)
     refused(nursery.start(*words, log=tmp_path / "log"), said)
     assert not (tmp_path / "out" / "metrics.jsonl").exists()
 
@@ -751,3 +882,25 @@ def test_a_row_drawn_twice_in_a_batch_has_other_rollouts(world, trained):
     groups = generate(policy, prompts, 4, 32, temperature=1.0, seed=0, step=1)
     sampled = {tuple(branch.tolist()) for group in groups for branch in group.branches}
     assert len(sampled) == 12
+
+
+def test_bad_rows_count_on_when_a_run_is_resumed(nursery, world, short, tmp_path):
+    """Three bad rows are too many. Two are drawn before the run is resumed, one behind."""
+    rows = Path(world["sft"]).read_text().splitlines()[:40]
+    for place in (9, 21, 30):
+        rows[epoch_rows(place, place + 1, 40, 0)[0]] = "{}"
+    data, log = tmp_path / "rows.jsonl", tmp_path / "log"
+    data.write_text("\n".join(rows))
+    folder = ("--data", data, "--image_dir", os.path.dirname(world["sft"]))
+    base = (*short("sft.py"), *folder, "--max_steps", 100, "--save_steps", 1)
+    words = (*base, "--output_dir", tmp_path / "out")
+    first = refused(nursery.start(*words, log=log), "3 bad rows among the first 32 are more than")
+    assert checkpoints(tmp_path / "out") == [6, 7]
+    again = nursery.start(*words, "--resume", log=log)
+    assert refused(again) == first and "resumed from" in again.said
+    assert lines(tmp_path / "out" / "metrics.jsonl")[-1]["rows_left_out"] == 2
+
+
+def test_inputs_that_are_broken_in_every_way(world, tmp_path):
+    """Answers, ground truths, files of rows and packs; `make chaos` tries more of them."""
+    assert fuzz(tmp_path, world, 2000, 0)
