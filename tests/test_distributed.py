@@ -1,15 +1,24 @@
 """The same global batch on 1, 2 and 4 gloo ranks gives the same numbers."""
 
 import json
+import os
+import socket
+import subprocess
+import sys
+from subprocess import PIPE
+from types import SimpleNamespace
 
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 
 from checkpoint import load_processor
 from data import encode_prompts
+from discriminator import load_discriminator
+from model import shard
 from rows import load_data
-from tests.conftest import launch
+from tests.conftest import ROOT, launch
 
 
 def metrics(path, name="loss"):
@@ -131,3 +140,47 @@ def test_a_rank_without_prompts_plays_the_game_along(world, trained, tmp_path):
         assert two[name] == pytest.approx(one[name], rel=1e-2), name
     for name in ("prompts_without_valid", "ranks_without_valid", "tokens", "rows_left_out"):
         assert two[name] == one[name], name
+
+
+def test_two_nodes_that_share_nothing_but_gradients(world, tmp_path):
+    """--hsdp on two nodes of two ranks, each node under its own torchrun, is one process."""
+    flags = ["--model", world["init"], "--data", world["sft"], "--max_steps", 3]
+    flags += ["--learning_rate", 1e-3, "--warmup_steps", 0, "--dataloader_num_workers", 0]
+    one = ["--output_dir", tmp_path / "1", "--per_device_train_batch_size", 8]
+    launch("sft.py", *flags, *one)
+    four = ["--output_dir", tmp_path / "4", "--per_device_train_batch_size", 2, "--hsdp", True]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    nodes = ["--nnodes=2", "--nproc_per_node=2", "--master_addr=127.0.0.1", f"--master_port={port}"]
+    start = [sys.executable, "-m", "torch.distributed.run", *nodes]
+    command = [*map(str, ["sft.py", *flags, *four])]
+    quiet = {**os.environ, "TQDM_DISABLE": "1"}
+    both = [
+        subprocess.Popen([*start, f"--node_rank={i}", *command], cwd=ROOT, env=quiet, stderr=PIPE)
+        for i in range(2)
+    ]
+    said = [process.communicate(timeout=600)[1].decode()[-3000:] for process in both]
+    assert [process.returncode for process in both] == [0, 0], said
+    for name in ("loss", "grad_norm"):  # Adam would not show a gradient of another scale
+        assert metrics(tmp_path / "4", name) == pytest.approx(
+            metrics(tmp_path / "1", name), rel=1e-5
+        )
+    ours, theirs = (load_file(tmp_path / n / "model.safetensors") for n in ("4", "1"))
+    assert ours.keys() == theirs.keys()
+    gap = sum((ours[name] - w).double().square().sum() for name, w in theirs.items()).sqrt()
+    assert gap < 1e-5 * sum(w.double().square().sum() for w in theirs.values()).sqrt()
+
+
+def test_a_frozen_vision_tower_stays_as_it_is(world, tmp_path):
+    """On two ranks, with checkpointing; and the discriminator's by the same call."""
+    flags = ["--model", world["init"], "--data", world["sft"], "--max_steps", 2]
+    flags += ["--freeze_vision", True, "--activation_checkpointing", True]
+    launch("sft.py", *flags, "--output_dir", tmp_path / "out", ranks=2)
+    before, after = (load_file(f"{x}/model.safetensors") for x in (world["init"], tmp_path / "out"))
+    moved = {name for name, weight in before.items() if not torch.equal(weight, after[name])}
+    assert moved == {name for name in before if ".visual." not in name}
+    discriminator, _ = load_discriminator("--model", world["init"])
+    shard(discriminator, torch.device("cpu"), SimpleNamespace(freeze_vision=True))
+    frozen = {name for name, p in discriminator.named_parameters() if not p.requires_grad}
+    assert frozen == {name for name, _ in discriminator.named_parameters() if ".visual." in name}
