@@ -372,9 +372,9 @@ def world_size() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-def barrier() -> None:
+def barrier(group=None) -> None:
     if world_size() > 1:
-        dist.barrier()
+        dist.barrier(group)
 
 
 def all_sum(values) -> torch.Tensor:

@@ -7,13 +7,15 @@ loops.
     output_dir/rollouts.jsonl      the rollouts of one prompt a step, with all their scores
     output_dir/left_out.jsonl      every row that was left out, by any rank, and why
     output_dir/skipped.jsonl       every step whose gradient was not finite, and its rows
-    output_dir/checkpoint-N/       a Hugging Face directory, and in `state/` what resuming needs:
-                                   weights in full precision and the moments of the optimiser
-                                   (torch.distributed.checkpoint, sharded as the run was)
+    output_dir/checkpoint-N/       in `state/` what resuming needs: weights in full precision and
+                                   the moments of the optimiser (torch.distributed.checkpoint,
+                                   sharded as the run was); every `save_hf_steps` a Hugging Face
+                                   directory as well
     output_dir/                    at the end, the Hugging Face directory of the result
 
 A killed run goes on with --resume and gives, to the last bit, what it would have given. Whatever is
-written is written beside and renamed, so a kill leaves the old or the new, never a half.
+written is written beside and renamed, so a kill leaves the old or the new, never a half. State is
+written while training goes on, from a copy in the CPU's memory.
 """
 
 import contextlib
@@ -32,6 +34,8 @@ import time
 import warnings
 import zlib
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import wait as wait_for
 from typing import Annotated, Literal, get_args, get_type_hints
 
 import torch
@@ -80,7 +84,8 @@ class RunConfig:
     hsdp: bool = False  # parameters are shared by the GPUs of a node, and every node has all
     dry_run: Natural = 0  # prints the bytes a GPU of this run on so many GPUs, and ends
     dataloader_num_workers: Natural = 2  # processes that encode rows ahead
-    save_steps: Count = 100
+    save_steps: Count = 100  # what resuming needs: 12 bytes a parameter
+    save_hf_steps: Natural = 0  # a Hugging Face directory as well; 0: only at the end
     save_total_limit: Count = 2  # checkpoints that are kept
     timeout: Minutes = 30.0  # minutes that a rank waits for another
     max_skipped: Count = 5  # steps in a row without a finite gradient that end the run
@@ -221,6 +226,8 @@ def _die(message: str, code: int) -> None:
     if _speaks_first():
         tqdm.write(f"error: {' '.join(message.split())}", file=sys.stderr)
     sys.stderr.flush()
+    if code == 2 and Run.current and Run.current.saving:
+        wait_for([Run.current.saving])  # a checkpoint from before the error
     os._exit(code) if dist.is_initialized() else sys.exit(code)  # others wait in a collective
 
 
@@ -311,7 +318,8 @@ class Run:
         self.path = config.output_dir or "."
         self.seconds: dict[str, float] = {}
         self.last = time.perf_counter()
-        self.bar = self.writer = self.lock = None
+        self.bar = self.writer = self.lock = self.group = None
+        self.saver, self.saving = ThreadPoolExecutor(1), None  # one save at a time, and its future
         self.left_out, self.bad = 0, set()
         self.rows: list[str] = []  # where the rows of this step come from
         self.asked = self.stopping = 0  # the signal that this rank got, and that all know of
@@ -479,6 +487,7 @@ class Run:
         on from, saves one every `save_steps` and before a signal ends the run, and the result at
         the end. `modules` are name -> (module, optimiser); `save(path)` writes the Hugging Face
         directory."""
+        save_hf_steps = self.config.save_hf_steps or math.inf
         self._start()
         self._load(modules)
         show = dict(desc=self.stage, disable=rank() != 0)
@@ -491,15 +500,21 @@ class Run:
             torch.manual_seed((self.config.seed * 1_000_003 + step) * 4096 + rank())
             yield step
             self.bar.update()
-            due = step % self.config.save_steps == 0 and not self.progress["skipped_in_a_row"]
+            if self.saving and self.saving.done():
+                self._end_save()  # raises what went wrong
+            hf = step % save_hf_steps == 0
+            due = step % self.config.save_steps == 0 or hf
+            due = due and not self.progress["skipped_in_a_row"]
             if step < max_steps and (self.stopping or due):
-                self._save(step, modules, save)
+                self._save(step, modules, save if hf else None)
             if step < max_steps and self.stopping:
+                self._end_save()
                 self.bar.close()
                 code = 0 if self.stopping == signal.SIGTERM else 130
                 where = os.path.join(self.path, f"checkpoint-{step}")
                 raise Ended(f"stopped by a signal; saved {where}, go on with --resume", code)
         self.bar.close()
+        self._end_save()
         if not self.progress["rows_used"]:
             raise UserError(
                 f"not one row could be used ({self.left_out} were left out, see {self.path}/"
@@ -624,6 +639,9 @@ class Run:
     def _start(self) -> None:
         """Locks the directory, writes run.json and opens the logs. All that can go wrong at the
         start has gone well by then, so a wrong flag leaves nothing behind."""
+        if dist.is_initialized():  # saves have collectives of their own, beside those of training
+            limit = datetime.timedelta(minutes=self.config.timeout)
+            self.group = dist.new_group(backend="gloo", timeout=limit)
         barrier()  # every rank has looked into the directory before rank 0 writes
         if rank() == 0:
             os.makedirs(os.path.join(self.path, "ranks"), exist_ok=True)
@@ -678,31 +696,41 @@ class Run:
                     done = False
                 new.write(line.rstrip("\n") + "\n" if done else "")
 
-    def _save(self, step: int, modules: dict, save: Callable) -> None:
-        """checkpoint-<step>, written beside, checked, forced to the disk and renamed; only then the
-        older ones go. A killed save leaves no half of one."""
+    def _save(self, step: int, modules: dict, save: Callable | None) -> None:
+        """Begins checkpoint-<step>: copies the state, then `_write` goes on beside the training."""
+        self._end_save()
         self._check_weights(modules)
-        final = os.path.join(self.path, f"checkpoint-{step}")
-        beside = final + ".incomplete"
+        beside = os.path.join(self.path, f"checkpoint-{step}.incomplete")
         if rank() == 0:
             shutil.rmtree(beside, ignore_errors=True)
         barrier()
         self.progress["stepped"] = stepped = _stepped(modules)
         with _all_or_nothing(beside):
-            save(beside)
-            state, alone = os.path.join(beside, "state"), not dist.is_initialized()
-            dcp.save(_state(modules, stepped), checkpoint_id=state, no_dist=alone)
+            if save:
+                save(beside)
+            where = dict(checkpoint_id=os.path.join(beside, "state"), process_group=self.group)
+            state, alone = _state(modules, stepped), not dist.is_initialized()
+            written = dcp.async_save(state, **where, no_dist=alone)
+        progress = dict(self.progress)  # as it is now
+        self.saving = self.saver.submit(self._write, step, beside, progress, written)
+
+    def _write(self, step: int, beside: str, progress: dict, written: Future) -> None:
+        """checkpoint-<step>, written beside, checked, forced to the disk and renamed; only then the
+        older ones go. A killed save leaves no half of one."""
+        with _all_or_nothing(beside):
+            written.result()
             if rank() == 0:
                 _force(self.path, self._logs())
-                write_json(os.path.join(state, "progress.json"), self.progress)
-            barrier()
+                write_json(os.path.join(beside, "state", "progress.json"), progress)
+            barrier(self.group)
             mine = _files(beside)[rank() :: world_size()]
             _force(beside, mine)
             sums = {name: _checksum(os.path.join(beside, name)) for name in mine}
-            barrier()
+            barrier(self.group)
             write_json(os.path.join(beside, f"checksums-{rank()}.json"), sums)
-        barrier()
+            barrier(self.group)
         if rank() == 0:
+            final = beside.removesuffix(".incomplete")
             shutil.rmtree(final, ignore_errors=True)
             os.rename(beside, final)
             folder = os.open(self.path, os.O_RDONLY)
@@ -713,7 +741,13 @@ class Run:
             kept = kept[-self.config.save_total_limit :]
             for number in set(self._checkpoints()) - set(kept):
                 shutil.rmtree(os.path.join(self.path, f"checkpoint-{number}"))
-        barrier()
+        barrier(self.group)
+
+    def _end_save(self) -> None:
+        """Waits for the save that is under way, and raises what went wrong in it."""
+        saving, self.saving = self.saving, None
+        if saving:
+            saving.result()
 
     def _load(self, modules: dict) -> None:
         if not self.checkpoint:

@@ -166,6 +166,69 @@ def test_saving_changes_nothing(nursery, whole, tmp_path, script):
     assert all(any(k.startswith("time/") for k in s) for s in lines(expected / "metrics.jsonl"))
 
 
+SLOW_SAVE = '''"""Stage 1, whose checkpoints take a while to be written."""
+
+import time
+
+from torch.distributed.checkpoint import FileSystemWriter
+
+import sft
+from run import main
+
+plain = FileSystemWriter.write_data
+
+
+def slowly(*args):
+    time.sleep(2)
+    return plain(*args)
+
+
+FileSystemWriter.write_data = slowly
+main(sft.train)
+'''
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("end", ["killed in it", "killed after it", "told to stop in it"])
+def test_training_goes_on_during_a_save(nursery, whole, tmp_path, ranks, end):
+    """What is saved is what the weights were when the save began, whatever they became since; a
+    save that is under way when the run ends is lost when it is killed, and awaited otherwise."""
+    base, expected = whole("sft.py", ranks)
+    script, out, log = tmp_path / "sft.py", tmp_path / "out", tmp_path / "log"
+    script.write_text(SLOW_SAVE)
+    words = (*base[1:], "--dataloader_num_workers", 0, "--output_dir", out, "--save_steps", 2)
+    started = nursery.start(script, *words, ranks=ranks, log=log)
+    logged = lambda: (out / "metrics.jsonl").exists() and len(lines(out / "metrics.jsonl"))  # noqa: E731
+    until(lambda: logged() == 3 or started.gone())
+    assert in_a_save(out) and checkpoints(out) == []
+    if end == "killed after it":
+        until(lambda: checkpoints(out) == [2] or started.gone())
+    started.signal(signal.SIGTERM if end.startswith("told") else signal.SIGKILL)
+    codes = started.wait()
+    if end.startswith("told"):
+        assert codes == [0] * ranks and "Traceback" not in started.said, started.said
+        assert f"saved {out}/checkpoint-{checkpoints(out)[-1]}, go on" in started.said
+        assert checkpoints(out)[0] == 2 and not in_a_save(out)
+    else:
+        assert checkpoints(out) == ([2] if end == "killed after it" else [])
+    done = nursery.run(*base, "--output_dir", out, "--resume", ranks=ranks, log=log)
+    assert done.codes == [0] * ranks, done.said
+    assert differences(expected, out) == [] and not in_a_save(out)
+
+
+def test_hugging_face_directories_come_when_they_are_asked_for(nursery, whole, tmp_path):
+    base, expected = whole("sft.py")
+    words = ("--save_steps", 3, "--save_hf_steps", 2, "--save_total_limit", 9)
+    done = nursery.run(*base, *words, "--output_dir", tmp_path / "out", log=tmp_path / "log")
+    assert done.codes == [0] and differences(expected, tmp_path / "out") == []
+    assert checkpoints(tmp_path / "out") == [2, 3, 4]
+    for step in (2, 3, 4):
+        names = set(os.listdir(tmp_path / "out" / f"checkpoint-{step}"))
+        whole_model = {"model.safetensors", "config.json", "tokenizer.json"}
+        assert "state" in names and (whole_model <= names) == (step != 3)
+        assert step != 3 or names == {"state", "checksums-0.json"}
+
+
 def test_the_comparison_sees_a_difference(whole, tmp_path):
     """One bit of one weight, one digit of one metric, one step too few."""
     _, expected = whole("sft.py")
@@ -351,9 +414,10 @@ def test_another_runs_directory_is_refused(nursery, world, trained, whole, tmp_p
 
 @pytest.fixture(scope="module")
 def stopped(nursery, whole, tmp_path_factory):
-    """A run of stage 1 that was stopped with checkpoints 2 and 3, or later ones."""
+    """A run of stage 1 that was stopped with checkpoints 2 and 3, or later ones, each with a
+    Hugging Face directory."""
     out = tmp_path_factory.mktemp("stopped") / "out"
-    found = stopped_at(nursery, whole("sft.py")[0], out, 2)
+    found = stopped_at(nursery, [*whole("sft.py")[0], "--save_hf_steps", 1], out, 2)
     assert len(found) == 2
     return out
 
