@@ -12,7 +12,7 @@ those of one node, share as model.shard does. S is the number of GPUs that share
                                   while sampling
     activations                   what backward needs of a pack of --max_tokens_per_pack tokens: of
                                   each layer all (see `layer`), or with --activation_checkpointing
-                                  its input, and all of the one in work
+                                  its input and attention's output, and all of the one in work
     head           6 V (1024 + h) log-probabilities, V words, h wide: a chunk of logits in float32
                                   and bfloat16, the head's gradient likewise
     cache          4 k            for each layer and token while sampling, k values of a key; a
@@ -87,26 +87,27 @@ def count(model, experts: int = 0, frozen: bool = False) -> Model:
 
 
 def layer(m: Model, tokens: int, keys: int) -> int:
-    """Bytes that backward needs of one language layer. Each norm of h values keeps 8 h: a copy in
-    float32, the normal and the scaled in bfloat16, and so it is with queries and keys. Attention
-    keeps queries, output, and the `keys` and values that it reads. The MLP keeps gate, silu(gate),
-    up and their product, an expert also its tokens in and out."""
+    """Bytes that backward needs of one language layer, all in bfloat16. Each of its two norms keeps
+    what comes in and what goes out, those of queries and keys what comes in. Attention keeps
+    queries, output, and the `keys` and values that it reads. The MLP keeps gate, silu(gate), up
+    and their product, an expert also its tokens in and out."""
     mlp = m.chosen * (8 * m.i + 4 * m.h) if m.chosen else 8 * m.i
-    return tokens * (16 * m.h + 10 * m.q + 6 * m.k + mlp) + keys * 4 * m.k
+    return tokens * (8 * m.h + 6 * m.q + 2 * m.k + mlp) + keys * 4 * m.k
 
 
 def activations(m: Model, tokens: int, keys: int, checkpointing: bool, images=IMAGES):
     """-> (bytes at the end of forward, those that one layer's backward adds)."""
     v, get = m.vision.hidden_size, lambda name, default: getattr(m.vision, name, default)
-    patch = 2 * v if checkpointing else 22 * v + 4 * m.vision.intermediate_size
+    patch = 4 * v if checkpointing else 22 * v + 4 * m.vision.intermediate_size
     mergers = 1 + len(get("deepstack_visual_indexes", ()))
     pixels = 3 * get("temporal_patch_size", 1) * m.vision.patch_size**2
     patch = m.vision.num_hidden_layers * patch + mergers * 6 * v + 2 * pixels
     patches = images * tokens * get("spatial_merge_size", 1) ** 2
-    kept = m.layers * (2 * m.h * tokens if checkpointing else layer(m, tokens, keys))
-    kept += 8 * m.h * tokens  # the last norm
+    kept = 2 * (m.h + m.q) * tokens if checkpointing else layer(m, tokens, keys)
+    kept = m.layers * kept + 4 * m.h * tokens  # the last norm
     kept += patches * patch if m.trained == m.whole else 0
-    work = 2 * tokens * (m.h + m.i)  # gradients on their way through an MLP
+    # Gradients on their way through an MLP, or through the experts of a token.
+    work = 2 * tokens * (m.h + m.i) * max(1, m.chosen)
     return kept, work + (layer(m, tokens, keys) if checkpointing else 0)
 
 
