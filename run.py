@@ -254,7 +254,7 @@ def _speaks_first() -> bool:
         # in most cases, and torchrun then ends this one; where it does not, this one has to speak.
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         ended = run and run.asked == signal.SIGTERM
-        time.sleep(0 if ended else 10)
+        time.sleep(0 if ended else 20)
         return not ended
     return True
 

@@ -98,7 +98,7 @@ class Started:
             except ProcessLookupError:
                 pass
 
-    def wait(self, limit: float = 120.0) -> list[int | None]:
+    def wait(self, limit: float = 600.0) -> list[int | None]:
         """The exit codes; minus the signal where one killed it, None where it had to be ended
         after `limit` seconds."""
         self.codes = self.codes or self.nursery.ask(wait=self.pids, limit=limit)
@@ -339,7 +339,7 @@ def one_try(
             started.signal(getattr(signal, fault))
         else:
             started.signal(signal.SIGKILL)
-        codes = started.wait(60)
+        codes = started.wait(180)
         happened += 1
         struck["all"] += 1
         struck["in a save"] += in_a_save(out)
