@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 import torch.distributed as dist
 from tqdm import tqdm
 
-from data import SYSTEM_PROMPT, Encoded
+from data import SYSTEM_PROMPT, TAGS, Encoded, Response
 from data import batches, decode, parse_response
 from model import join_ranks, load_policy, rank, shard, world_size
 from rows import RowError, UserError, load_data
@@ -37,9 +37,20 @@ class EvalConfig:
     output_dir: str | None = None  # left out: the directory of the checkpoint
     system_prompt: str = SYSTEM_PROMPT  # of rows without one, or a file that holds it
     image_dir: str | None = None  # where images may lie besides the data's own folder
+    untagged: str | None = None  # a pattern with groups caption, think, answer, see read_response
     per_device_eval_batch_size: Count = 64
     max_completion_length: Count = 8192
     max_rollout_rows: Count | None = None  # rows sampled at a time; None: all
+
+
+def read_response(text: str, untagged: str | None) -> Response | None:
+    """A response by its tags or, where it holds none of them and the pattern `untagged` matches
+    all of it, by the groups of that: what a model says that was never taught the format."""
+    response = parse_response(text)
+    if response is None and untagged and not any(tag in text for tag in TAGS):
+        match = re.fullmatch(untagged, text, re.DOTALL)
+        response = match and Response(**match.groupdict())
+    return response
 
 
 def same_caption(caption: str, accepted: list[str]) -> bool:
@@ -95,7 +106,7 @@ def evaluate() -> None:
         for (example, _), group in zip(pairs, groups):
             branch = group.branches[0]
             text = decode(processor, branch)
-            response = parse_response(text)
+            response = read_response(text, config.untagged)
             reads = response is not None and same_caption(response.caption, example.captions)
             rows.append(
                 {
@@ -104,7 +115,7 @@ def evaluate() -> None:
                     "source": example.source,
                     "answer": example.answer,
                     "response": text,
-                    "format_valid": response is not None,
+                    "format_valid": parse_response(text) is not None,
                     "correct": response is not None and verify(response.answer, example.answer),
                     "caption_correct": reads if example.captions else None,
                     "tokens": len(branch),
