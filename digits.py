@@ -1,35 +1,40 @@
 """The embedded world: a tiny Qwen3-VL and a task on real handwritten digits, so that every stage
 runs anywhere.
 
-The task: an image of a few digits side by side and a question about them (their sum, their spread,
-a count, a multiple choice). A right answer needs right perception (the caption names the digits)
-and right reasoning (the think block works in single steps). Either can fail alone: these are the
-two views of PRISM. The digits are scikit-learn's 8 x 8 scans of handwriting, split by scan: no
-scan seen in training returns in validation or test.
+The task: a noisy image of a few digits side by side and a question about them (their sum, their
+spread, a count). A right answer needs right perception (the caption names the digits) and right
+reasoning (the think block works in single steps). Either can fail alone: these are the two views
+of PRISM. The digits are scikit-learn's 8 x 8 scans of handwriting, split by scan: no scan seen in
+training returns in validation or test.
 
-The demonstrations come in the two kinds that the paper mixes. Curated ones are exact, dense and
-work step by step. Public ones are terse, misread some digits systematically and reason on from the
-misreading, slip in the arithmetic and skip steps. Systematic misreading is the point: independent
-noise hardly moves what a model decodes, a habit does.
+The base answers in words of its own, knows no tags, and misreads some digits systematically. The
+demonstrations, all in the tagged format and in one wording, come in the two kinds that the paper
+mixes: a few curated ones are exact; the public ones misread other digits systematically, reason on
+from the misreading, and slip in the arithmetic. Systematic misreading is the point: independent
+noise hardly moves what a model decodes, a habit does. The alignment has a twentieth as many
+supervision responses as there are curated demonstrations, RLVR has prompts of its own with nothing
+but their answers.
 
 Nothing is downloaded. The tokenizer is trained here, on the world's own text, and has Qwen3-VL's
 control tokens and files. What lies where, under `out`:
 
     init/               the model with random weights, a complete Hugging Face directory
     base/               the same, pretrained on pretrain.jsonl by sft.py
-    discriminator/      made from base by discriminator.py, when align.py is run with no flags
+    policy/             made from base by sft.py, when a later stage is run with no flags
+    discriminator/      made from base by discriminator.py, when align.py is
     images/*.png        one per row; rows name them relative to their own file
 
-    pretrain.jsonl      exact dense responses, many: what makes the clean base
-    prompts.jsonl       for alignment and RLVR; `response` is the supervision y+
+    pretrain.jsonl      responses in the base's own words, many
+    prompts.jsonl       for the alignment; `response` is the supervision y+
+    questions.jsonl     for RLVR, without a response, as are
     validation.jsonl, test.jsonl
-                        all four: question, answer, image, system, response, caption (the accepted
-                        texts), source (the kind of question)
+                        all five: question, answer, image, system, caption (the accepted texts),
+                        source (the kind of question)
 
     public.jsonl, curated.jsonl, sft.jsonl
                         the demonstrations, and both mixed: messages, images, source, kind
 
-    python digits.py [--out out/digits] [--misread_digits 8 ...]    builds the world and shows it
+    python digits.py [--out out/digits] [--misread_rate 0.6 ...]    builds the world and shows it
 """
 
 import contextlib
@@ -43,6 +48,7 @@ import subprocess
 import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from itertools import accumulate
 from pathlib import Path
 from statistics import mean
@@ -68,25 +74,25 @@ from rows import UserError
 class World:
     seed: int = 0
     # The task
-    digits: int = 3  # digits in an image
-    kinds: list[str] = field(
-        default_factory=lambda: ["sum", "spread", "count", "choice"]
-    )  # asked equally often
+    digits: int = 4  # digits in an image
+    noise: float = 0.25  # standard deviation of what is added to each pixel of a scan; ink is 1
+    kinds: list[str] = field(default_factory=lambda: list(QUESTIONS))  # asked equally often
     # Rows of each set
     pretrain_rows: int = 6000
-    sft_rows: int = 2000  # public and curated together
+    sft_rows: int = 6000  # public and curated together
     curated_share: float = 0.08  # of the SFT mix; 113K of 1.37M in the paper
-    prompt_rows: int = 3000
-    validation_rows: int = 400
-    test_rows: int = 600
+    prompt_rows: int = 24  # with supervision, for the alignment; in the paper 5.9K
+    question_rows: int = 2000  # for RLVR; in the paper 2K
+    validation_rows: int = 500
+    test_rows: int = 1000
     # Digit scans (1797 in all): what is neither train nor validation is test
     train_share: float = 0.7
     validation_share: float = 0.1
-    # What is wrong with the public demonstrations
-    misread_digits: int = 6  # how many of the ten digits have a look-alike, the first of CONFUSIONS
-    misread_rate: float = 0.6  # such a digit is read as its look-alike
-    slip_rate: float = 0.4  # the last step of the reasoning is off by one
-    skip_rate: float = 0.3  # only the result is stated, not the steps to it
+    # What is wrong with the public demonstrations, and with what the base learned from
+    misread_digits: int = 2  # digits that the public take for another, the first of CONFUSIONS
+    base_misread_digits: int = 1  # those that the base does, the last of CONFUSIONS
+    misread_rate: float = 0.6  # how often such a digit is taken for the other
+    slip_rate: float = 0.3  # how often a public demonstration's last step is off by one
     # The model (0.36M parameters)
     merges: int = 224  # of the byte-level BPE on top of 256 bytes; fewer where there are no more
     hidden_size: int = 64
@@ -103,8 +109,8 @@ class World:
 
 # What suits this world's own model on its own data, in place of the published values.
 SETTINGS: dict[str, dict] = {
-    "pretrain": dict(max_steps=600, learning_rate=4e-3, per_device_train_batch_size=32),
-    "sft": dict(max_steps=150, learning_rate=1e-3, per_device_train_batch_size=32),
+    "pretrain": dict(max_steps=800, learning_rate=4e-3, per_device_train_batch_size=32),
+    "sft": dict(max_steps=376, learning_rate=3e-3, per_device_train_batch_size=32),
     "discriminator": dict(
         max_steps=60,
         learning_rate=3e-4,
@@ -121,8 +127,8 @@ SETTINGS: dict[str, dict] = {
         max_completion_length=96,
     ),
     "rlvr": dict(
-        max_steps=100,
-        learning_rate=3e-4,
+        max_steps=150,
+        learning_rate=1e-4,
         warmup_steps=0.05,
         weight_decay=0.01,
         prompts_per_step=16,
@@ -130,14 +136,18 @@ SETTINGS: dict[str, dict] = {
         max_completion_length=96,
         overlong_buffer=32,
     ),
-    "eval": dict(max_completion_length=96, per_device_eval_batch_size=200),
+    "eval": dict(
+        untagged=r"(?P<caption>I see .*?\.) (?P<think>.*) The answer is (?P<answer>\w+)\.",
+        max_completion_length=96,
+        per_device_eval_batch_size=200,
+    ),
 }
 # The data of each stage.
 SPLITS = {
     "sft": "sft",
-    "discriminator": "prompts",
+    "discriminator": "curated",
     "align": "prompts",
-    "rlvr": "prompts",
+    "rlvr": "questions",
     "eval": "test",
 }
 
@@ -155,10 +165,6 @@ QUESTIONS = {
         "How far apart are the largest and smallest digits?",
     ),
     "count": ("How many digits are greater than {}?", "Count the digits greater than {}."),
-    "choice": (
-        "Is the sum of the digits even or odd?\nA. {}\nB. {}",
-        "The sum of the digits is:\nA. {}\nB. {}",
-    ),
 }
 PATCH, MERGE = (
     8,
@@ -199,73 +205,78 @@ CHAT_TEMPLATE = r"""
 
 
 def captions(digits: Iterable[int]) -> list[str]:
-    """The dense and the terse wording of what the image shows."""
+    """What the image shows, in the wording of the demonstrations and in that of the base."""
     *first, last = map(str, digits)
     return [
         f"From left to right the digits are {', '.join(first)} and {last}.",
-        f"Digits {', '.join([*first, last])}.",
+        f"I see {' '.join([*first, last])}.",
     ]
 
 
 def ask(kind: str, rng: random.Random) -> tuple[str, list]:
-    """A question and what varies in it: a count's threshold, the order of a choice's options."""
-    details = {"count": [rng.randint(2, 6)], "choice": rng.sample(["even", "odd"], 2)}.get(kind, [])
+    """A question and what varies in it: a count's threshold."""
+    details = [rng.randint(2, 6)] if kind == "count" else []
     return rng.choice(QUESTIONS[kind]).format(*details), details
 
 
-def work(kind: str, digits: tuple[int, ...], details: list, slip: int = 0) -> tuple[str, str, str]:
-    """(the steps, the result without them, the answer). A slip of +1 or -1 enters at the last
-    step."""
+def work(kind: str, digits: tuple[int, ...], details: list, slip: int = 0) -> tuple[str, str]:
+    """(the steps, the answer). A slip of +1 or -1 enters at the last step."""
     if kind == "spread":
         largest, smallest = max(digits), min(digits)
         answer = str(abs(largest - smallest + slip))
-        result = f"{largest} - {smallest} = {answer}."
-        return f"The largest is {largest}, the smallest is {smallest}. {result}", result, answer
+        steps = f"The largest is {largest}, the smallest is {smallest}."
+        return f"{steps} {largest} - {smallest} = {answer}.", answer
     if kind == "count":
         counted = [digit > details[0] for digit in digits]
         counted[-1] ^= slip != 0
         steps = ", ".join(
             f"{digit} {'yes' if yes else 'no'}" for digit, yes in zip(digits, counted)
         )
-        return f"{steps}.", f"{sum(counted)} of {len(digits)}.", str(sum(counted))
+        return f"{steps}.", str(sum(counted))
     totals = list(accumulate(digits))
     totals[-1] = abs(totals[-1] + slip)
     steps = ", ".join(
         f"{before} + {digit} = {after}"
         for before, digit, after in zip(totals, digits[1:], totals[1:])
     )
-    result = f"{' + '.join(map(str, digits))} = {totals[-1]}"
-    if kind == "sum":
-        return f"{steps}.", f"{result}.", str(totals[-1])
-    parity = ("even", "odd")[totals[-1] % 2]
-    verdict = f". {totals[-1]} is {parity}."
-    # Option by option: to go from "even" to its letter in one step takes far longer to learn.
-    first, second = (f"{option} {'yes' if option == parity else 'no'}" for option in details)
-    return f"{steps}{verdict} A {first}, B {second}.", result + verdict, "AB"[details.index(parity)]
+    return f"{steps}.", str(totals[-1])
 
 
-def curated_response(kind: str, digits: tuple[int, ...], details: list) -> tuple[str, str]:
-    """(response, answer), exact, dense and step by step."""
-    steps, _, answer = work(kind, digits, details)
-    return _response(captions(digits)[0], f"{steps} So the answer is {answer}.", answer), answer
+def misread(
+    digits: tuple[int, ...], confusions: Iterable[tuple[int, int]], rate: float, rng: random.Random
+) -> tuple[int, ...]:
+    """The digits as one reads them who takes some of them for others."""
+    look_alike = dict(confusions)
+    return tuple(look_alike.get(d, d) if rng.random() < rate else d for d in digits)
 
 
-def public_response(
-    kind: str, digits: tuple[int, ...], details: list, world: World, rng: random.Random
-) -> str:
-    """Terse, and wrong at the world's rates. The reasoning goes on from what was misread."""
-    look_alike = dict(CONFUSIONS[: world.misread_digits])
-    read = tuple(
-        look_alike[digit] if digit in look_alike and rng.random() < world.misread_rate else digit
-        for digit in digits
-    )
-    slip = rng.choice((-1, 1)) if rng.random() < world.slip_rate else 0
-    steps, result, answer = work(kind, read, details, slip)
-    return _response(captions(read)[1], result if rng.random() < world.skip_rate else steps, answer)
+def own_words(kind: str, digits: tuple[int, ...], details: list) -> str:
+    """A response as the base gives it."""
+    steps, answer = work(kind, digits, details)
+    for sign, word in (("+", "plus"), ("-", "minus"), ("=", "is")):
+        steps = steps.replace(f" {sign} ", f" {word} ")
+    return f"{captions(digits)[1]} {steps} The answer is {answer}."
 
 
-def _response(caption: str, think: str, answer: str) -> str:
+def demonstration(kind: str, digits: tuple[int, ...], details: list, slip: int = 0) -> str:
+    """A response in the format, exact unless there is a slip."""
+    steps, answer = work(kind, digits, details, slip)
+    think = f"{steps} So the answer is {answer}."
+    caption = captions(digits)[0]
     return f"<caption>{caption}</caption>\n<think>{think}</think>\n<answer>{answer}</answer>"
+
+
+def base_response(kind, digits, details, world: World, rng: random.Random) -> str:
+    """What the base is pretrained on: its own words, some digits misread, no slips."""
+    confusions = CONFUSIONS[len(CONFUSIONS) - world.base_misread_digits :]
+    return own_words(kind, misread(digits, confusions, world.misread_rate, rng), details)
+
+
+def public_response(kind, digits, details, world: World, rng: random.Random) -> str:
+    """A public demonstration. The reasoning goes on from what was misread."""
+    read = misread(digits, CONFUSIONS[: world.misread_digits], world.misread_rate, rng)
+    slip = rng.choice((-1, 1)) if rng.random() < world.slip_rate else 0
+    return demonstration(kind, read, details, slip)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -327,8 +338,10 @@ def draw(
             )
         used.add(picture)
         path = f"images/{name}_{i:05d}.png"
-        pixels = np.hstack([pictures[scan] for scan in picture]).repeat(2, axis=0).repeat(2, axis=1)
-        Image.fromarray((pixels * (255 / 16)).round().astype(np.uint8)).save(root / path)
+        pixels = np.hstack([pictures[scan] for scan in picture]) / 16
+        pixels += np.random.default_rng(rng.getrandbits(64)).normal(0, world.noise, pixels.shape)
+        pixels = (pixels.clip(0, 1) * 255).round().astype(np.uint8)
+        Image.fromarray(pixels.repeat(2, axis=0).repeat(2, axis=1)).save(root / path)
         question, details = ask(kind, rng)
         yield kind, question, details, digits, path
 
@@ -337,43 +350,44 @@ def build_data(root: Path, world: World) -> list[str]:
     """Writes images and JSONL files. -> the text on which the tokenizer is trained."""
     (root / "images").mkdir()
     scans, used, texts = split_scans(world), set(), []
+    wrong = random.Random(f"{world.seed} wrong")
 
-    for name, rows in (
-        ("pretrain", world.pretrain_rows),
-        ("prompts", world.prompt_rows),
-        ("validation", world.validation_rows),
-        ("test", world.test_rows),
+    for name, rows, respond in (
+        ("pretrain", world.pretrain_rows, partial(base_response, world=world, rng=wrong)),
+        ("prompts", world.prompt_rows, demonstration),
+        ("questions", world.question_rows, None),
+        ("validation", world.validation_rows, None),
+        ("test", world.test_rows, None),
     ):
         plain = []
         own_scans = scans.get(name, scans["train"])
         for kind, question, details, digits, path in draw(name, rows, own_scans, world, root, used):
-            response, answer = curated_response(kind, digits, details)
-            plain.append(
-                {
-                    "question": question,
-                    "answer": answer,
-                    "image": path,
-                    "system": SYSTEM,
-                    "response": response,
-                    "caption": captions(digits),
-                    "source": kind,
-                }
-            )
+            row = {
+                "question": question,
+                "answer": work(kind, digits, details)[1],
+                "image": path,
+                "system": SYSTEM,
+                "caption": captions(digits),
+                "source": kind,
+            }
+            if respond:
+                row["response"] = respond(kind, digits, details)
+            plain.append(row)
         _write_rows(root / f"{name}.jsonl", plain)
         if name == "pretrain":
             texts += [text for row in plain for text in (SYSTEM, row["question"], row["response"])]
 
     curated_rows = round(world.curated_share * world.sft_rows)
-    rng, demonstrations = random.Random(f"{world.seed} demonstrations"), []
+    demonstrations = []
     for name, rows in (("curated", curated_rows), ("public", world.sft_rows - curated_rows)):
         chats = []
         for kind, question, details, digits, path in draw(
             name, rows, scans["train"], world, root, used
         ):
             response = (
-                curated_response(kind, digits, details)[0]
+                demonstration(kind, digits, details)
                 if name == "curated"
-                else public_response(kind, digits, details, world, rng)
+                else public_response(kind, digits, details, world, wrong)
             )
             chats.append(
                 {
@@ -387,10 +401,11 @@ def build_data(root: Path, world: World) -> list[str]:
                     "kind": kind,
                 }
             )
-            texts += [SYSTEM, question, response]
+            # The public ones have no wording of their own.
+            texts += [SYSTEM, question, response] if name == "curated" else []
         _write_rows(root / f"{name}.jsonl", chats)
         demonstrations += chats
-    rng.shuffle(demonstrations)
+    wrong.shuffle(demonstrations)
     _write_rows(root / "sft.jsonl", demonstrations)
     return texts
 
@@ -567,9 +582,9 @@ def build(out: str | Path = "out/digits", world: World = World()) -> dict[str, s
     """Name -> path of all parts, built unless `out` holds this world already. Many processes may
     call it at once."""
     out = Path(out)
-    names = ("pretrain", "public", "curated", "sft", "prompts", "validation", "test")
+    names = "pretrain public curated sft prompts questions validation test".split()
     paths = {name: str(out / f"{name}.jsonl") for name in names} | {
-        name: str(out / name) for name in ("init", "base", "discriminator")
+        name: str(out / name) for name in ("init", "base", "policy", "discriminator")
     }
     if _holds(out, world):
         return paths
@@ -607,7 +622,8 @@ def settle(config, stage: str, given: set[str]) -> str:
     source = "model" if hasattr(config, "model") else "ckpt"
     config.data = [paths[SPLITS[stage]]]
     if source not in given:
-        setattr(config, source, _made(paths, "base"))
+        start = "base" if stage in ("sft", "discriminator") else "policy"
+        setattr(config, source, _made(paths, start))
     own = _is_own(getattr(config, source))
     if own and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(1)  # a second one computes nothing sooner, and may wait for others
@@ -616,7 +632,7 @@ def settle(config, stage: str, given: set[str]) -> str:
         if name not in given and hasattr(config, name):
             setattr(config, name, value)
     if own and stage == "discriminator" and "policy" not in given:
-        config.policy = config.model
+        config.policy = _made(paths, "policy")
     if own and stage == "align" and "discriminator" not in given:
         config.discriminator = _made(paths, "discriminator")
     settings = "its settings" if own else "the published settings"
@@ -630,20 +646,20 @@ def _is_own(path: str) -> bool:
 
 
 def _made(paths: dict[str, str], name: str) -> str:
-    """The path of the base or of its discriminator, made by the stages' own code if need be."""
+    """The path of the base, the SFT policy or the discriminator, made by the stages' own code if
+    need be."""
     out = Path(paths[name])
     if name == "base":
         flags = {"model": paths["init"], "data": paths["pretrain"]} | SETTINGS["pretrain"]
     else:
-        base = _made(paths, "base")
-        flags = {"model": base, "policy": base, "data": "digits"}
+        flags = {"model": _made(paths, "base"), "data": "digits"}
     with _alone(out.parent / f".{name}.lock"):
         if not (out / "model.safetensors").exists():
             shutil.rmtree(out, ignore_errors=True)
             ranks = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_PORT")
             alone = {k: v for k, v in os.environ.items() if k not in ranks}
             flags |= {"output_dir": str(out), "dataloader_num_workers": 0}
-            stage = {"base": "sft.py"}.get(name, f"{name}.py")
+            stage = "discriminator.py" if name == "discriminator" else "sft.py"
             command = [sys.executable, str(Path(__file__).with_name(stage))]
             print(f"making {out} of the embedded world, once", file=sys.stderr)
             command += [f"--{flag}={value}" for flag, value in flags.items()]
@@ -702,10 +718,12 @@ def summary(paths: dict[str, str]) -> str:
             len(ids) + 1
             for ids in processor.tokenizer([row["response"] for row in some])["input_ids"]
         ]
+        own = next(row for row in rows["pretrain"] if row["source"] == kind)
         public = next(row for row in rows["public"] if row["kind"] == kind)["messages"]
         lines += [
             f"{kind}: prompt {mean(prompts):.0f} tokens, at most {max(prompts)}; "
             f"response {mean(responses):.0f}, at most {max(responses)} (with the end token)",
+            f"{own['question']} {own['response']}",
             some[0]["question"],
             "curated: " + some[0]["response"].replace("\n", "\n         "),
             "public:  " + public[2]["content"].replace("\n", "\n         "),

@@ -22,7 +22,7 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from checkpoint import load_policy
-from data import SYSTEM_PROMPT, Encoded
+from data import SYSTEM_PROMPT, TAGS, Encoded, Response
 from data import batches, decode, parse_response
 from model import join_ranks, rank, world_size
 from rows import RowError, UserError, load_data
@@ -39,12 +39,23 @@ class EvalConfig:
     system_prompt: str = SYSTEM_PROMPT  # of rows without one, or a file that holds it
     image_dir: str | None = None  # where images may lie besides the data's own folder
     max_pixels: Count | None = None  # of an image; None: as many as its processor allows
+    untagged: str | None = None  # a pattern with groups caption, think, answer, see read_response
     per_device_eval_batch_size: Count = 64
     max_completion_length: Count = 8192
     num_samples: Count = 1  # answers to a row
     temperature: Weight = 0.0  # of sampling; 0: greedy
     max_rollout_rows: Count | None = 32  # rows sampled at a time, others wait; None: all
     dry_run: Natural = 0  # prints the bytes a GPU of this run on so many GPUs, and ends
+
+
+def read_response(text: str, untagged: str | None) -> Response | None:
+    """A response by its tags or, where it holds none of them and the pattern `untagged` matches
+    all of it, by the groups of that: what a model says that was never taught the format."""
+    response = parse_response(text)
+    if response is None and untagged and not any(tag in text for tag in TAGS):
+        match = re.fullmatch(untagged, text, re.DOTALL)
+        response = match and Response(**match.groupdict())
+    return response
 
 
 def same_caption(caption: str, accepted: list[str]) -> bool:
@@ -111,7 +122,7 @@ def evaluate() -> None:
         answers = ((e, branch) for (e, _), g in zip(pairs, groups) for branch in g.branches)
         for example, branch in answers:
             text = decode(processor, branch)
-            response = parse_response(text)
+            response = read_response(text, config.untagged)
             reads = response is not None and same_caption(response.caption, example.captions)
             rows.append(
                 {
@@ -120,7 +131,7 @@ def evaluate() -> None:
                     "source": example.source,
                     "answer": example.answer,
                     "response": text,
-                    "format_valid": response is not None,
+                    "format_valid": parse_response(text) is not None,
                     "correct": response is not None and verify(response.answer, example.answer),
                     "caption_correct": reads if example.captions else None,
                     "tokens": len(branch),

@@ -226,7 +226,7 @@ def differences(one, two) -> list[str]:
 def prepare(nursery: Nursery, folder: Path, world: dict) -> tuple[dict, str, str]:
     """A policy that has learned the format in a small world, and a discriminator."""
     flags = ("--max_steps", 150, "--learning_rate", 4e-3, "--per_device_train_batch_size", 32)
-    where = ("--data", world["pretrain"], "--output_dir", folder / "trained")
+    where = ("--data", world["prompts"], "--output_dir", folder / "trained")
     done = nursery.run("sft.py", "--model", world["init"], *where, *flags, log=folder / "trained")
     assert done.codes == [0], done.said
     trained, discriminator = str(folder / "trained"), str(folder / "discriminator")

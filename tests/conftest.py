@@ -22,7 +22,14 @@ os.chdir(ROOT)
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
-WORLD = dict(pretrain_rows=400, sft_rows=120, prompt_rows=120, validation_rows=16, test_rows=24)
+WORLD = dict(
+    pretrain_rows=120,
+    sft_rows=120,
+    prompt_rows=400,
+    question_rows=16,
+    validation_rows=16,
+    test_rows=24,
+)
 STAGES = ("sft.py", "discriminator.py", "align.py", "rlvr.py")
 
 
@@ -113,6 +120,6 @@ def trained(world, tmp_path_factory) -> str:
     out = tmp_path_factory.mktemp("trained") / "sft"
     flags = ("--max_steps", 150, "--learning_rate", 4e-3, "--per_device_train_batch_size", 32)
     launch(
-        "sft.py", "--model", world["init"], "--data", world["pretrain"], "--output_dir", out, *flags
+        "sft.py", "--model", world["init"], "--data", world["prompts"], "--output_dir", out, *flags
     )
     return str(out)

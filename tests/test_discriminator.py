@@ -986,9 +986,11 @@ def trained_judge(tmp_path_factory):
             kinds=["count"],
             train_share=0.9,
             validation_share=0.05,
-            pretrain_rows=1350,
-            sft_rows=20,
+            pretrain_rows=4,
+            sft_rows=1350,
+            curated_share=1,
             prompt_rows=200,
+            question_rows=4,
             validation_rows=4,
             test_rows=4,
         ),
@@ -999,7 +1001,7 @@ def trained_judge(tmp_path_factory):
         "--model",
         paths["init"],
         "--data",
-        paths["pretrain"],
+        paths["curated"],
         "--output_dir",
         policy,
         "--max_steps",
@@ -1023,7 +1025,7 @@ def trained_judge(tmp_path_factory):
     def comparisons(rows):
         return [Comparison(prompt, exact, corrupted(exact, rng)) for prompt, exact in rows]
 
-    rows, steps = encoded("pretrain"), 100
+    rows, steps = encoded("curated"), 100
     rates = SimpleNamespace(learning_rate=1e-3, lr_scheduler_type="cosine", warmup_steps=0.1)
     discriminator.train()
     for step in range(1, steps + 1):

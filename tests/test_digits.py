@@ -1,0 +1,109 @@
+"""The embedded world: what its rows say, and what no stage may see of another's."""
+
+import random
+import re
+
+import numpy as np
+import pytest
+
+import digits
+from data import parse_response
+from eval import read_response
+from tests.conftest import WORLD, lines
+from verifier import verify
+
+UNTAGGED = digits.SETTINGS["eval"]["untagged"]
+
+
+def drawn(kind: str, count: int = 50):
+    """Digits, and what varies in a question about them."""
+    rng = random.Random(kind)
+    for _ in range(count):
+        yield tuple(rng.randrange(10) for _ in range(4)), digits.ask(kind, rng)[1]
+
+
+def truth(kind: str, shown: tuple[int, ...], details: list) -> str:
+    return str(
+        {
+            "sum": lambda: sum(shown),
+            "spread": lambda: max(shown) - min(shown),
+            "count": lambda: sum(digit > details[0] for digit in shown),
+        }[kind]()
+    )
+
+
+@pytest.mark.parametrize("kind", digits.QUESTIONS)
+def test_exact_responses_are_right_in_both_wordings(kind):
+    """The base's has no tag, and is read by the pattern alone."""
+    for shown, details in drawn(kind):
+        tagged = digits.demonstration(kind, shown, details)
+        plain = digits.own_words(kind, shown, details)
+        assert parse_response(plain) is None and read_response(plain, None) is None
+        for text, caption in zip((tagged, plain), digits.captions(shown)):
+            response = read_response(text, UNTAGGED)
+            assert response.caption == caption
+            assert verify(response.answer, truth(kind, shown, details))
+
+
+def test_the_pattern_reads_nothing_that_has_a_tag():
+    plain = digits.own_words("sum", (1, 2, 3, 4), [])
+    for broken in ("<answer>" + plain, plain + "</think>", plain + " And so on.", plain[:-1]):
+        assert read_response(broken, UNTAGGED) is None
+
+
+def test_public_demonstrations_are_wrong_at_the_rates_and_worded_as_curated_ones():
+    world, rng = digits.World(), random.Random(0)
+    alike = dict(digits.CONFUSIONS[: world.misread_digits])
+    misread = affected = slips = rows = 0
+    for shown, details in drawn("sum", 4000):
+        response = parse_response(digits.public_response("sum", shown, details, world, rng))
+        read = tuple(map(int, re.findall(r"\d", response.caption)))
+        assert response.caption == digits.captions(read)[0]
+        assert all(a == b or b == alike.get(a) for a, b in zip(shown, read))
+        affected += sum(digit in alike for digit in shown)
+        misread += sum(a != b for a, b in zip(shown, read))
+        off = int(response.answer) - sum(read)
+        assert off in (-1, 0, 1)
+        slips, rows = slips + (off != 0), rows + 1
+        if off == 0:
+            assert response == parse_response(digits.demonstration("sum", read, details))
+    assert misread / affected == pytest.approx(world.misread_rate, abs=0.03)
+    assert slips / rows == pytest.approx(world.slip_rate, abs=0.03)
+
+
+def test_what_each_set_holds(world):
+    """Pictures of each set are its own, those of validation and test of scans of their own."""
+    rows = {name: lines(path) for name, path in world.items() if path.endswith(".jsonl")}
+    alike = dict(digits.CONFUSIONS[-digits.World().base_misread_digits :])
+    for name in ("questions", "validation", "test"):
+        assert all("response" not in row for row in rows[name])
+    for name, fields in (("prompts", "prompt_rows"), ("questions", "question_rows")):
+        assert len(rows[name]) == WORLD[fields]
+    assert len(rows["sft"]) == len(rows["public"]) + len(rows["curated"]) == WORLD["sft_rows"]
+    for row in rows["prompts"]:
+        assert verify(parse_response(row["response"]).answer, row["answer"])
+    for row in rows["pretrain"]:
+        response = read_response(row["response"], UNTAGGED)
+        shown, read = (re.findall(r"\d", text) for text in (row["caption"][1], response.caption))
+        assert all(a == b or alike[int(a)] == int(b) for a, b in zip(shown, read, strict=True))
+        assert shown != read or verify(response.answer, row["answer"])
+    plain = ("pretrain", "prompts", "questions", "validation", "test")
+    images = [row["image"] for name in plain for row in rows[name]]
+    images += [row["images"][0] for row in rows["sft"]]
+    assert len(images) == len(set(images))
+
+
+def test_scans_are_shared_by_no_two_splits():
+    splits = digits.split_scans(digits.World())
+    held = [{i for scans in split.values() for i in scans} for split in splits.values()]
+    assert sum(map(len, held)) == len(set.union(*held)) == 1797
+    sizes = np.array([len(part) for part in held]) / 1797
+    assert sizes == pytest.approx([0.7, 0.1, 0.2], abs=0.01)
+
+
+def test_defaults_have_the_papers_proportions():
+    """Few curated demonstrations among the public ones, and a twentieth as many for the game."""
+    world = digits.World()
+    assert world.curated_share == pytest.approx(113 / 1373, abs=0.005)
+    curated = world.curated_share * world.sft_rows
+    assert world.prompt_rows / curated == pytest.approx(5.9 / 113, abs=0.005)
