@@ -27,6 +27,7 @@ from transformers.utils import logging
 from views import WORDS
 
 import digits
+import fit
 from checkpoint import load_processor
 from data import Group, Response, make_packs
 from discriminator import Comparison, Discriminator, judge, upcycle
@@ -133,7 +134,9 @@ def demonstrations(tokens: int, vocab: int) -> list[Group]:
 
 def sft_step(shape, clock, device, peak) -> None:
     hidden, mlp, layers, heads, kv_heads, dim, vocab, _ = SHAPES[shape]
-    policy, optimizer, name = trained(make(shape, device), device)
+    policy = make(shape, device)
+    size = fit.count(policy)
+    policy, optimizer, name = trained(policy, device)
     (pack,) = make_packs(demonstrations(16384 if clock.gpu else 512, vocab))
     tokens, targets = pack.input_ids.numel(), len(pack.targets)
     pack = pack.to(device)
@@ -149,13 +152,20 @@ def sft_step(shape, clock, device, peak) -> None:
     squares = sum((s.prompt + sum(s.branches)) ** 2 for s in pack.segments)
     work = 6 * (linear * tokens + vocab * hidden * targets + layers * heads * dim * squares)
     share = f"{work / seconds / peak:.2f} of the peak"
-    say(f"SFT step {shape}, {tokens} tokens, {name}", seconds, share, f"{clock.memory:.1f} GiB")
+    images = len(pack.segments) * 196 / tokens
+    held = size.whole * (12 if name == "AdamW" else 4)
+    moments = fit.training(size, 1, tokens, tokens, True, True, images)
+    count = held + max(sum(moment.values()) for moment in moments)
+    memory = f"{clock.memory:.1f} GiB, {count / 2**30:.1f} by --dry_run"
+    say(f"SFT step {shape}, {tokens} tokens, {name}", f"{seconds:.2f} s", share, memory)
 
 
 def decode(shape, clock, device, copied) -> None:
     """Milliseconds a token for all rows, by the difference of two lengths."""
     hidden, mlp, layers, heads, kv_heads, dim, vocab, _ = SHAPES[shape]
-    policy = shard(make(shape, device), device)
+    policy = make(shape, device)
+    size = fit.count(policy)
+    policy = shard(policy, device)
     prompts = [prompt(i, PROMPT, vocab) for i in range(PROMPTS)]
     short, long = (64, 224) if clock.gpu else (4, 20)
     for rows in (16, 64) if clock.gpu else (8, 16):
@@ -169,12 +179,14 @@ def decode(shape, clock, device, copied) -> None:
         # What must be read for a token: the weights, the prompts' keys once, the rows' own.
         weights = layers * hidden * (2 * heads * dim + 2 * kv_heads * dim + 3 * mlp)
         keys = PROMPTS * PROMPT + rows * (short + long) / 2
+        parts = fit.sampling(size, PROMPTS, PROMPT, rows, long)
+        count = 4 * size.whole + sum(parts.values())
         read = 2 * (weights + vocab * hidden + 2 * layers * kv_heads * dim * keys)
         say(
             f"decode {shape}, {rows} rows",
             f"{seconds * 1e3:.1f} ms a token",
             f"{read / seconds / copied:.2f} of the copy bandwidth",
-            f"{clock.memory:.1f} GiB",
+            f"{clock.memory:.1f} GiB, {count / 2**30:.1f} by --dry_run",
         )
 
 
