@@ -23,6 +23,8 @@ import pytest  # noqa: E402
 import torch  # noqa: E402
 
 WORLD = dict(
+    digits=3,
+    noise=0.0,
     pretrain_rows=120,
     sft_rows=120,
     prompt_rows=400,

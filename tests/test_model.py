@@ -573,7 +573,7 @@ if world_size() > 1:
     held = sum(p.to_local().numel() for p in policy.parameters())
     assert held < 0.6 * sum(p.numel() for p in theirs.parameters())
 save_policy(policy, processor, sys.argv[2])
-print("equal", rank())
+print(f"equal {rank()}", flush=True)
 """
 
 
