@@ -2,6 +2,7 @@
 # make test   ruff, then the tests
 # make chaos  faults at random moments, a long run, inputs broken in every way; TRIES, SEED, STEPS
 #             and FUZZ may be given
+# make study  the paper's claims over seeds: hours; goes on where it was stopped
 # They make .venv from requirements.txt where it is missing. PYTHON=python3.11 picks the interpreter
 # that it is made with.
 
@@ -11,7 +12,7 @@ PY := .venv/bin/python
 DEMO := out/demo
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test lint chaos
+.PHONY: demo test lint chaos study
 .DELETE_ON_ERROR:
 
 .venv/installed: requirements.txt
@@ -28,6 +29,9 @@ STEPS ?= 300
 FUZZ ?= 20000
 chaos: .venv/installed
 	$(PY) tests/chaos.py --tries $(TRIES) --seed $(SEED) --steps $(STEPS) --fuzz $(FUZZ)
+
+study: .venv/installed
+	$(PY) benchmarks/study.py
 
 lint: .venv/installed
 	$(PY) -m ruff check .

@@ -136,6 +136,12 @@ SETTINGS: dict[str, dict] = {
         max_completion_length=96,
         overlong_buffer=32,
     ),
+    "more_sft": dict(  # the study's control: the alignment's own responses, learned by SFT
+        max_steps=20,
+        learning_rate=1e-4,
+        lr_scheduler_type="constant",
+        per_device_train_batch_size=16,
+    ),
     "eval": dict(
         untagged=r"(?P<caption>I see .*?\.) (?P<think>.*) The answer is (?P<answer>\w+)\.",
         max_completion_length=96,

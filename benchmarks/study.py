@@ -1,0 +1,483 @@
+"""The paper's claims on the embedded world, over seeds, with the controls that the paper lacks.
+
+    make study                                     every run that is missing, then the tables
+    python benchmarks/study.py --seeds 0 --only prism_grpo sft_grpo
+
+An arm is a chain of the project's own stages, run as a user runs them. A seed draws everything
+anew: images, initial weights, the order of rows, what is sampled. Runs that several arms begin
+with are made once. Each finished arm of a seed is one file in `benchmarks/results/`. What is there
+is not run again, so a study that was stopped goes on. All that `benchmarks/STUDY.md` and the README
+show is computed from these files.
+"""
+
+import argparse
+import json
+import os
+import re
+import statistics
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+from scipy.stats import t as student
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import digits  # noqa: E402
+import report  # noqa: E402
+
+OUT, RESULTS = ROOT / "out/study", ROOT / "benchmarks/results"
+SUPERVISED = 24  # responses that the alignment has
+SIZES = (8, 24, 80, 240)  # of the figure
+SEEDS, FEW = range(5), range(3)  # of arms and controls; of ablations and the figure
+PAIRS = 8  # samples a question, for the mean and pass@8
+# What every run has besides the world's settings and its own flags.
+ALWAYS = dict(dataloader_num_workers=0, max_rollout_rows=256, save_steps=100000)
+
+
+class Stage:
+    """One run: a kind of run in digits.SETTINGS, the run that it starts from, a file of the world
+    (`prompts:24` are the first 24 rows of one), and flags in place of the settings. Flags that
+    name other runs mean their directories."""
+
+    def __init__(self, kind: str, parent: str, data: str, **flags):
+        self.kind, self.parent, self.data, self.flags = kind, parent, data, flags
+        self.parents = [parent, *(flags[n] for n in ("policy", "discriminator") if n in flags)]
+
+
+def stages() -> dict[str, Stage]:
+    """Every run of a seed by its name. An arm has the name of its last run."""
+
+    def warm_up(policy="sft", **flags):
+        return Stage("discriminator", "base", "curated", policy=policy, **flags)
+
+    def align(rows=SUPERVISED, policy="sft", discriminator="warm_up", **flags):
+        return Stage("align", policy, f"prompts:{rows}", discriminator=discriminator, **flags)
+
+    runs = {
+        "base": Stage("pretrain", "init", "pretrain"),
+        "sft": Stage("sft", "base", "sft"),
+        "warm_up": warm_up(),
+        "prism": align(),
+        # Controls
+        "more_sft": Stage("more_sft", "sft", f"prompts:{SUPERVISED}"),
+        "curated": Stage("sft", "base", "curated"),
+        "frozen": align(discriminator_learning_rate=0),
+        # Ablations
+        "dense_warm_up": warm_up(experts="dense"),
+        "text_warm_up": warm_up(experts="text"),
+        "dedicated_warm_up": warm_up(experts="dedicated"),
+        "dense": align(discriminator="dense_warm_up"),
+        "text": align(discriminator="text_warm_up"),
+        "dedicated": align(discriminator="dedicated_warm_up"),
+        "alpha_0": align(alpha=0),
+        "alpha_1": align(alpha=1),
+        "cold": align(discriminator="base"),
+        "no_sft": align(policy="base"),
+    }
+    for size in SIZES:
+        if size != SUPERVISED:
+            runs[f"prism_{size}"] = align(size)
+            runs[f"more_sft_{size}"] = Stage("more_sft", "sft", f"prompts:{size}")
+    for name in [name for name in runs if "warm_up" not in name and name != "base"]:
+        for algorithm in ("grpo", "dapo", "gspo") if name in ("sft", "prism") else ("grpo",):
+            flags = digits.SETTINGS.get(f"rlvr_{algorithm}", {}) | {"algorithm": algorithm}
+            runs[f"{name}_{algorithm}"] = Stage("rlvr", name, "questions", **flags)
+    # As many more steps of RL as the alignment and its warm-up took time.
+    runs["longer_grpo"] = Stage("rlvr", "sft", "questions", algorithm="grpo", max_steps="matched")
+    return runs
+
+
+VIEWS = ("perception", "reasoning")
+CURVES = [f"{kind}_{view}" for kind in ("score_gap", "pair_accuracy") for view in VIEWS]
+ARMS = "base sft sft_grpo sft_dapo sft_gspo prism prism_grpo prism_dapo prism_gspo".split()
+CONTROLS = "longer_grpo more_sft more_sft_grpo curated curated_grpo frozen_grpo".split()
+ABLATIONS = "dense text dedicated alpha_0 alpha_1 cold no_sft".split()
+ABLATIONS = [f"{name}_grpo" for name in ABLATIONS]
+FIGURE = [f"{name}_{size}_grpo" for size in SIZES for name in ("prism", "more_sft")]
+FIGURE = [name for name in FIGURE if f"_{SUPERVISED}_" not in name]
+LABELS = {"sft": "SFT", "prism": "PRISM", "grpo": "GRPO", "dapo": "DAPO", "gspo": "GSPO"}
+LABELS |= {"longer": "SFT, for as long,", "more_sft": "SFT, more SFT on the alignment's rows"}
+LABELS |= {"curated": "SFT on the curated rows alone,", "frozen": "PRISM, frozen discriminator,"}
+LABELS |= {"dense": "PRISM, dense discriminator,", "text": "PRISM, text-only discriminator,"}
+LABELS |= {"dedicated": "PRISM, an expert pair a view,", "cold": "PRISM, no warm-up,"}
+LABELS |= {"alpha_0": "PRISM, alpha 0,", "alpha_1": "PRISM, alpha 1,"}
+LABELS |= {"no_sft": "PRISM without SFT,"}
+SHARES = [f"expert_share_{view}" for view in VIEWS]
+# Columns of the tables.
+MAIN = {"accuracy": "accuracy", "sampled_accuracy": "mean of 8", "pass_at_8": "pass@8"}
+MAIN |= {"caption_accuracy": "captions", "format_valid": "format"}
+MAIN |= {"mean_response_tokens": "tokens", "run_seconds": "seconds"}
+DRIFT = {"misread_per_digit": "misread a digit", "wrong_per_step": "wrong a step"}
+DRIFT |= {"caption_items": "caption items", "reasoning_steps": "reasoning steps"}
+DRIFT |= {"kl_from_base": "KL from the base, nats"}
+
+
+# --------------------------------------------------------------------------------------------------
+# Running
+
+
+def world(seed: int) -> dict[str, str]:
+    return digits.build(OUT / f"seed-{seed}/world", digits.World(seed=seed, prompt_rows=max(SIZES)))
+
+
+def rows_of(seed: int, data: str) -> str:
+    """The path of a file of the world, or of the first rows of one."""
+    name, _, count = data.partition(":")
+    path = Path(world(seed)[name])
+    if count:
+        some = path.with_name(f"{name}-{count}.jsonl")
+        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+        some.write_text("".join(lines[: int(count)]), encoding="utf-8")
+        path = some
+    return str(path)
+
+
+def call(script: str, log: Path, **flags) -> None:
+    """A stage as a user runs it. What it says goes to a file."""
+    command = [sys.executable, str(ROOT / script)]
+    command += [f"--{name}={value}" for name, value in flags.items()]
+    env = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    with open(log, "a") as file:
+        done = subprocess.run(command, stdout=file, stderr=file, env=env, cwd=ROOT)
+    if done.returncode:
+        raise SystemExit(f"{' '.join(command)} ended with {done.returncode}, see {log}")
+
+
+def lines(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def seconds(seed: int, name: str) -> float:
+    """What the steps of a run took."""
+    return sum(x["time/step"] for x in lines(OUT / f"seed-{seed}/{name}/metrics.jsonl"))
+
+
+def run(seed: int, name: str) -> Path:
+    """The directory of a run, which is made, and those that it starts from before, if need be."""
+    if name == "init":
+        return Path(world(seed)["init"])
+    stage, folder = stages()[name], OUT / f"seed-{seed}" / name
+    parents = {parent: str(run(seed, parent)) for parent in stage.parents}
+    done = folder / "run.json"
+    if done.exists() and json.loads(done.read_text()).get("finished"):
+        return folder
+    flags = digits.SETTINGS[stage.kind] | ALWAYS | stage.flags
+    flags |= {n: parents[flags[n]] for n in ("policy", "discriminator") if n in flags}
+    if flags.get("max_steps") == "matched":
+        run(seed, "prism")
+        run(seed, "sft_grpo")
+        steps = digits.SETTINGS["rlvr"]["max_steps"]
+        extra = seconds(seed, "warm_up") + seconds(seed, "prism")
+        flags["max_steps"] = steps + round(extra / seconds(seed, "sft_grpo") * steps)
+    script = {"pretrain": "sft.py", "more_sft": "sft.py"}.get(stage.kind, f"{stage.kind}.py")
+    if script == "sft.py":
+        del flags["max_rollout_rows"]
+    source = "ckpt" if script in ("align.py", "rlvr.py") else "model"
+    flags |= {source: parents[stage.parent], "data": rows_of(seed, stage.data), "seed": seed}
+    log = folder.with_suffix(".log")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    call(script, log, output_dir=folder, resume=True, **flags)
+    return folder
+
+
+def measure(seed: int, name: str) -> dict:
+    """One arm of one seed, in numbers."""
+    folder, test = run(seed, name), rows_of(seed, "test")
+    log, flags = folder.with_suffix(".log"), digits.SETTINGS["eval"] | dict(max_rollout_rows=256)
+    call("eval.py", log, ckpt=folder, data=test, output_dir=folder / "eval", **flags)
+    some = rows_of(seed, "test:250")
+    many = dict(num_samples=PAIRS, temperature=1.0, output_dir=folder / "samples")
+    call("eval.py", log, ckpt=folder, data=some, **flags, **many)
+    greedy, sampled = (
+        json.loads((folder / kind / "eval.json").read_text()) for kind in ("eval", "samples")
+    )
+    chain, at = [], name
+    while at != "init":
+        chain, at = [at, *chain], stages()[at].parent
+    helpers = [p for n in chain for p in stages()[n].parents[1:] if p in stages()]
+    kept = ("accuracy", "caption_accuracy", "format_valid", "mean_response_tokens", "by_source")
+    result = {"arm": name, "seed": seed} | {key: greedy[key] for key in kept}
+    result["sampled_accuracy"] = sampled["accuracy"]
+    result["pass_at_8"] = sampled["pass_at_k"]
+    result |= drift(lines(folder / "eval/generations.jsonl"), lines(Path(test)))
+    result["kl_from_base"] = kl_from_base(seed, folder, some)
+    result["seconds"] = {n: seconds(seed, n) for n in dict.fromkeys([*helpers, *chain])}
+    result["run_seconds"] = sum(result["seconds"].values())
+    settings = json.loads((folder / "run.json").read_text())["run"]
+    result["settings"] = {k: v for k, v in settings.items() if "/" not in str(v)}
+    if stages()[name].kind == "align":
+        result["curves"] = curves(lines(folder / "metrics.jsonl"))
+    return result
+
+
+def drift(generations: list[dict], truths: list[dict]) -> dict:
+    """Perception and reasoning apart. Digits that are misread, of those there are; steps that are
+    wrong by what they themselves say, of those taken; how many of both a response has."""
+    misread = there = wrong = steps = items = 0
+    for row in generations:
+        truth = truths[row["row"]]
+        text = row["response"]
+        caption, _, rest = text.partition("</caption>" if "</caption>" in text else ".")
+        said, real = (re.findall(r"\d", t) for t in (caption, truth["caption"][0]))
+        items += len(said)
+        there += len(real)
+        misread += len(real) - sum(a == b for a, b in zip(said, real))
+        found = []  # whether each step is right
+        for a, sign, b, c in re.findall(r"(\d+) (\+|-|plus|minus) (\d+) (?:=|is) (-?\d+)", rest):
+            found.append(int(a) + int(b) * (1 if sign in ("+", "plus") else -1) == int(c))
+        for least in re.findall(r"greater than (\d)", truth["question"]):
+            found += [
+                (digit > least) == (word == "yes")
+                for digit, word in re.findall(r"(\d) (yes|no)", rest)
+            ]
+        for largest, smallest in re.findall(r"largest is (\d), the smallest is (\d)", rest):
+            found += [largest == max(said, default=""), smallest == min(said, default="")]
+        for total, parity in re.findall(r"(\d+) is (even|odd)", rest):
+            found.append(("even", "odd")[int(total) % 2] == parity)
+        steps += len(found)
+        wrong += len(found) - sum(found)
+    count = len(generations)
+    return {
+        "misread_per_digit": misread / there,
+        "wrong_per_step": wrong / max(steps, 1),
+        "caption_items": items / count,
+        "reasoning_steps": steps / count,
+    }
+
+
+def kl_from_base(seed: int, folder: Path, data: str) -> float:
+    """KL(policy | base) in nats a response, on samples of the policy."""
+    import torch
+
+    from checkpoint import load_policy
+    from data import encode_prompts, make_packs
+    from model import token_logprobs
+    from rows import load_data
+    from sampler import generate
+
+    torch.set_num_threads(1)
+    policy, processor = load_policy("--ckpt", str(folder))
+    base, _ = load_policy("--ckpt", str(run(seed, "base")))
+    prompts = encode_prompts(processor, load_data(data)[:100])
+    groups, total = generate(policy, prompts, 1, 96, seed=seed), 0.0
+    with torch.no_grad():
+        for pack in make_packs(groups, 8192):
+            ours, theirs = (token_logprobs(model, pack)[0] for model in (policy, base))
+            total += float((ours - theirs).sum())
+    return total / len(prompts)
+
+
+def curves(metrics: list[dict]) -> dict[str, list]:
+    """Score gaps, pair accuracy and routing by view over the steps of an alignment."""
+    found = {name: [x.get(name) for x in metrics] for name in ("step", *CURVES)}
+    for view in VIEWS:
+        shares = [x.get(f"expert_share_{view}") for x in metrics]
+        found[f"experts_{view}"] = [s and np.mean(s, 0).round(4).tolist() for s in shares]
+        found[f"expert_share_{view}"] = shares[-1]
+    return found
+
+
+# --------------------------------------------------------------------------------------------------
+# Tables
+
+
+def results() -> dict[tuple[str, int], dict]:
+    found = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json"))]
+    return {(result["arm"], result["seed"]): result for result in found}
+
+
+def interval(values: list[float]) -> tuple[float, float]:
+    """Mean and half of its 95% interval over the seeds, by Student's t."""
+    mean, n = statistics.mean(values), len(values)
+    if n < 2:
+        return mean, float("nan")
+    return mean, float(student.ppf(0.975, n - 1) * statistics.stdev(values) / n**0.5)
+
+
+def shown(values: list[float]) -> str:
+    mean, half = interval(values)
+    return f"{mean:.3f}" if half != half else f"{mean:.3f} ± {half:.3f}"
+
+
+def label(name: str) -> str:
+    for key in sorted(LABELS, key=len, reverse=True):
+        if name.startswith(key):
+            *parts, rl = [x for x in name[len(key) :].split("_") if x] or [""]
+            words = [LABELS[key] + "," * bool(parts), *(f"{size} responses," for size in parts)]
+            if rl.isdigit():
+                words, rl = [*words, f"{rl} responses,"], ""
+            return " ".join(words) + f" + {LABELS[rl]}" if rl else " ".join(words).rstrip(",")
+    return name
+
+
+def table(names: list[str], columns: dict[str, str], found: dict) -> str:
+    out = ["| arm | seeds | " + " | ".join(columns.values()) + " |"]
+    out.append("|---" * (len(columns) + 2) + "|")
+    for name in names:
+        mine = [result for (arm, _), result in found.items() if arm == name]
+        if mine:
+            cells = [shown([result[column] for result in mine]) for column in columns]
+            out.append(f"| {label(name)} | {len(mine)} | {' | '.join(cells)} |")
+    return "\n".join(out)
+
+
+def difference(a: str, b: str, found: dict) -> tuple[int, float, float, float] | None:
+    """Accuracy of arm a less that of arm b, seed by seed: the number of seeds, the mean, and its
+    95% interval by the bootstrap over seeds. None without two seeds of both."""
+    seeds = [s for (arm, s) in found if arm == a and (b, s) in found]
+    if len(seeds) < 2:
+        return None
+    gaps = np.array([found[a, s]["accuracy"] - found[b, s]["accuracy"] for s in seeds])
+    drawn = np.random.default_rng(0).choice(gaps, (10_000, len(gaps))).mean(1)
+    return len(seeds), float(gaps.mean()), *map(float, np.quantile(drawn, (0.025, 0.975)))
+
+
+def differences(pairs: list[tuple[str, str]], found: dict) -> str:
+    out = ["| arm | less | seeds | points | 95% |", "|---|---|---|---|---|"]
+    for a, b in pairs:
+        if gap := difference(a, b, found):
+            n, mean, low, high = gap
+            points = f"{100 * mean:+.1f} | {100 * low:+.1f} to {100 * high:+.1f}"
+            out.append(f"| {label(a)} | {label(b)} | {n} | {points} |")
+    return "\n".join(out)
+
+
+def pairs() -> list[tuple[str, str]]:
+    return [(f"prism_{x}", f"sft_{x}") for x in ("grpo", "dapo", "gspo")] + [
+        ("prism_grpo", name) for name in [*CONTROLS, *ABLATIONS] if name.endswith("_grpo")
+    ]
+
+
+def tables() -> dict[str, str]:
+    """Every table of STUDY.md by its name, as Markdown."""
+    found = results()
+    figure = ["sft_grpo", "more_sft_grpo", "prism_grpo", *FIGURE]
+    return {
+        "arms": table([*ARMS, *CONTROLS], MAIN, found),
+        "ablations": table(["prism_grpo", *ABLATIONS], MAIN, found),
+        "differences": differences(pairs(), found),
+        "drift": table([*ARMS, *CONTROLS], DRIFT, found),
+        "figure": table(figure, {"accuracy": "accuracy"}, found),
+    }
+
+
+def write(path: Path) -> None:
+    """Puts the tables between their marks in a Markdown file."""
+    text = path.read_text(encoding="utf-8")
+    for name, content in tables().items():
+        marks = f"<!-- {name} -->", f"<!-- /{name} -->"
+        text = re.sub(
+            f"{marks[0]}.*?{marks[1]}",
+            lambda _, marks=marks, content=content: f"{marks[0]}\n{content}\n{marks[1]}",
+            text,
+            flags=re.DOTALL,
+        )
+    path.write_text(text, encoding="utf-8")
+
+
+# --------------------------------------------------------------------------------------------------
+# The page
+
+
+def page(path: Path) -> None:
+    """The study to look at: tables, differences, the figure, and over the steps of the alignment
+    score gaps, pair accuracy and routing."""
+    found = results()
+
+    def of(name: str, column: str) -> tuple | None:
+        values = [result[column] for (arm, _), result in found.items() if arm == name]
+        mean, half = interval(values) if values else (None, None)
+        return values and ((mean, mean - half, mean + half) if half == half else mean)
+
+    def section(title: str, names: list[str], columns: dict[str, str]) -> str:
+        rows = [[label(n), *(of(n, column) for column in columns)] for n in names if of(n, "seed")]
+        return f"<h2>{title}</h2>" + report.table(["arm", *columns.values()], rows)
+
+    body = "<h1>PRISM on the embedded world</h1><p>Means with 95% intervals over seeds.</p>"
+    body += section("Arms and controls", [*ARMS, *CONTROLS], MAIN)
+    body += section("Ablations", ["prism_grpo", *ABLATIONS], MAIN)
+    gaps = [(a, b, gap) for a, b in pairs() if (gap := difference(a, b, found))]
+    rows = [
+        [label(a), label(b), n, tuple(round(100 * x, 1) for x in gap)] for a, b, (n, *gap) in gaps
+    ]
+    body += "<h2>Differences, seed by seed</h2>"
+    body += report.table(["arm", "less", "seeds", "points"], rows)
+    series = {"SFT + GRPO": "sft_grpo", "more SFT + GRPO": "more_sft", "PRISM + GRPO": "prism"}
+    lines = []
+    for title, name in series.items():
+        points = [(size, of(of_size(name, size), "accuracy")) for size in SIZES]
+        lines.append((title, [(x, *y) for x, y in points if isinstance(y, tuple)]))
+    if any(points for _, points in lines):
+        body += "<h2>How many supervision responses</h2>"
+        lines = [(title, points) for title, points in lines if points]
+        body += report.plot("Accuracy after RL", "share of rows", lines, "responses")
+    body += section("Drift by stage", [*ARMS, *CONTROLS], DRIFT)
+    games = [result["curves"] for (arm, _), result in found.items() if arm == "prism"]
+    if games:
+        body += '<h2>The game</h2><div class="plots">'
+        for kind, unit in (("score_gap", "score"), ("pair_accuracy", "share")):
+            lines = []
+            for view in VIEWS:
+                columns = zip(*(game[f"{kind}_{view}"] for game in games))
+                means = [[x for x in column if x is not None] for column in columns]
+                means = [statistics.mean(x) if x else None for x in means]
+                lines.append((view, list(zip(games[0]["step"], means))))
+            body += report.plot(kind.replace("_", " "), unit, lines)
+        for view in VIEWS:
+            shares = np.mean([game[f"experts_{view}"] for game in games], 0).T
+            lines = [
+                (f"expert {e}", list(zip(games[0]["step"], map(float, share))))
+                for e, share in enumerate(shares)
+            ]
+            body += report.plot(f"Routing in the {view} view", "share of choices", lines)
+        body += "</div>"
+        last = {"step": games[0]["step"][-1]}
+        last |= {k: np.mean([g[k] for g in games], 0).tolist() for k in SHARES}
+        body += report.routing({"lines": [last]})
+    report.write_page(str(path), "PRISM on the embedded world", body)
+
+
+def of_size(name: str, size: int) -> str:
+    """The arm of the figure's curve `name` at a number of responses."""
+    if name == "sft_grpo":
+        return name  # it has none
+    return f"{name}_grpo" if size == SUPERVISED else f"{name}_{size}_grpo"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--seeds", type=int, nargs="+", default=None)
+    parser.add_argument("--only", nargs="+", default=None, help="arms by name")
+    parser.add_argument("--processes", type=int, default=2)
+    args = parser.parse_args()
+    wanted = [(name, s) for s in SEEDS for name in [*ARMS, *CONTROLS]]
+    wanted += [(name, s) for s in FEW for name in [*ABLATIONS, *FIGURE]]
+    wanted = [
+        (name, s)
+        for name, s in wanted
+        if (args.seeds is None or s in args.seeds) and (args.only is None or name in args.only)
+    ]
+    RESULTS.mkdir(exist_ok=True)
+
+    def of_seed(seed: int) -> None:
+        for name in [name for name, s in wanted if s == seed]:
+            path = RESULTS / f"{name}-{seed}.json"
+            if not path.exists():
+                result = measure(seed, name)
+                beside = path.with_suffix(".new")
+                beside.write_text(json.dumps(result, indent=1) + "\n")
+                beside.replace(path)
+                print(f"seed {seed}, {label(name)}: {result['accuracy']:.3f}", flush=True)
+
+    with ThreadPoolExecutor(args.processes) as pool:
+        list(pool.map(of_seed, dict.fromkeys(s for _, s in wanted)))
+    write(ROOT / "benchmarks/STUDY.md")
+    page(OUT / "report.html")
+
+
+if __name__ == "__main__":
+    main()
