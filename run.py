@@ -249,13 +249,13 @@ def _speaks_first() -> bool:
             return False
         except OSError:
             pass
-    elif rank() > 0:
-        # There is no place for a word between ranks yet. What fails here fails on rank 0 as well
-        # in most cases, and torchrun then ends this one; where it does not, this one has to speak.
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        ended = run and run.asked == signal.SIGTERM
-        time.sleep(0 if ended else 20)
-        return not ended
+    elif os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":  # torchrun's, on node 0
+        try:
+            at = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+            store = dist.TCPStore(*at, timeout=datetime.timedelta(seconds=10))
+            return store.add(f"ended/{os.environ['TORCHELASTIC_RESTART_COUNT']}", 1) == 1
+        except RuntimeError:
+            pass
     return True
 
 

@@ -727,15 +727,13 @@ def test_what_fails_on_all_ranks_is_said_once(short, tmp_path, fault):
     script, *base = short("sft.py")
     more = {"typo": ("--lr_scheduler_type", "linaer"), "model": ("--model", tmp_path)}
     if fault == "one rank":
-        script = tmp_path / "sft.py"
+        script = tmp_path / "stage.py"
         script.write_text(ONE_FAILS)
     words = (script, *base, "--output_dir", tmp_path / "out", *more.get(fault, ()))
     done = launch(*words, ranks=2, check=False)
-    assert done.returncode, done.stderr  # the traceback there is torchrun's own
     said = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     wanted = {"typo": "linaer", "model": "no config.json", "one rank": "this node has no such file"}
-    assert sum(wanted[fault] in line for line in said) == 1, done.stderr
-    assert len(said) == 1 or fault == "one rank" and "a rank is gone" in said[1], said
+    assert done.returncode and len(said) == 1 and wanted[fault] in said[0], done.stderr
 
 
 # --------------------------------------------------------------------------------------------------
