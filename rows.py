@@ -156,7 +156,9 @@ def _open_source(source: str):
                 raise ValueError("expected a list of rows")
         else:
             table = _arrow_table(path)
-    except (OSError, ValueError) as error:
+    except UserError:
+        raise
+    except Exception as error:  # readers of parquet raise many kinds
         said = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(f"--data {source}: cannot be read ({said})") from None
     if not len(table):

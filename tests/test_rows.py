@@ -8,8 +8,10 @@ import os
 import random
 
 import numpy as np
+import pyarrow
 import pytest
 from PIL import Image
+from pyarrow import parquet
 
 import rows
 from checkpoint import load_processor
@@ -354,6 +356,15 @@ def test_files_that_cannot_be_read_are_one_line(tmp_path, name, content):
     with pytest.raises(UserError, match="--data .*data") as error:
         load_data(str(path))
     assert "\n" not in str(error.value)
+
+
+def test_a_parquet_file_whose_pages_are_damaged_is_one_line(tmp_path):
+    path = tmp_path / "data.parquet"
+    parquet.write_table(pyarrow.Table.from_pylist([PLAIN] * 50), path)
+    content = path.read_bytes()
+    path.write_bytes(content[:10] + content[12:])  # its footer is whole
+    with pytest.raises(UserError, match="--data .*data.parquet: cannot be read"):
+        load_data(str(path))
 
 
 @pytest.mark.parametrize("content", ['{"question": "q"}', "3", "[]"])
