@@ -635,7 +635,8 @@ def packs(rng: random.Random, path: str, data: str):
     from transformers import AutoModelForImageTextToText
 
     from data import Group, encode_prompts, make_packs
-    from model import load_policy, token_logprobs
+    from checkpoint import load_policy
+    from model import token_logprobs
     from rows import Example, load_data
     from tests.test_model import reference_logprobs
 
@@ -679,7 +680,7 @@ def fuzz(folder: Path, world: dict, count: int, seed: int, only: str = "") -> bo
     import datasets
     import torch
 
-    from data import load_processor
+    from checkpoint import load_processor
     from tests.test_verifier import processor_time
 
     datasets.config.HF_DATASETS_CACHE = str(folder / "cache")
