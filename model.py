@@ -460,7 +460,8 @@ def even_packs(packs: list[Pack], processor) -> list[Pack]:
     if world_size() == 1:
         return packs
     images = [pack.pixel_values is not None for pack in packs]
-    most, any_images = all_max([len(packs), any(images)]).tolist()
+    most, any_images, least = all_max([len(packs), any(images), -len(packs)]).tolist()
+    any_images = any_images or most > -least  # the blanks that a rank adds have one
     if len(packs) == most and (all(images) or not any_images):
         return packs
     (blank,) = make_packs([blank_group(processor)])

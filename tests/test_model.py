@@ -23,7 +23,16 @@ from checkpoint import save_weights
 from data import Group, Prompt, encode_prompts, encode_response, make_packs
 from data import parse_response
 from discriminator import Comparison, judge, load_discriminator
-from model import LogProbs, Norm, Patches, join_ranks, learning_rate_at, recompute, shard
+from model import (
+    LogProbs,
+    Norm,
+    Patches,
+    even_packs,
+    join_ranks,
+    learning_rate_at,
+    recompute,
+    shard,
+)
 from model import token_logprobs
 from rows import Example, UserError, load_data
 from run import Schedule
@@ -622,3 +631,16 @@ def test_weights_in_several_files(policy_processor, tmp_path):
     save_file({"lm_head.weight": torch.zeros(3)}, tmp_path / "other.safetensors")
     again, _ = load_policy("--ckpt", str(tmp_path))
     assert all(torch.equal(p, expected[n]) for n, p in again.named_parameters())
+
+
+@pytest.mark.parametrize("theirs, blank", [([], True), ([False], False), ([True], True)])
+def test_a_rank_that_adds_blanks_has_images(policy_processor, monkeypatch, theirs, blank):
+    """`theirs`: whether each pack of the other rank has an image. Where it has no pack, it adds a
+    blank one, whose image every rank must then have as well."""
+    _, processor = policy_processor
+    (pack,) = make_packs([mixed_groups(processor)[1]])
+    other = [len(theirs), any(theirs), -len(theirs)]
+    monkeypatch.setattr("model.world_size", lambda: 2)
+    monkeypatch.setattr("model.all_max", lambda mine: torch.tensor([mine, other]).amax(0))
+    (mine,) = even_packs([pack], processor)
+    assert pack.pixel_values is None and (mine.pixel_values is not None) == blank
