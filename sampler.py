@@ -113,8 +113,7 @@ class RowCache:
             for layer, kv in enumerate(self.own):  # again never twice in memory
                 self.own[layer] = [F.pad(x[: len(self.length)], (0, 0, 0, longer)) for x in kv]
             self.generation += 1
-        self.seen = room + longer if self.filled > room else room
-        self.seen = self.seen if self.fixed else self.filled
+        self.seen = self.own[0][0].shape[2] if self.fixed else self.filled
 
     def begin_step(self) -> None:
         """Before each forward of the S rows, one token a row."""

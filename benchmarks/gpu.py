@@ -261,8 +261,8 @@ def parity(clock, device, processor) -> None:
     say("sampled against float32 on the CPU", (sampled - here).abs().mean().item())
     backbone = on_cpu.base_model
     upcycle(backbone)
-    judges = Discriminator(backbone, "learned", 0.0), None
-    judges = judges[0], shard(copy.deepcopy(judges[0]).to(device), device)
+    judges = [Discriminator(backbone, "learned", 0.0)]
+    judges.append(shard(copy.deepcopy(judges[0]).to(device), device))
     some = comparisons(2048, 8)[:1]
     here, there = (judge(d, some, processor, 16384, backward=False) for d in judges)
     gaps = [

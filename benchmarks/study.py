@@ -28,6 +28,8 @@ sys.path.insert(0, str(ROOT))
 
 import digits  # noqa: E402
 import report  # noqa: E402
+from digits import read_rows  # noqa: E402
+from run import write_json  # noqa: E402
 
 OUT, RESULTS = ROOT / "out/study", ROOT / "benchmarks/results"
 SUPERVISED = 24  # responses that the alignment has
@@ -147,13 +149,9 @@ def call(script: str, log: Path, **flags) -> None:
         raise SystemExit(f"{' '.join(command)} ended with {done.returncode}, see {log}")
 
 
-def lines(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-
-
 def seconds(seed: int, name: str) -> float:
     """What the steps of a run took."""
-    return sum(x["time/step"] for x in lines(OUT / f"seed-{seed}/{name}/metrics.jsonl"))
+    return sum(x["time/step"] for x in read_rows(OUT / f"seed-{seed}/{name}/metrics.jsonl"))
 
 
 def run(seed: int, name: str) -> Path:
@@ -203,14 +201,14 @@ def measure(seed: int, name: str) -> dict:
     result = {"arm": name, "seed": seed} | {key: greedy[key] for key in kept}
     result["sampled_accuracy"] = sampled["accuracy"]
     result["pass_at_8"] = sampled["pass_at_k"]
-    result |= drift(lines(folder / "eval/generations.jsonl"), lines(Path(test)))
+    result |= drift(read_rows(folder / "eval/generations.jsonl"), read_rows(test))
     result["kl_from_base"] = kl_from_base(seed, folder, some)
     result["seconds"] = {n: seconds(seed, n) for n in dict.fromkeys([*helpers, *chain])}
     result["run_seconds"] = sum(result["seconds"].values())
     settings = json.loads((folder / "run.json").read_text())["run"]
     result["settings"] = {k: v for k, v in settings.items() if "/" not in str(v)}
     if stages()[name].kind == "align":
-        result["curves"] = curves(lines(folder / "metrics.jsonl"))
+        result["curves"] = curves(read_rows(folder / "metrics.jsonl"))
     return result
 
 
@@ -468,9 +466,7 @@ def main() -> None:
             path = RESULTS / f"{name}-{seed}.json"
             if not path.exists():
                 result = measure(seed, name)
-                beside = path.with_suffix(".new")
-                beside.write_text(json.dumps(result, indent=1) + "\n")
-                beside.replace(path)
+                write_json(str(path), result)
                 print(f"seed {seed}, {label(name)}: {result['accuracy']:.3f}", flush=True)
 
     with ThreadPoolExecutor(args.processes) as pool:

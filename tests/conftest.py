@@ -65,8 +65,7 @@ def varlen_by_mask(q, k, v, starts_q, starts_k, *_, scale, seqused_k=None, **opt
     return (out, scores.logsumexp(-1).T) if options.get("return_aux") else out
 
 
-@pytest.fixture
-def ragged(monkeypatch):
+def as_on_a_gpu(monkeypatch):
     """Attention as on a GPU, with `varlen_by_mask` for the kernel."""
     import model
     import sampler
@@ -74,6 +73,11 @@ def ragged(monkeypatch):
     for module in (model, sampler):
         monkeypatch.setattr(module, "has_varlen", lambda *_: True)
         monkeypatch.setattr(module, "varlen_attn", varlen_by_mask)
+
+
+@pytest.fixture
+def ragged(monkeypatch):
+    as_on_a_gpu(monkeypatch)
 
 
 def launch(

@@ -14,7 +14,7 @@ from data import Group, encode_prompts, make_packs
 from model import token_logprobs
 from rows import UserError, load_data
 from sampler import RowCache, generate, uniforms
-from tests.conftest import varlen_by_mask
+from tests.conftest import as_on_a_gpu
 from tests.test_model import devices, example, on
 
 
@@ -126,10 +126,7 @@ def test_fixed_shapes_and_recorded_steps(
     )
     args = policy, prompts, 4, 150, temperature, 5, 2, max_rows
     plain = generate(*args)
-    monkeypatch.setattr("model.varlen_attn", varlen_by_mask)
-    monkeypatch.setattr("sampler.varlen_attn", varlen_by_mask)
-    for name in ("model.has_varlen", "sampler.has_varlen"):
-        monkeypatch.setattr(name, lambda *_: True)
+    as_on_a_gpu(monkeypatch)
     fixed = generate(*args, fixed=True)
     lengths = [len(b) for g in plain for b in g.branches]
     assert len(set(lengths)) > 2 and max(lengths) > 20
