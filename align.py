@@ -13,7 +13,8 @@ then takes one step of the clipped policy gradient (14) to (16) with A, strictly
 is no KL to a reference and no entropy bonus: both would pull towards the drifted SFT policy.
 
 Deviations from the published run:
-D7  The supervision response is not cut; the release cuts its two parts to 512 tokens each.
+D7  The supervision response is not cut; the release cuts its two parts to 512 tokens each. One
+    that is longer than a rollout may be is left out.
 D8  Length debiasing acts on the rewards only; in the release also on the discriminator's loss.
 D10 A supervision response of broken format is a bad row.
 D1 to D5 and D13 are in discriminator.py, D9 and D11 in policy_gradient.py.
@@ -28,11 +29,11 @@ from dataclasses import dataclass, field
 import torch
 
 from checkpoint import load_policy, save_policy
-from data import SYSTEM_PROMPT, decode, parse_response
+from data import SYSTEM_PROMPT, decode, encode_views, parse_response
 from discriminator import Comparison, judge, load_discriminator, save_discriminator
 from model import learning_rate_at, optimizer_step, shard
 from policy_gradient import group_advantage, policy_backward
-from rows import RowError, load_data
+from rows import RowError, Unfit, load_data
 from run import Count, Positive, Run, RunConfig, Schedule, Share, Weight, main
 from sampler import generate, sampling_flags
 
@@ -59,7 +60,7 @@ class AlignConfig(RunConfig):
     max_completion_length: Count = 6144  # paper: 6144
     alpha: Share = 0.5  # paper: 0.5
     format_penalty: Weight = 1.5  # paper: 1.5
-    epsilon: Share = 0.2  # paper: 0.2, both sides
+    epsilon: Share = 0.2  # paper: 0.2, both sides; never acts, as the ratio is 1
     score_l2: Weight = 0.001  # paper: 0.001
     router_aux_loss_coef: Weight = 0.01  # paper: 0.01; the release: 0 in the game (D4)
     length_beta_perception: Weight = 0.0  # paper: off
@@ -117,15 +118,18 @@ def train() -> None:
     )
     discriminator = shard(discriminator, run.device, config)
     policy.train(), discriminator.train()
-    decay = dict(weight_decay=config.weight_decay, fused=True)
-    optimizer = torch.optim.AdamW(policy.parameters(), **decay)
-    d_optimizer = torch.optim.AdamW(discriminator.parameters(), **decay)
+    adamw = dict(weight_decay=config.weight_decay, fused=True)
+    optimizer = torch.optim.AdamW(policy.parameters(), **adamw)
+    d_optimizer = torch.optim.AdamW(discriminator.parameters(), **adamw)
     modules = {"policy": (policy, optimizer), "discriminator": (discriminator, d_optimizer)}
 
     def encode(example, prompt):
         teacher = parse_response(example.response)
         if teacher is None:
             raise RowError("the supervision response breaks the format")
+        length = sum(map(len, encode_views(processor, teacher)))
+        if length > (limit := config.max_completion_length):
+            raise Unfit(f"{length} tokens of supervision, over --max_completion_length {limit}")
         return example, prompt, teacher
 
     def save(path):
@@ -139,9 +143,10 @@ def train() -> None:
         score_l2=config.score_l2,
         balance_coef=config.router_aux_loss_coef,
     )
-    # "grpo": ratio and mean by token. Strictly on policy, the clips never act.
-    clips, d_peak = (config.epsilon, config.epsilon, None), config.discriminator_learning_rate
+    # "grpo": ratio and mean by token. Strictly on policy, the clips never act; no dual clip.
+    clips = config.epsilon, config.epsilon, 0.0
     objective = dict(algorithm="grpo", clips=clips, on_policy=True)
+    d_peak = config.discriminator_learning_rate
 
     # A step of the game (2).
     for step in run.steps(config.max_steps, modules, save):
@@ -158,7 +163,7 @@ def train() -> None:
         # Scores D_k(x, y+) and D_k(x, y), and in the same forward the gradient of (7); D steps.
         with run.phase("judge"):
             students = [[parse_response(text) for text in of_prompt] for of_prompt in texts]
-            compared = [Comparison(x, y, s) for (_, x, y), s in zip(batch, students)]
+            compared = [Comparison(x, teacher, s) for (_, x, teacher), s in zip(batch, students)]
             judged = judge(discriminator, compared, processor, backward=True, **scoring)
             d_grad_norm = optimizer_step(discriminator, d_optimizer, d_rate, config.max_grad_norm)
         # Advantages (11).
@@ -166,15 +171,15 @@ def train() -> None:
         # The clipped policy gradient (14) to (16); G steps.
         with run.phase("update"):
             flat = advantage.flatten()
-            means, _ = policy_backward(policy, groups, flat, processor, config, **objective)
+            means, peaks = policy_backward(policy, groups, flat, processor, config, **objective)
             grad_norm = optimizer_step(policy, optimizer, rate, config.max_grad_norm)
 
         values = {"learning_rate": rate, "d_learning_rate": d_rate}
         values |= {"grad_norm": grad_norm, "d_grad_norm": d_grad_norm}
-        log_step(run, step, batch, groups, texts, judged, advantage, means, values)
+        log_step(run, step, batch, groups, texts, judged, advantage, means, peaks, values)
 
 
-def log_step(run, step, batch, groups, texts, judged, advantage, means, values) -> None:
+def log_step(run, step, batch, groups, texts, judged, advantage, means, peaks, values) -> None:
     """The step's line in metrics.jsonl, and the first prompt's rollouts in rollouts.jsonl."""
     lengths = [len(branch) for group in groups for branch in group.branches]
     without = int((~judged.valid.any(1)).sum())
@@ -186,7 +191,8 @@ def log_step(run, step, batch, groups, texts, judged, advantage, means, values) 
         "ranks_without_valid": len(groups) > 0 and without == len(groups),
         "tokens": sum(lengths) + sum(len(prompt.input_ids) for _, prompt, _ in batch),
     }
-    run.log(step, judged.means | measures, sums, values=values | judged.expert_shares)
+    gap = {"sampled_scored_gap": peaks["sampled_scored_gap"]}
+    run.log(step, judged.means | measures, sums, gap, values | judged.expert_shares)
     if batch:
         names = ("perception", "reasoning", "valid", "teacher_perception", "teacher_reasoning")
         columns = {name: getattr(judged, name)[0] for name in names}

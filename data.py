@@ -50,7 +50,7 @@ BLOCKS = ("caption", "think", "answer")
 TAGS = [tag for name in BLOCKS for tag in (f"<{name}>", f"</{name}>")]
 RESPONSE = r"\s*" + r"\s*".join(f"<{name}>(.*)</{name}>" for name in BLOCKS) + r"\s*"
 
-# What a prompt without a system turn is given: the format, described.
+# What stages after SFT give to a prompt without a system turn: the format, described (D14).
 SYSTEM_PROMPT = (
     "Answer in three blocks, in this order and with nothing around them. First describe all that "
     "the image shows and the question needs: <caption>...</caption>. Then reason step by step: "
@@ -381,7 +381,8 @@ class Pack:
 
 
 def make_packs(groups: list[Group], max_tokens: int | None = None, units=None) -> list[Pack]:
-    """Groups -> packs of at most `max_tokens` tokens (None: all in one).
+    """Groups -> packs of at most `max_tokens` tokens (None: all in one); only a prompt with a
+    single unit may have more.
 
     A group stands in the first pack that has room for all of it. Where none has, it begins in the
     last one and goes on in new ones, its prompt repeated there. `units` lists for each group the

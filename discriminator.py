@@ -11,18 +11,22 @@ warm-up on pairs, which is what running this file does (PRISM, the MoE discrimin
                                              P_e: mean router probability
 
 h is the last hidden state at the last token of the view. Rewards are read without dropout. In
-names, teacher is the supervision response y+ and student the response y compared with it.
+names, teacher is the supervision response y+ and student the response y compared with it. In the
+game students are the policy's own rollouts. In the warm-up they stand in the data, or with
+`--policy` that policy samples one a prompt. A student of broken format has no views, so it enters
+no loss.
 
 A prompt with the views of its rollouts and of its supervision response is one pack, so prompt and
-image are computed once for all views. Both sides go through one function (`data.encode_views`),
-and equal views of a prompt are one branch, so two sides of the same text score exactly the same.
+image are computed once for all views. Both sides go through one function (`data.encode_views`), and
+equal views of a prompt are one branch, so two sides of the same text score exactly the same (D15).
 Nothing is cut.
 
 Deviations from the published run (all are in the README, with the reasons):
 D1  Each view has a score vector of its own; the release reads both views from one.
 D2  Views keep the image's rotary positions; the release drops them.
 D3  Prompt tokens are computed once, so they enter (8) once and not once a view. (8) is taken in
-    each pack and averaged by tokens: it is the one number that depends on how a batch is cut.
+    each pack and averaged by tokens, so it depends on how a batch is cut, as do dropout's masks
+    and the shares of the experts in the log.
 D4  The clamp of (5) and the score penalty of (7) also act in the warm-up, the balance loss also in
     the game; the release has the first two in the game only, the last in the warm-up only.
 D5  A step of the warm-up takes both views of 64 pairs; the release shuffles the 128 single-view
@@ -76,9 +80,7 @@ class DiscriminatorConfig(RunConfig):
     num_train_epochs: Positive = 1.0  # paper: 1
     max_steps: int = -1  # where positive, in place of the epochs
     per_device_train_batch_size: Count = 2  # pairs of two comparisons; paper: 4 comparisons
-    gradient_accumulation_steps: Count = (
-        4  # paper: 4, which with 8 GPUs makes 128 comparisons a step
-    )
+    gradient_accumulation_steps: Count = 4  # paper: 4; on 8 GPUs 128 comparisons a step
     max_grad_norm: Positive = 1.0  # paper: 1.0
     max_length: Count = 8192  # paper: 8192, prompt and view
     max_image_size: Count = 560  # paper: 560 px on the long side; larger ones are scaled down
@@ -172,9 +174,10 @@ def upcycle(
 
     for layer in backbone.language_model.layers:
         mlp = layer.mlp
-        if not all(hasattr(mlp, name) for name in ("gate_proj", "up_proj", "down_proj")):
+        parts = [getattr(mlp, name, None) for name in ("gate_proj", "up_proj", "down_proj")]
+        if not all(part is not None and part.bias is None for part in parts):
             raise UserError(
-                f"upcycling needs MLPs with gate_proj, up_proj and down_proj, found "
+                f"upcycling needs MLPs with gate_proj, up_proj, down_proj and no biases, found "
                 f"{type(mlp).__name__} with {sorted(n for n, _ in mlp.named_children())}; choose "
                 f"another model, or --experts dense"
             )
@@ -189,8 +192,9 @@ def upcycle(
         layer.mlp = SparseMLP(Router(gate), experts, top_k)
 
 
-def balance_loss(probabilities: list[torch.Tensor], chosen: list[torch.Tensor]) -> torch.Tensor:
-    """(8) over the tokens of all layers. About top_k when balanced, as in transformers."""
+def balance_loss(probabilities, chosen) -> torch.Tensor:
+    """(8) over the tokens of all layers. Of each layer (T, E) router probabilities and (T, top_k)
+    chosen experts -> scalar, about top_k when balanced, as in transformers."""
     p, c = torch.cat(probabilities), torch.cat(chosen)
     share = F.one_hot(c, p.shape[1]).float().sum(1).mean(0)
     return p.shape[1] * (share * p.mean(0)).sum()
@@ -248,10 +252,11 @@ def view_of_tokens(pack: Pack, views: torch.Tensor) -> torch.Tensor:
 
 
 def pair_loss(teacher: torch.Tensor, student: torch.Tensor, num_pairs: int | None = None):
-    """(6), Bradley-Terry: the mean over pairs of -log sigmoid(D(x, y+) - D(x, y)). Two tensors of
-    one shape -> scalar. `num_pairs`, the global number, replaces this batch's as denominator."""
-    pairs = teacher.numel() if num_pairs is None else num_pairs
-    return -F.logsigmoid(teacher - student).sum() / pairs
+    """(6), Bradley-Terry: -log sigmoid(D(x, y+) - D(x, y)). Two tensors of scores of one shape ->
+    scalar, the mean over them. With `num_pairs`, the global number, their sum divided by it: of
+    (U, 2) scores, both views of U pairs, that is (6)."""
+    count = teacher.numel() if num_pairs is None else num_pairs
+    return -F.logsigmoid(teacher - student).sum() / count
 
 
 def discriminator_loss(scores: torch.Tensor, num_pairs: int, score_l2: float = 0.001):
@@ -288,9 +293,7 @@ class ViewPack:
 
     def to(self, device) -> "ViewPack":
         """A view pack with its tensors on `device`."""
-        return ViewPack(
-            self.pack.to(device), *(x.to(device) for x in list(vars(self).values())[1:])
-        )
+        return ViewPack(**{name: value.to(device) for name, value in vars(self).items()})
 
 
 def view_packs(comparisons, processor, max_tokens=None, text_only=False) -> list[ViewPack]:
@@ -361,10 +364,8 @@ def judge(
     (7). One forward serves both. Every rank calls it."""
     device = next(discriminator.parameters()).device
     packs = view_packs(comparisons, processor, max_tokens, discriminator.kind == "text")
-    pairs, tokens = (
-        sum(v.pairs.shape[0] for v in packs),
-        sum(v.pack.input_ids.numel() for v in packs),
-    )
+    pairs = sum(v.pairs.shape[0] for v in packs)
+    tokens = sum(v.pack.input_ids.numel() for v in packs)
     num_pairs, num_tokens = all_sum([pairs, tokens]).tolist()
     shape = len(comparisons), max((len(c.students) for c in comparisons), default=1)
     scores = torch.zeros(4, *shape)  # of each pair: the supervision's two scores, the student's
@@ -377,15 +378,14 @@ def judge(
     with torch.set_grad_enabled(backward):
         for v in packs:
             v = v.to(device)
-            # (2, U, 4). Not scores[:, pairs]: a supervision view is in many pairs, and torch sums
-            # the gradient of an index in no fixed order.
-            of_branches = discriminator(v.pack, v.views)
+            of_branches = discriminator(v.pack, v.views)  # (2, B)
+            # (U, 4) each. By index_select: a supervision view is in many pairs, and torch sums the
+            # gradient of of_branches[:, v.pairs] in no fixed order.
             four = of_branches.index_select(1, v.pairs.flatten()).view(2, -1, 4)
-            loss = discriminator_loss(four[0], max(num_pairs, 1), score_l2)
+            with_dropout, without = four
+            loss = discriminator_loss(with_dropout, max(num_pairs, 1), score_l2)
             if sparse:
-                balance = balance_loss(
-                    [m.probabilities for m in sparse], [m.chosen for m in sparse]
-                )
+                balance = balance_loss(*zip(*((m.probabilities, m.chosen) for m in sparse)))
                 share = v.pack.input_ids.numel() / num_tokens
                 share = share if num_pairs else 0.0  # a batch without pairs moves nothing
                 loss = loss + balance_coef * share * balance
@@ -399,7 +399,7 @@ def judge(
                 loss.backward()
             total = total + loss.detach()
             at = (slice(None), *v.students.cpu())
-            scores[at] = four[1].detach().cpu().T
+            scores[at] = without.detach().cpu().T
             branches = v.pairs.cpu()
             length[at] = torch.tensor(v.pack.lengths)[branches[:, 2:]].T.float()
             differs[at] = (branches[:, :2] != branches[:, 2:]).T
@@ -549,9 +549,8 @@ def warm_up() -> None:
         "--model", config.model, config.experts, config.dropout, config.seed
     )
     discriminator = shard(discriminator, run.device, config).train()
-    optimizer = torch.optim.AdamW(
-        discriminator.parameters(), weight_decay=config.weight_decay, fused=True
-    )
+    decay = config.weight_decay
+    optimizer = torch.optim.AdamW(discriminator.parameters(), weight_decay=decay, fused=True)
 
     def encode(example, prompt) -> Comparison:
         teacher = parse_response(example.response)
@@ -574,15 +573,8 @@ def warm_up() -> None:
             groups = generate(policy, prompts, *limits, config.max_rollout_rows)
             for comparison, group in zip(batch, groups):
                 comparison.students = [parse_response(decode(processor, group.branches[0]))]
-        return judge(
-            discriminator,
-            batch,
-            processor,
-            max_tokens=config.max_tokens_per_pack,
-            score_l2=config.score_l2,
-            balance_coef=config.router_aux_loss_coef,
-            backward=backward,
-        )
+        scoring = config.max_tokens_per_pack, config.score_l2, config.router_aux_loss_coef
+        return judge(discriminator, batch, processor, *scoring, backward=backward)
 
     batch_size = config.per_device_train_batch_size * config.gradient_accumulation_steps
     batch_size *= world_size()
@@ -616,8 +608,8 @@ def warm_up() -> None:
     pairs = means["score_gap_perception"][1]
     kept = {f"validation_{k}": v for k, v in means.items() if k.startswith(("pair", "score_gap"))}
     line = run.log(max_steps, kept, sums={"validation_pairs": pairs})
-    shown = [f"{k[11:]} {v:.3f}" for k, v in line.items() if k.startswith("validation_") and v]
-    say("held out:", ", ".join(shown))
+    shown = [f"{k[11:]} {line[k]:.3f}" for k in kept if line[k] is not None]
+    say(f"held out, {line['validation_pairs']:.0f} pairs:", ", ".join(shown))
 
 
 if __name__ == "__main__":

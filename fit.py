@@ -30,12 +30,11 @@ import torch
 from transformers import AutoModelForImageTextToText, PreTrainedConfig
 
 from checkpoint import read_config
-from model import blocks, vision_tower
+from model import CHUNK, blocks, vision_tower
 
 CARD = 80e9
 IMAGES = 0.25  # of the tokens of a pack; assumed, as no data is read
 PROMPT = 2048  # tokens of a prompt, where a stage has no limit of its own (paper: 2048)
-CHUNK = 1024  # rows of logits at a time
 NODE = 8  # GPUs that share with --hsdp
 COLUMNS = "weights optimiser gradients gathered activations head cache".split()
 
@@ -142,9 +141,10 @@ def phases(config, stage: str, gpus: int) -> list[tuple[str, dict]]:
     frozen = get("freeze_vision", False)
     flag = {"sft": "model", "discriminator": "policy"}.get(stage, "ckpt")
     policy = read_model(f"--{flag}", get(flag), frozen=frozen) if get(flag) else None
-    judge, kind = None, get("experts", "learned")
+    judge = None
     if stage in ("discriminator", "align"):
         source = "model" if stage == "discriminator" else "discriminator"
+        kind = getattr(read_config(f"--{source}", get(source)), "prism_experts", get("experts"))
         experts = 0 if kind == "dense" else 4
         judge = read_model(f"--{source}", get(source), experts, head=False, frozen=frozen)
     learns = policy if stage in ("sft", "align", "rlvr") else None
@@ -154,7 +154,7 @@ def phases(config, stage: str, gpus: int) -> list[tuple[str, dict]]:
     states["optimiser"] = sum(8 * m.trained / shards for m in (learns, judge) if m)
 
     prompt, limit = get("max_prompt_length", PROMPT), get("max_completion_length", 0)
-    n = get("num_generations", 1)
+    n = get("num_generations") or get("num_samples", 1)
     out = []
     if policy and stage != "sft":
         prompts = get("per_device_eval_batch_size") or get("per_device_train_batch_size", 0)

@@ -42,6 +42,7 @@ from rows import UserError
 # Attention of a pack
 
 VARLEN = inspect.signature(varlen_attn).parameters  # torch 2.11 has fewer, and groups heads unasked
+CHUNK = 1024  # rows of logits that are in memory at a time
 GROUPED = {"enable_gqa": True} if "enable_gqa" in VARLEN else {}
 
 
@@ -246,6 +247,8 @@ def positions(model, mrope: torch.Tensor) -> torch.Tensor:
 # --------------------------------------------------------------------------------------------------
 # Log-probabilities over a large vocabulary
 
+CHUNK = 1024  # rows of logits that are in memory at a time
+
 
 class LogProbs(torch.autograd.Function):
     """log softmax(hidden @ weight.T / tau)[target] and the entropy of the distribution, without
@@ -313,11 +316,11 @@ class Head(torch.nn.Linear):
         return LogProbs.apply(hidden[0], self.weight, *self.asked)
 
 
-def token_logprobs(policy, pack: Pack, temperature: float = 1.0, chunk: int = 1024):
+def token_logprobs(policy, pack: Pack, temperature: float = 1.0, chunk: int = CHUNK):
     """-> (log-probability of each branch token, entropy of the distribution that it came from):
-    two (K,) float32 tensors in the order of `pack.targets`. `pack.rows` makes padded rows of them.
+    two (K,) float32 tensors in the order of `pack.targets`. `pack.padded` pads them.
     Entropy has no gradient. RuntimeError where the policy is not adapted.
-    Takes along: adapt, model_inputs.
+    Takes along: adapt, model_inputs, CHUNK.
     """
     inputs = model_inputs(policy, pack)
     forbidden = policy.forbidden.to(pack.targets.device)

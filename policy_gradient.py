@@ -11,9 +11,9 @@
     clip (15)      0.2 / 0.2, dual 3       0.2 / 0.28, dual 10     0.0003 / 0.0004, no dual
     mean (16)      over all tokens         over all tokens         over sequences, of token means
 
-The clips and dual clips are the published run's. The dual clip is PPO's (1912.09729); neither
-2402.03300 nor 2503.14476 has one. The token mean of GRPO is verl's and the release's; 2402.03300
-averages each sequence first.
+The clips and dual clips are the published run's; 0.28 is DAPO's Clip-Higher. The dual clip is
+PPO's (1912.09729); neither 2402.03300 nor 2503.14476 has one. The token mean of GRPO is verl's and
+the release's; 2402.03300 averages each sequence first.
 Denominators are those of the whole batch, over all ranks and packs (D9), so neither the loss nor
 its gradient depends on how the batch was cut. GSPO has no dual clip, and its KL is a mean over
 sequences as its loss is (D11). With one optimiser step per batch of rollouts the ratio
@@ -27,14 +27,15 @@ import torch
 from data import Group, make_packs
 from model import all_sum, even_packs, token_logprobs, world_size
 
-# What the published runs set for each algorithm. A flag of the same name overrides it.
+# What the published runs set for each algorithm; a dual clip of 0 is none. A flag of the same name
+# overrides it.
 ALGORITHMS = {
     "grpo": dict(epsilon=0.2, epsilon_high=0.2, dual_clip=3.0, warmup_steps=0.0, weight_decay=0.01),
     "dapo": dict(
         epsilon=0.2, epsilon_high=0.28, dual_clip=10.0, warmup_steps=10.0, weight_decay=0.1
     ),
     "gspo": dict(
-        epsilon=3e-4, epsilon_high=4e-4, dual_clip=math.inf, warmup_steps=0.05, weight_decay=0.1
+        epsilon=3e-4, epsilon_high=4e-4, dual_clip=0.0, warmup_steps=0.05, weight_decay=0.1
     ),
 }
 
@@ -57,13 +58,13 @@ def policy_loss(
     algorithm: str,
     clip_low: float,
     clip_high: float,
-    dual_clip: float | None,
+    dual_clip: float,
     num_tokens: float | None = None,
     num_sequences: float | None = None,
 ) -> torch.Tensor:
     """(14), (15), (16): the clipped policy gradient. logp, old_logp, mask (B, T), mask boolean;
-    advantage (B,). -> scalar. `num_tokens` and `num_sequences` are the global denominators, those
-    of this batch where None. ValueError for an algorithm that is not in ALGORITHMS.
+    advantage (B,). -> scalar. A dual clip of 0 is none. `num_tokens` and `num_sequences` are the
+    global denominators, those of this batch where None. ValueError for another algorithm.
     Takes along: ALGORITHMS, importance_ratio, aggregate.
     """
     if algorithm not in ALGORITHMS:
@@ -72,14 +73,16 @@ def policy_loss(
     # (15) A negative advantage with a huge ratio is bounded by the dual clip.
     a = advantage[:, None].to(r.dtype)
     loss = torch.maximum(-a * r, -a * r.clamp(1 - clip_low, 1 + clip_high))
-    if dual_clip is not None and math.isfinite(dual_clip):
+    if dual_clip:
         loss = torch.where(a < 0, torch.minimum(loss, -a * dual_clip), loss)
     return aggregate(loss, mask, algorithm, num_tokens, num_sequences)
 
 
 def importance_ratio(logp, old_logp, mask, algorithm: str) -> torch.Tensor:
     """(14): (B, T). In GSPO all tokens of a sequence share s = exp(mean_t log r_t). The token mean
-    of the loss then has the gradient of the sequence's formula, s * mean_t d logp_t."""
+    of the loss then has the gradient of the sequence's formula, s * mean_t d logp_t. The release
+    passes s straight through to the tokens, s.detach() * exp(logp - logp.detach()), which has the
+    same gradient, as all tokens of a sequence have one advantage."""
     log_ratio = torch.where(mask, logp - old_logp, 0.0)
     if algorithm == "gspo":
         mean = log_ratio.sum(1, keepdim=True) / mask.sum(1).clamp(min=1)[:, None]
@@ -110,7 +113,7 @@ def policy_backward(
     processor,
     config,
     algorithm: str,
-    clips: tuple[float, float, float | None],
+    clips: tuple[float, float, float],
     on_policy: bool,
     reference=None,
 ) -> tuple[dict, dict]:

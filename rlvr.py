@@ -57,9 +57,9 @@ class RLVRConfig(RunConfig):
     max_completion_length: Count = 8192  # paper: 8192
     epsilon: Share | None = None  # clip low; paper: by algorithm
     epsilon_high: Weight | None = None  # clip high; None: the algorithm's, not --epsilon as in TRL
-    dual_clip: Weight | None = None  # paper: by algorithm
-    beta: Weight = 0.0  # of the k3 KL to the starting policy; paper: its algorithm's default
-    num_minibatches: Count = 1  # optimiser steps per batch and epoch; paper: 1
+    dual_clip: Weight | None = None  # paper: by algorithm; 0: none
+    beta: Weight = 0.0  # of the k3 KL to the starting policy; not stated, off here
+    num_minibatches: Count = 1  # optimiser steps per pass over a batch; paper: 1
     num_iterations: Count = 1  # passes over a batch of rollouts; paper: 1
     max_gen_batches: Count = 10  # DAPO: sampled batches before giving up; paper: 10
     gen_batch_factor: Count = 3  # DAPO: prompts sampled at a time, in batches; paper: 96 / 32
@@ -82,12 +82,13 @@ def overlong_penalty(length: torch.Tensor, limit: int, buffer: int) -> torch.Ten
 
 
 def spread(values: torch.Tensor) -> torch.Tensor:
-    """(P, N) -> (P,): which groups have any spread. From one without there is nothing to learn."""
+    """(P, N) -> (P,): which groups have any spread."""
     return (values != values[:, :1]).any(1)
 
 
 def select_groups(useful: torch.Tensor, wanted: int) -> tuple[list[int], int]:
-    """(19): which of this rank's prompts to keep, and how many are kept on all ranks.
+    """(19): which of this rank's prompts to keep, and how many are kept on all ranks. Spread is
+    that of accuracy, as in the release, whatever format and length earn.
 
     `useful` (P,) are this rank's prompts with spread. Prompt i of rank r is number i * ranks + r
     of the batch, and the first `wanted` useful ones in this order are kept, so what is kept does
@@ -111,7 +112,7 @@ class Rollouts:
     accuracy: torch.Tensor  # (N,) 1 where the answer is right
     valid: torch.Tensor  # (N,) 1 where the format is whole
     length: torch.Tensor  # (N,) tokens
-    reward: torch.Tensor  # (N,)
+    reward: torch.Tensor  # (N,) (13), in DAPO with (18)
 
 
 def column(rollouts: list[Rollouts], name: str) -> torch.Tensor:

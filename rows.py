@@ -42,7 +42,7 @@ class Unfit(RowError):
 class Example:
     """One row of a data set, whatever its schema was."""
 
-    index: int  # its place among all rows: the row's identity in seeds, logs and metrics
+    index: int  # its place among all rows, by which eval's results name it
     where: str  # "file:line", for messages
     messages: list[dict]  # the turns before the response; an image stands as {"type": "image"}
     images: list[str | bytes]  # paths or encoded bytes, in the order of their placeholders

@@ -64,8 +64,15 @@ Positive = Annotated[float, 1e-9, 1e9]  # so that it and what is divided by it s
 Weight = Annotated[float, 0.0, sys.float_info.max]
 Share = Annotated[float, 0.0, 1.0]
 # Of the learning rate: transformers' schedules that a peak, a warm-up and a length determine.
-Schedule = Literal["constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts"]
-Schedule = Literal[Schedule, "polynomial", "inverse_sqrt"]
+Schedule = Literal[
+    "constant",
+    "constant_with_warmup",
+    "linear",
+    "cosine",
+    "cosine_with_restarts",
+    "polynomial",
+    "inverse_sqrt",
+]
 Minutes = Annotated[float, 1e-9, 1e6]
 Seed = Annotated[int, 0, 2**32 - 1]
 
@@ -78,7 +85,7 @@ class RunConfig:
     image_dir: str | None = None  # where images may lie besides the data's own folder
     max_pixels: Count | None = None  # of an image; None: as many as its processor allows
     max_bad_fraction: Share = 0.01  # of the rows drawn; more that cannot be used end the run
-    max_tokens_per_pack: Count = 16384  # how a batch is cut; the results do not depend on it
+    max_tokens_per_pack: Count = 16384  # how a batch is cut; changes (8) and dropout's masks only
     activation_checkpointing: bool | None = None  # recompute to save memory; None: on a GPU
     freeze_vision: bool = False  # the vision tower of all that learns stays as it is
     hsdp: bool = False  # parameters are shared by the GPUs of a node, and every node has all
@@ -104,14 +111,14 @@ def parse(config_class):
     logging.set_verbosity_error()
     warnings.filterwarnings("ignore", "torch.distributed is disabled")  # one process saves alone
     logging.disable_progress_bar()  # loading and writing weights; a stage has its own bar
-    about = sys.modules["__main__"].__doc__.strip().splitlines()[0]
+    about = " ".join(sys.modules["__main__"].__doc__.strip().split("\n\n")[0].split())
     parser = HfArgumentParser(config_class, description=about, allow_abbrev=False)
     parser.error = _refuse
     config, unknown = parser.parse_args_into_dataclasses(return_remaining_strings=True)
     if unknown:
         raise UserError(f"{' '.join(unknown)}: no such flag; --help lists them")
     check_ranges(config)
-    if os.path.isfile(getattr(config, "system_prompt", "")):
+    if os.path.isfile(getattr(config, "system_prompt", None) or ""):
         try:
             with open(config.system_prompt, encoding="utf-8") as file:
                 config.system_prompt = file.read().strip()

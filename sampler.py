@@ -290,12 +290,14 @@ def generate(
     `max_completion_length` tokens.
 
     There is no top-k and no top-p, so what is sampled is what `token_logprobs` scores. The ids in
-    `policy.forbidden` are left out of both. `max_rollout_rows` bounds the rows alive at once, the
-    others wait. `fixed` shapes are for a GPU, where they are the default. Every rank calls this,
-    also one without prompts. UserError where the policy's logits are not finite.
+    `policy.forbidden` are left out of both; those in `policy.stop_ids` end a branch. At most
+    `max_rollout_rows` are alive at once, others wait. `fixed` shapes are for a GPU, the default
+    there. Every rank calls this. UserError where logits are not finite; RuntimeError, no stop_ids.
     Takes along: _generate, RowCache, Rows, uniforms, data.make_packs, model.adapt,
     model.gathered, model.has_varlen, model.model_inputs, rows.UserError.
     """
+    if not hasattr(policy, "stop_ids"):
+        raise RuntimeError("set policy.stop_ids first: a tensor of the ids that end a response")
     was_training = policy.training
     policy.eval()
     # A step is many small operations: inference_mode is a tenth faster than no_grad.

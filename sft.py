@@ -36,6 +36,7 @@ class SFTConfig(RunConfig):
         default_factory=lambda: ["prism-vlm/gemini_public_mmr1", "prism-vlm/gemini_distill"]
     )
     output_dir: str = "out/sft"
+    system_prompt: str | None = None  # of rows without one; later stages have data.SYSTEM_PROMPT
     learning_rate: Weight = 1e-5  # paper: 1e-5
     lr_scheduler_type: Schedule = "cosine"  # paper: cosine
     warmup_steps: Weight = 0.1  # paper: 0.1 of the run; from 1 on, a number of steps
@@ -58,7 +59,7 @@ def sft_loss(logp: torch.Tensor, num_tokens: float) -> torch.Tensor:
 def train() -> None:
     run = Run(SFTConfig)
     config = run.config
-    examples = load_data(config.data, ("response",), None, config.image_dir)
+    examples = load_data(config.data, ("response",), config.system_prompt, config.image_dir)
     policy, processor = load_policy("--model", config.model, run.device, config)
     policy.train()
     decay = config.weight_decay
@@ -104,12 +105,15 @@ def train() -> None:
             "entropy": (entropy, tokens),
             "response_length": (tokens, len(groups)),
         }
-        rows, sizes = sum(g.num_tokens for g in groups), [p.input_ids.numel() for p in packs]
+        all_tokens, sizes = sum(g.num_tokens for g in groups), [p.input_ids.numel() for p in packs]
         longest = float(all_max([0, *sizes]).sum())  # ranks wait for the one with the longest pack
-        means["padding_share"] = sum(sizes) - rows, sum(sizes)  # blanks that even_packs has added
+        means["padding_share"] = (
+            sum(sizes) - all_tokens,
+            sum(sizes),
+        )  # blanks that even_packs has added
         means["idle_share"] = longest - sum(sizes), longest
         values = {"grad_norm": grad_norm, "learning_rate": rate, "packs": len(packs)}
-        run.log(step, means, sums={"tokens": rows}, values=values)
+        run.log(step, means, sums={"tokens": all_tokens}, values=values)
 
 
 if __name__ == "__main__":

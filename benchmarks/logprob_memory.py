@@ -24,13 +24,13 @@ import time
 import torch
 from rollout import ratio
 
-from model import LogProbs
+from model import CHUNK, LogProbs
 
 NONE = torch.zeros(0, dtype=torch.long)
 
 
 def chunked(hidden, weight, targets):
-    return LogProbs.apply(hidden, weight, torch.arange(len(targets)), targets, 1.0, NONE, 1024)[0]
+    return LogProbs.apply(hidden, weight, torch.arange(len(targets)), targets, 1.0, NONE, CHUNK)[0]
 
 
 def full(hidden, weight, targets):

@@ -33,7 +33,7 @@ from run import write_json  # noqa: E402
 
 OUT, RESULTS = ROOT / "out/study", ROOT / "benchmarks/results"
 SUPERVISED = 24  # responses that the alignment has
-SIZES = (8, 24, 80, 240)  # of the figure
+SIZES = (16, SUPERVISED, 48, 160, 480)  # of the figure
 SEEDS, FEW = range(5), range(3)  # of arms and controls; of ablations and the figure
 PAIRS = 8  # samples a question, for the mean and pass@8
 # What every run has besides the world's settings and its own flags.

@@ -192,7 +192,11 @@ def test_without_adapt_a_copy_fails(world, groups, tmp_path):
 def test_generate(world, groups, tmp_path):
     policy, _, given = groups
     body = """
-    adapt(policy).stop_ids = inputs["ends"]
+    try:
+        generate(adapt(policy), [], 3, 12)
+    except RuntimeError as error:
+        assert "set policy.stop_ids" in str(error)
+    policy.stop_ids = inputs["ends"]
     sampled = generate(policy, [group.prompt for group in groups], 3, 12, 1.1, 4, 7)
     out = [branch for group in sampled for branch in group.branches + group.logprobs]
     """
