@@ -13,8 +13,7 @@ then takes one step of the clipped policy gradient (14) to (16) with A, strictly
 is no KL to a reference and no entropy bonus: both would pull towards the drifted SFT policy.
 
 Deviations from the published run:
-D7  The supervision response is not cut; the release cuts its two parts to 512 tokens each. One
-    that is longer than a rollout may be is left out.
+D7  The supervision response is not cut; the release cuts its two parts to 512 tokens each.
 D8  Length debiasing acts on the rewards only; in the release also on the discriminator's loss.
 D10 A supervision response of broken format is a bad row.
 D1 to D5 and D13 are in discriminator.py, D9 and D11 in policy_gradient.py.
@@ -29,11 +28,11 @@ from dataclasses import dataclass, field
 import torch
 
 from checkpoint import load_policy, save_policy
-from data import SYSTEM_PROMPT, decode, encode_views, parse_response
+from data import SYSTEM_PROMPT, decode, parse_response
 from discriminator import Comparison, judge, load_discriminator, save_discriminator
 from model import learning_rate_at, optimizer_step, shard
 from policy_gradient import group_advantage, policy_backward
-from rows import RowError, Unfit, load_data
+from rows import RowError, load_data
 from run import Count, Positive, Run, RunConfig, Schedule, Share, Weight, main
 from sampler import generate, sampling_flags
 
@@ -127,9 +126,6 @@ def train() -> None:
         teacher = parse_response(example.response)
         if teacher is None:
             raise RowError("the supervision response breaks the format")
-        length = sum(map(len, encode_views(processor, teacher)))
-        if length > (limit := config.max_completion_length):
-            raise Unfit(f"{length} tokens of supervision, over --max_completion_length {limit}")
         return example, prompt, teacher
 
     def save(path):

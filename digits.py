@@ -34,7 +34,7 @@ control tokens and files. What lies where, under `out`:
     public.jsonl, curated.jsonl, sft.jsonl
                         the demonstrations, and both mixed: messages, images, source, kind
 
-    python digits.py [--out out/digits] [--misread_rate 0.6 ...]    builds the world and shows it
+    python digits.py [--out out/digits] [--misread_rate 0.9 ...]    builds the world and shows it
 """
 
 import contextlib
@@ -75,7 +75,7 @@ class World:
     seed: int = 0
     # The task
     digits: int = 4  # digits in an image
-    noise: float = 0.25  # standard deviation of what is added to each pixel of a scan; ink is 1
+    noise: float = 0.15  # standard deviation of what is added to each pixel of a scan; ink is 1
     kinds: list[str] = field(default_factory=lambda: list(QUESTIONS))  # asked equally often
     # Rows of each set
     pretrain_rows: int = 6000
@@ -89,9 +89,10 @@ class World:
     train_share: float = 0.7
     validation_share: float = 0.1
     # What is wrong with the public demonstrations, and with what the base learned from
-    misread_digits: int = 2  # digits that the public take for another, the first of CONFUSIONS
-    base_misread_digits: int = 1  # those that the base does, the last of CONFUSIONS
-    misread_rate: float = 0.6  # how often such a digit is taken for the other
+    misread_digits: int = 3  # digits that the public take for another, the first of CONFUSIONS
+    misread_rate: float = 0.9  # how often
+    base_misread_digits: int = 2  # those that the base takes for another, the last of CONFUSIONS
+    base_misread_rate: float = 0.6  # how often
     slip_rate: float = 0.3  # how often a public demonstration's last step is off by one
     # The model (0.36M parameters)
     merges: int = 224  # of the byte-level BPE on top of 256 bytes; fewer where there are no more
@@ -275,7 +276,7 @@ def demonstration(kind: str, digits: tuple[int, ...], details: list, slip: int =
 def base_response(kind, digits, details, world: World, rng: random.Random) -> str:
     """What the base is pretrained on: its own words, some digits misread, no slips."""
     confusions = CONFUSIONS[len(CONFUSIONS) - world.base_misread_digits :]
-    return own_words(kind, misread(digits, confusions, world.misread_rate, rng), details)
+    return own_words(kind, misread(digits, confusions, world.base_misread_rate, rng), details)
 
 
 def public_response(kind, digits, details, world: World, rng: random.Random) -> str:

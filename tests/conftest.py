@@ -25,6 +25,9 @@ import torch  # noqa: E402
 WORLD = dict(
     digits=3,
     noise=0.0,
+    misread_digits=2,
+    misread_rate=0.6,
+    base_misread_digits=1,
     pretrain_rows=120,
     sft_rows=120,
     prompt_rows=400,

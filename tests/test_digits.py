@@ -74,7 +74,7 @@ def test_public_demonstrations_are_wrong_at_the_rates_and_worded_as_curated_ones
 def test_what_each_set_holds(world):
     """Pictures of each set are its own, those of validation and test of scans of their own."""
     rows = {name: lines(path) for name, path in world.items() if path.endswith(".jsonl")}
-    alike = dict(digits.CONFUSIONS[-digits.World().base_misread_digits :])
+    alike = dict(digits.CONFUSIONS[-WORLD["base_misread_digits"] :])
     for name in ("questions", "validation", "test"):
         assert all("response" not in row for row in rows[name])
     for name, fields in (("prompts", "prompt_rows"), ("questions", "question_rows")):
