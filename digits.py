@@ -138,7 +138,7 @@ SETTINGS: dict[str, dict] = {
         overlong_buffer=32,
     ),
     "more_sft": dict(  # the study's control: the alignment's own responses, learned by SFT
-        max_steps=20,
+        max_steps=40,
         learning_rate=1e-4,
         lr_scheduler_type="constant",
         per_device_train_batch_size=16,

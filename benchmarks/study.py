@@ -18,6 +18,7 @@ import statistics
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -38,6 +39,7 @@ SEEDS, FEW = range(5), range(3)  # of arms and controls; of ablations and the fi
 PAIRS = 8  # samples a question, for the mean and pass@8
 # What every run has besides the world's settings and its own flags.
 ALWAYS = dict(dataloader_num_workers=0, max_rollout_rows=256, save_steps=100000)
+STEPS = (50, 100)  # of RL, after which an arm of SPEED is measured as well
 
 
 class Stage:
@@ -101,6 +103,7 @@ ABLATIONS = "dense text dedicated alpha_0 alpha_1 cold no_sft".split()
 ABLATIONS = [f"{name}_grpo" for name in ABLATIONS]
 FIGURE = [f"{name}_{size}_grpo" for size in SIZES for name in ("prism", "more_sft")]
 FIGURE = [name for name in FIGURE if f"_{SUPERVISED}_" not in name]
+SPEED = ["sft_grpo", "more_sft_grpo", "prism_grpo"]
 LABELS = {"sft": "SFT", "prism": "PRISM", "grpo": "GRPO", "dapo": "DAPO", "gspo": "GSPO"}
 LABELS |= {"longer": "SFT, for as long,", "more_sft": "SFT, more SFT on the alignment's rows"}
 LABELS |= {"curated": "SFT on the curated rows alone,", "frozen": "PRISM, frozen discriminator,"}
@@ -113,6 +116,7 @@ SHARES = [f"expert_share_{view}" for view in VIEWS]
 MAIN = {"accuracy": "accuracy", "sampled_accuracy": "mean of 8", "pass_at_8": "pass@8"}
 MAIN |= {"caption_accuracy": "captions", "format_valid": "format"}
 MAIN |= {"mean_response_tokens": "tokens", "run_seconds": "seconds"}
+SOONER = {f"after_{step}": f"{step} steps" for step in STEPS} | {"accuracy": "the end"}
 DRIFT = {"misread_per_digit": "misread a digit", "wrong_per_step": "wrong a step"}
 DRIFT |= {"caption_items": "caption items", "reasoning_steps": "reasoning steps"}
 DRIFT |= {"kl_from_base": "KL from the base, nats"}
@@ -171,6 +175,8 @@ def run(seed: int, name: str) -> Path:
         steps = digits.SETTINGS["rlvr"]["max_steps"]
         extra = seconds(seed, "warm_up") + seconds(seed, "prism")
         flags["max_steps"] = steps + round(extra / seconds(seed, "sft_grpo") * steps)
+    if name in SPEED:
+        flags |= dict(save_hf_steps=STEPS[0], save_total_limit=100)
     script = {"pretrain": "sft.py", "more_sft": "sft.py"}.get(stage.kind, f"{stage.kind}.py")
     if script == "sft.py":
         del flags["max_rollout_rows"]
@@ -187,6 +193,11 @@ def measure(seed: int, name: str) -> dict:
     folder, test = run(seed, name), rows_of(seed, "test")
     log, flags = folder.with_suffix(".log"), digits.SETTINGS["eval"] | dict(max_rollout_rows=256)
     call("eval.py", log, ckpt=folder, data=test, output_dir=folder / "eval", **flags)
+    sooner = {}  # accuracy at some steps of RL
+    for step in STEPS if name in SPEED else ():
+        path = folder / f"checkpoint-{step}"
+        call("eval.py", log, ckpt=path, data=test, output_dir=path / "eval", **flags)
+        sooner[f"after_{step}"] = json.loads((path / "eval/eval.json").read_text())["accuracy"]
     some = rows_of(seed, "test:250")
     many = dict(num_samples=PAIRS, temperature=1.0, output_dir=folder / "samples")
     call("eval.py", log, ckpt=folder, data=some, **flags, **many)
@@ -199,6 +210,7 @@ def measure(seed: int, name: str) -> dict:
     helpers = [p for n in chain for p in stages()[n].parents[1:] if p in stages()]
     kept = ("accuracy", "caption_accuracy", "format_valid", "mean_response_tokens", "by_source")
     result = {"arm": name, "seed": seed} | {key: greedy[key] for key in kept}
+    result |= sooner
     result["sampled_accuracy"] = sampled["accuracy"]
     result["pass_at_8"] = sampled["pass_at_k"]
     result |= drift(read_rows(folder / "eval/generations.jsonl"), read_rows(test))
@@ -358,6 +370,7 @@ def tables() -> dict[str, str]:
         "arms": table([*ARMS, *CONTROLS], MAIN, found),
         "ablations": table(["prism_grpo", *ABLATIONS], MAIN, found),
         "differences": differences(pairs(), found),
+        "speed": table(SPEED, SOONER, found),
         "drift": table([*ARMS, *CONTROLS], DRIFT, found),
         "figure": table(figure, {"accuracy": "accuracy"}, found),
     }
@@ -404,6 +417,7 @@ def page(path: Path) -> None:
     ]
     body += "<h2>Differences, seed by seed</h2>"
     body += report.table(["arm", "less", "seeds", "points"], rows)
+    body += section("Accuracy over the steps of RL", SPEED, SOONER)
     series = {"SFT + GRPO": "sft_grpo", "more SFT + GRPO": "more_sft", "PRISM + GRPO": "prism"}
     lines = []
     for title, name in series.items():
@@ -452,25 +466,22 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", default=None, help="arms by name")
     parser.add_argument("--processes", type=int, default=2)
     args = parser.parse_args()
-    wanted = [(name, s) for s in SEEDS for name in [*ARMS, *CONTROLS]]
-    wanted += [(name, s) for s in FEW for name in [*ABLATIONS, *FIGURE]]
-    wanted = [
-        (name, s)
-        for name, s in wanted
-        if (args.seeds is None or s in args.seeds) and (args.only is None or name in args.only)
-    ]
     RESULTS.mkdir(exist_ok=True)
 
-    def of_seed(seed: int) -> None:
-        for name in [name for name, s in wanted if s == seed]:
+    def of_seed(names: list[str], seed: int) -> None:
+        for name in names:
             path = RESULTS / f"{name}-{seed}.json"
+            if args.only and name not in args.only:
+                continue
             if not path.exists():
                 result = measure(seed, name)
                 write_json(str(path), result)
                 print(f"seed {seed}, {label(name)}: {result['accuracy']:.3f}", flush=True)
 
-    with ThreadPoolExecutor(args.processes) as pool:
-        list(pool.map(of_seed, dict.fromkeys(s for _, s in wanted)))
+    for names, seeds in (([*ARMS, *CONTROLS], SEEDS), ([*ABLATIONS, *FIGURE], FEW)):
+        with ThreadPoolExecutor(args.processes) as pool:
+            some = [seed for seed in args.seeds or seeds if seed in seeds]
+            list(pool.map(partial(of_seed, names), some))
     write(ROOT / "benchmarks/STUDY.md")
     page(OUT / "report.html")
 
