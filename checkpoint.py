@@ -44,7 +44,26 @@ def load_policy(flag: str, path: str, device=CPU, config=None):
     ends = policy.generation_config.eos_token_id
     ends = {processor.tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])}
     policy.stop_ids = torch.tensor(sorted(end for end in ends if end is not None))
+    if getattr(config, "lora_rank", 0):
+        torch.manual_seed(config.seed)  # the adapters of every rank are the same
+        add_adapters(policy, config.lora_rank)
     return _fill(shard(policy, device, config), path, device), processor
+
+
+def add_adapters(policy, lora_rank: int) -> None:
+    """To every linear layer W of the language model, B A is added by peft, times 2; nothing else
+    learns. B is 0 at the start, so an untrained policy, as the reference of RLVR, is as it was."""
+    try:
+        from peft import LoraConfig, inject_adapter_in_model
+    except ImportError:
+        raise UserError("--lora_rank: needs `peft`; pip install peft") from None
+    lora = LoraConfig(r=lora_rank, lora_alpha=2 * lora_rank, target_modules="all-linear")
+    policy.requires_grad_(False)
+    inject_adapter_in_model(lora, policy.get_decoder())
+    for layer in policy.modules():
+        if hasattr(layer, "reset_lora_parameters"):  # peft puts A and B where W is
+            layer.lora_A.to_empty(device=CPU), layer.lora_B.to_empty(device=CPU)  # not hollow
+            layer.reset_lora_parameters("default", init_lora_weights=True)
 
 
 def read_config(flag: str, path: str):
@@ -124,10 +143,8 @@ def _fill(model, path: str, device: torch.device):
     """Reads the weights of a hollow model, sharded or not, each rank its part."""
     if not next(model.parameters()).is_meta:
         return model
-    computed = {name: buffer.clone() for name, buffer in model.named_buffers()}
-    model.to_empty(device=device)
-    for name, buffer in computed.items():
-        model.get_buffer(name).copy_(buffer)
+    # What is not hollow stays: computed buffers, adapters.
+    model._apply(lambda t: torch.empty_like(t, device=device) if t.is_meta else t)
     model.tie_weights()  # a tied head is two tensors by now
     reader = HuggingFaceStorageReader(_folder(path))
     dcp.load(_in_files(model), storage_reader=reader, no_dist=not dist.is_initialized())
@@ -135,9 +152,10 @@ def _fill(model, path: str, device: torch.device):
 
 
 def _in_files(module) -> dict[str, torch.Tensor]:
-    """What files hold of a module, by name; a tied head stands there once."""
+    """What files hold of a module, by name: a tied head once, adapters never."""
     every, once = (dict(module.named_parameters(remove_duplicate=d)) for d in (False, True))
-    return {n: t for n, t in module.state_dict().items() if n in once or n not in every}
+    held = {n: t for n, t in module.state_dict().items() if n in once or n not in every}
+    return {n.replace(".base_layer.", "."): t for n, t in held.items() if ".lora_" not in n}
 
 
 def _folder(path: str | Path, wanted=("*.safetensors", "*.json")) -> Path:
@@ -182,7 +200,9 @@ def save_weights(module, path: str, dtype: torch.dtype, file_size: str = "5GB") 
     for file, names in split.filename_to_tensors.items():
         content = {}
         for name in names:
-            tensor = weights[name]
+            tensor, layer = weights[name], module.get_submodule(name.rpartition(".")[0])
+            if name.endswith(".weight") and hasattr(layer, "get_delta_weight"):  # W + 2 B A
+                tensor = tensor + layer.get_delta_weight("default").detach()
             tensor = tensor.to(dtype) if tensor.is_floating_point() else tensor
             tensor = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
             if rank() == 0:

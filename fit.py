@@ -141,6 +141,10 @@ def phases(config, stage: str, gpus: int) -> list[tuple[str, dict]]:
     frozen = get("freeze_vision", False)
     flag = {"sft": "model", "discriminator": "policy"}.get(stage, "ckpt")
     policy = read_model(f"--{flag}", get(flag), frozen=frozen) if get(flag) else None
+    if get("lora_rank"):  # seven layers a block; activations and gradients are over-counted
+        sizes = 7 * policy.h + 2 * policy.q + 2 * policy.k + 3 * policy.i
+        policy.trained = config.lora_rank * policy.layers * sizes
+        policy.whole += policy.trained
     judge = None
     if stage in ("discriminator", "align"):
         source = "model" if stage == "discriminator" else "discriminator"

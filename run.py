@@ -7,7 +7,7 @@ loops.
     output_dir/rollouts.jsonl      the rollouts of one prompt a step, with all their scores
     output_dir/left_out.jsonl      every row that was left out, by any rank, and why
     output_dir/skipped.jsonl       every step whose gradient was not finite, and its rows
-    output_dir/checkpoint-N/       in `state/` what resuming needs: weights in full precision and
+    output_dir/checkpoint-N/       in `state/` what resuming needs: weights, or adapters only, and
                                    the moments of the optimiser (torch.distributed.checkpoint,
                                    sharded as the run was); every `save_hf_steps` a Hugging Face
                                    directory as well
@@ -88,6 +88,7 @@ class RunConfig:
     max_tokens_per_pack: Count = 16384  # how a batch is cut; changes (8) and dropout's masks only
     activation_checkpointing: bool | None = None  # recompute to save memory; None: on a GPU
     freeze_vision: bool = False  # the vision tower of all that learns stays as it is
+    lora_rank: Natural = 0  # of adapters, by peft, which learn in the policy's place; 0: none
     hsdp: bool = False  # parameters are shared by the GPUs of a node, and every node has all
     dry_run: Natural = 0  # prints the bytes a GPU of this run on so many GPUs, and ends
     dataloader_num_workers: Natural = 2  # processes that encode rows ahead
@@ -126,6 +127,8 @@ def parse(config_class):
             raise UserError(f"--system_prompt {config.system_prompt}: no text in UTF-8") from None
     given = {arg.split("=")[0][2:].replace("-", "_") for arg in sys.argv[1:] if arg[:2] == "--"}
     stage = config_class.__name__.removesuffix("Config").lower()
+    if stage == "discriminator" and config.lora_rank:
+        raise UserError("--lora_rank: a discriminator learns as a whole; only policies have it")
     if config.dry_run:
         if rank() == 0:
             print(fit.table(config, stage))
@@ -375,10 +378,12 @@ class Run:
             return {}
         source = "model" if hasattr(self.config, "model") else "ckpt"
         mine = {"stage": self.stage, source: getattr(self.config, source)}
+        mine["lora_rank"] = self.config.lora_rank
         try:
             with open(name) as file:
                 before = json.load(file)
             theirs = {"stage": before["stage"], source: before["run"].get(source)}
+            theirs["lora_rank"] = before["run"].get("lora_rank", 0)
         except (ValueError, TypeError, KeyError, AttributeError):
             raise UserError(f"--resume: {name} is damaged; name another directory") from None
         for name in mine:
@@ -825,7 +830,8 @@ def _state(modules: dict, stepped: dict[str, list[str]]) -> dict:
     for name, (module, optimizer) in modules.items():
         parameters = dict(module.named_parameters())
         moments = {key: optimizer.state[parameters[key]] for key in stepped[name]}
-        weights = {key: p.detach() for key, p in parameters.items()}
+        adapters = {key: p for key, p in parameters.items() if ".lora_" in key}  # all that learns
+        weights = {key: p.detach() for key, p in (adapters or parameters).items()}
         state[name] = {"model": weights, "moments": moments}
     return state
 

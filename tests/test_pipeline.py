@@ -534,6 +534,7 @@ def test_bad_input_is_one_line(world, trained, tmp_path):
 def test_without_packages_that_a_run_may_do_without(world, trained, tmp_path):
     """A machine that has torch and transformers and little else: what needs more says so."""
     hidden = "datasets pyarrow pandas math_verify latex2sympy2_extended sklearn plotly tensorboard"
+    hidden += " peft"
     (tmp_path / "sitecustomize.py").write_text(
         "from importlib.machinery import PathFinder\n"
         "real = PathFinder.find_spec\n"
@@ -553,6 +554,8 @@ def test_without_packages_that_a_run_may_do_without(world, trained, tmp_path):
     said = fails("sft.py", "--model", trained, "--data", tmp_path / "rows.parquet", *out, **env)
     assert said.endswith("rows.parquet: needs `datasets`; pip install datasets")
     flags = ("--model", trained, "--data", world["sft"], "--max_steps", 1, *out)
+    said = fails("sft.py", *flags, "--lora_rank", 4, **env)
+    assert said == "error: --lora_rank: needs `peft`; pip install peft"
     launch("sft.py", *flags, **env)
     assert lines(tmp_path / "o" / "metrics.jsonl")[0]["loss"] > 0
 

@@ -1,0 +1,158 @@
+"""--lora_rank: adapters learn in a policy's place, and what is saved has none."""
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch.distributed.checkpoint import FileSystemReader
+from transformers import AutoModelForImageTextToText
+
+import fit
+from checkpoint import add_adapters, load_policy, save_policy
+from data import Group, encode_prompts, encode_response, make_packs
+from model import token_logprobs
+from rows import load_data
+from sampler import generate
+from sft import SFTConfig
+from tests.chaos import Nursery, differences, flags_of
+from tests.conftest import fails, lines
+from tests.test_run import stopped_at
+
+LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+@pytest.fixture(scope="module")
+def nursery():
+    started = Nursery()
+    yield started
+    started.close()
+
+
+@pytest.fixture(scope="module")
+def run(nursery, world, trained, tmp_path_factory):
+    """Runs a stage with adapters. -> its directory"""
+    folder = tmp_path_factory.mktemp("lora")
+
+    def make(name: str, script: str, *flags, ranks: int = 1) -> Path:
+        base = flags_of(script, world, trained, trained)
+        words = (script, *base, "--warmup_steps", 0, *flags, "--output_dir", folder / name)
+        done = nursery.run(*words, ranks=ranks, log=folder / f"{name}.log")
+        assert done.codes == [0] * ranks, done.said
+        return folder / name
+
+    return make
+
+
+def stated(out, name: str) -> list:
+    return [line[name] for line in lines(out / "metrics.jsonl")]
+
+
+def test_only_the_linear_layers_of_the_language_model_learn(run, world):
+    """What is saved has the names and dtypes of the source, and W changes by a matrix of low rank;
+    so do those of --save_hf_steps. On two ranks, where A has three rows to share, all is the same.
+    """
+    flags = ("--model", world["init"], "--data", world["sft"], "--lora_rank", 3, "--save_hf_steps")
+    flags += (5, "--learning_rate", 1e-2, "--max_steps", 8, "--max_tokens_per_pack", 300)
+    one = run("one", "sft.py", *flags, "--per_device_train_batch_size", 8)
+    more = ("--freeze_vision", True, "--activation_checkpointing", True)
+    two = run("two", "sft.py", *flags, *more, "--per_device_train_batch_size", 4, ranks=2)
+    losses = stated(one, "loss")
+    assert losses[0] - losses[-1] > 0.2
+    assert stated(two, "loss") == pytest.approx(losses, rel=1e-5)
+
+    paths = (world["init"], one, two, one / "checkpoint-5")
+    before, after, of_two, early = (load_file(f"{path}/model.safetensors") for path in paths)
+    kinds = [{n: (w.shape, w.dtype) for n, w in x.items()} for x in (before, after, of_two, early)]
+    assert kinds == [kinds[0]] * 4
+    for name, weight in before.items():
+        learns = ".language_model.layers." in name and name.split(".")[-2] in LINEAR
+        for other in (after[name], of_two[name], early[name]):
+            assert torch.equal(other, weight) != learns, name
+            change = torch.linalg.svdvals((other - weight).double()) if learns else [0] * 4
+            assert change[3] <= 1e-4 * change[0], name
+        gap = (of_two[name] - after[name]).norm()
+        assert gap <= 1e-3 * (after[name] - weight).norm(), name
+
+
+def test_an_adapted_policy(world, trained, tmp_path):
+    """At the start it says exactly what the base says; then, with any adapters, samples what it
+    scores, has gradients of adapters only, and is saved as a model that says the same."""
+    config = SimpleNamespace(lora_rank=4, seed=1)
+    policy, processor = load_policy("--ckpt", trained, config=config)
+    base, _ = load_policy("--ckpt", trained)
+    examples = load_data(world["prompts"])[:2]
+    prompts = encode_prompts(processor, examples)
+    responses = [encode_response(processor, example.response) for example in examples]
+    (pack,) = make_packs([Group(p, responses) for p in prompts])
+    asked = token_logprobs(base, pack)[0]
+    assert torch.equal(token_logprobs(policy, pack)[0], asked)
+    again, _ = load_policy("--ckpt", trained, config=config)
+    assert all(torch.equal(p, q) for p, q in zip(policy.parameters(), again.parameters()))
+
+    torch.manual_seed(0)
+    for name, parameter in policy.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.05)
+    said = token_logprobs(policy, pack)[0]
+    assert (said - asked).abs().max() > 0.1
+    said.sum().backward()
+    learns = {name for name, p in policy.named_parameters() if p.grad is not None}
+    assert learns == {name for name, _ in policy.named_parameters() if ".lora_" in name}
+    assert len(learns) == 2 * len(LINEAR) * policy.config.text_config.num_hidden_layers
+
+    groups = generate(policy, prompts, 3, 40)
+    scored = token_logprobs(policy, make_packs(groups)[0])[0]
+    sampled = torch.cat([logp for group in groups for logp in group.logprobs])
+    assert (scored - sampled).abs().max() < 1e-4
+
+    save_policy(policy, processor, str(tmp_path))
+    merged, _ = load_policy("--ckpt", str(tmp_path))
+    assert (token_logprobs(merged, pack)[0] - said).abs().max() < 1e-4
+    theirs, report = AutoModelForImageTextToText.from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(report.values())
+    assert theirs.state_dict().keys() == base.state_dict().keys()
+
+
+@pytest.mark.parametrize("script, ranks", [("sft.py", 1), ("rlvr.py", 2)])
+def test_a_run_with_adapters_resumes(nursery, run, world, trained, tmp_path, script, ranks):
+    """To the last bit, from a checkpoint that holds adapters only. RLVR has the base for a
+    reference: there is no distance in the first step, and some in later ones."""
+    more = ("--lora_rank", 4, *(("--beta", 0.1) if script == "rlvr.py" else ()))
+    whole = run(f"whole-{script}", script, *more, ranks=ranks)
+    if script == "rlvr.py":
+        assert max(stated(whole, "sampled_scored_gap")) < 1e-4
+        kl = stated(whole, "kl_ref")
+        assert kl[0] == 0 and max(kl) > 1e-6
+    words = (script, *flags_of(script, world, trained, trained), "--warmup_steps", 0, *more)
+    out, log = tmp_path / "out", tmp_path / "log"
+    step = stopped_at(nursery, words, out, log=log, ranks=ranks)[-1]
+    stored = FileSystemReader(out / f"checkpoint-{step}" / "state").read_metadata()
+    names = [name for name in stored.state_dict_metadata if ".model." in f".{name}"]
+    assert names and all(".lora_" in name for name in names)
+    other = (*words, "--output_dir", out, "--resume", "--lora_rank", 2)
+    done = nursery.run(*other, ranks=ranks, log=log)
+    assert "its lora_rank is 4, not 2" in done.errors[0]
+    done = nursery.run(*words, "--output_dir", out, "--resume", ranks=ranks, log=log)
+    assert done.codes == [0] * ranks and "resumed from" in done.said, done.said
+    assert differences(whole, out) == []
+
+
+def test_a_discriminator_has_none(world, trained, tmp_path):
+    flags = ("--data", world["sft"], "--output_dir", tmp_path / "out", "--lora_rank", 4)
+    said = fails("discriminator.py", "--model", trained, *flags)
+    assert said.startswith("error: --lora_rank: a discriminator learns as a whole")
+    assert not (tmp_path / "out").exists()
+
+
+def test_adapters_are_counted(world):
+    """What --dry_run takes for learning is what learns."""
+    policy, _ = load_policy("--model", world["init"])
+    before = sum(p.numel() for p in policy.parameters())
+    add_adapters(policy, 5)
+    learns = sum(p.numel() for p in policy.parameters() if p.requires_grad)
+    config = SFTConfig(model=world["init"], lora_rank=5)
+    ((_, parts), *_) = fit.phases(config, "sft", 1)
+    assert parts["optimiser"] == 8 * learns
+    assert parts["weights"] == 4 * (before + learns)
