@@ -42,7 +42,6 @@ from rows import UserError
 # Attention of a pack
 
 VARLEN = inspect.signature(varlen_attn).parameters  # torch 2.11 has fewer, and groups heads unasked
-CHUNK = 1024  # rows of logits that are in memory at a time
 GROUPED = {"enable_gqa": True} if "enable_gqa" in VARLEN else {}
 
 
