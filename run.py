@@ -229,7 +229,8 @@ def main(stage: Callable) -> None:
 
 def _of_another_rank(error: BaseException) -> bool:
     """Whether ranks could not meet, or a collective has failed, because one is gone or stuck."""
-    return "RANK" in os.environ and bool(re.search(r"gloo|NCCL|[Tt]imed out|peer", str(error)))
+    said = r"gloo|NCCL|[Tt]imed out|wait timeout|peer"
+    return "RANK" in os.environ and bool(re.search(said, str(error)))
 
 
 def _die(message: str, code: int) -> None:

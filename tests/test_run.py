@@ -4,6 +4,7 @@ most of them are forked from one that has imported everything (chaos.py), so the
 
 import contextlib
 import dataclasses
+import datetime
 import hashlib
 import json
 import math
@@ -11,6 +12,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -699,6 +701,23 @@ def test_a_rank_that_is_gone_or_stuck_is_named(nursery, short, tmp_path, fault, 
     assert codes[1 - lost] == 1 and "Traceback" not in started.said, started.said
     (line,) = started.errors
     assert f"rank {lost} is gone or stuck" in line and "--resume" in line, line
+
+
+def test_a_rank_that_is_gone_before_the_ranks_have_met(short, tmp_path):
+    """It has come to the store and no further."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    env = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "RANK": "0"}
+    words = map(str, (*short("sft.py"), "--output_dir", tmp_path / "out", "--timeout", 0.08))
+    command = [sys.executable, *words]
+    run = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=os.environ | env)
+    other = torch.distributed.TCPStore("127.0.0.1", port, 2, False, datetime.timedelta(minutes=1))
+    del other
+    said = run.communicate(timeout=120)[1]
+    assert run.returncode == 1 and "Traceback" not in said, said
+    (line,) = (line for line in said.splitlines() if line.startswith("error: "))
+    assert "a rank is gone" in line and "--resume" in line, line
 
 
 ONE_FAILS = '''"""Stage 1, where what only the last rank has is missing."""
