@@ -91,7 +91,7 @@ class RunConfig:
     lora_rank: Natural = 0  # of adapters, by peft, which learn in the policy's place; 0: none
     hsdp: bool = False  # parameters are shared by the GPUs of a node, and every node has all
     dry_run: Natural = 0  # prints the bytes a GPU of this run on so many GPUs, and ends
-    dataloader_num_workers: Natural = 2  # processes that encode rows ahead
+    dataloader_num_workers: Natural = 1  # processes that encode rows ahead
     save_steps: Count = 100  # what resuming needs: 12 bytes a parameter
     save_hf_steps: Natural = 0  # a Hugging Face directory as well; 0: only at the end
     save_total_limit: Count = 2  # checkpoints that are kept
