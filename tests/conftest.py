@@ -38,6 +38,15 @@ WORLD = dict(
 STAGES = ("sft.py", "discriminator.py", "align.py", "rlvr.py")
 
 
+@pytest.fixture(scope="module")
+def nursery():
+    from tests.chaos import Nursery
+
+    started = Nursery()
+    yield started
+    started.close()
+
+
 @pytest.fixture(scope="session")
 def world(tmp_path_factory) -> dict[str, str]:
     """Name -> path of a small digits world."""

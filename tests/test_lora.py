@@ -16,18 +16,11 @@ from model import token_logprobs
 from rows import load_data
 from sampler import generate
 from sft import SFTConfig
-from tests.chaos import Nursery, differences, flags_of
+from tests.chaos import differences, flags_of
 from tests.conftest import fails, lines
 from tests.test_run import stopped_at
 
 LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-
-
-@pytest.fixture(scope="module")
-def nursery():
-    started = Nursery()
-    yield started
-    started.close()
 
 
 @pytest.fixture(scope="module")

@@ -34,17 +34,10 @@ from rlvr import RLVRConfig
 from rows import UserError, load_data
 from sampler import generate
 from sft import SFTConfig
-from tests.chaos import STEPS, Nursery, differences, flags_of, fuzz, in_a_save, numbers
+from tests.chaos import STEPS, differences, flags_of, fuzz, in_a_save, numbers
 from tests.conftest import ROOT, launch, lines
 
 STAGES = ("sft.py", "discriminator.py", "align.py", "rlvr.py")
-
-
-@pytest.fixture(scope="module")
-def nursery():
-    started = Nursery()
-    yield started
-    started.close()
 
 
 @pytest.fixture(scope="module")
