@@ -290,9 +290,10 @@ def generate(
     `max_completion_length` tokens.
 
     There is no top-k and no top-p, so what is sampled is what `token_logprobs` scores. The ids in
-    `policy.forbidden` are left out of both; those in `policy.stop_ids` end a branch. At most
-    `max_rollout_rows` are alive at once, others wait. `fixed` shapes are for a GPU, the default
-    there. Every rank calls this. UserError where logits are not finite; RuntimeError, no stop_ids.
+    `policy.forbidden` are left out of both; those in `policy.stop_ids` end a branch.
+    `max_rollout_rows` bounds the rows alive at once, the others wait. `fixed` shapes are for a GPU,
+    where they are the default. Every rank calls this, also one without prompts. UserError where
+    the policy's logits are not finite, RuntimeError where it has no `stop_ids`.
     Takes along: _generate, RowCache, Rows, uniforms, data.make_packs, model.adapt,
     model.gathered, model.has_varlen, model.model_inputs, rows.UserError.
     """

@@ -107,10 +107,8 @@ def train() -> None:
         }
         all_tokens, sizes = sum(g.num_tokens for g in groups), [p.input_ids.numel() for p in packs]
         longest = float(all_max([0, *sizes]).sum())  # ranks wait for the one with the longest pack
-        means["padding_share"] = (
-            sum(sizes) - all_tokens,
-            sum(sizes),
-        )  # blanks that even_packs has added
+        blanks = sum(sizes) - all_tokens  # that even_packs has added
+        means["padding_share"] = blanks, sum(sizes)
         means["idle_share"] = longest - sum(sizes), longest
         values = {"grad_norm": grad_norm, "learning_rate": rate, "packs": len(packs)}
         run.log(step, means, sums={"tokens": all_tokens}, values=values)
