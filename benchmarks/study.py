@@ -6,8 +6,8 @@
 An arm is a chain of the project's own stages, run as a user runs them. A seed draws everything
 anew: images, initial weights, the order of rows, what is sampled. Runs that several arms begin
 with are made once. Each finished arm of a seed is one file in `benchmarks/results/`. What is there
-is not run again, so a study that was stopped goes on. All that `benchmarks/STUDY.md` and the README
-show is computed from these files.
+is not run again, so a study that was stopped goes on. What `benchmarks/STUDY.md`, the README and
+its picture show is computed from these files.
 """
 
 import argparse
@@ -21,9 +21,12 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
+import matplotlib
+import matplotlib.pyplot as plt
 import numpy as np
 from scipy.stats import t as student
 
+matplotlib.use("svg")
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
@@ -117,6 +120,7 @@ MAIN = {"accuracy": "accuracy", "sampled_accuracy": "mean of 8", "pass_at_8": "p
 MAIN |= {"caption_accuracy": "captions", "format_valid": "format"}
 MAIN |= {"mean_response_tokens": "tokens", "run_seconds": "seconds"}
 SOONER = {f"after_{step}": f"{step} steps" for step in STEPS} | {"accuracy": "the end"}
+SHORT = {name: MAIN[name] for name in ("accuracy", "pass_at_8", "caption_accuracy")}
 DRIFT = {"misread_per_digit": "misread a digit", "wrong_per_step": "wrong a step"}
 DRIFT |= {"caption_items": "caption items", "reasoning_steps": "reasoning steps"}
 DRIFT |= {"kl_from_base": "KL from the base, nats"}
@@ -364,10 +368,11 @@ def pairs() -> list[tuple[str, str]]:
 
 
 def tables() -> dict[str, str]:
-    """Every table of STUDY.md by its name, as Markdown."""
+    """Every table of STUDY.md and of the README by its name, as Markdown."""
     found = results()
     figure = ["sft_grpo", "more_sft_grpo", "prism_grpo", *FIGURE]
     return {
+        "short": table([*ARMS, *CONTROLS], SHORT, found),
         "arms": table([*ARMS, *CONTROLS], MAIN, found),
         "ablations": table(["prism_grpo", *ABLATIONS], MAIN, found),
         "differences": differences(pairs(), found),
@@ -395,18 +400,71 @@ def write(path: Path) -> None:
 # The page
 
 
+def lines(found: dict) -> list[tuple[str, str, list]]:
+    """The two plots of the study, each with its title, its horizontal axis, and of each arm the
+    label and the points (x, mean, low, high): accuracy over the steps of RL, and at their end over
+    the number of supervision responses. SFT + GRPO has none of these: its line is flat."""
+    end = digits.SETTINGS["rlvr"]["max_steps"]
+    over_steps, over_rows = [], []
+    for name in SPEED:
+        start = name.removesuffix("_grpo")
+        steps = {0: (start, "accuracy")} | {step: (name, f"after_{step}") for step in STEPS}
+        steps[end] = (name, "accuracy")
+        over_steps.append((label(name), [(x, *of(found, *at)) for x, at in steps.items()]))
+        arms = {size: name if name == "sft_grpo" else of_size(start, size) for size in SIZES}
+        over_rows.append((label(name), [(x, *of(found, a, "accuracy")) for x, a in arms.items()]))
+    plots = [("Accuracy over RL", "steps of RL", over_steps)]
+    plots += [("Accuracy after RL", "supervision responses", over_rows)]
+    known = lambda points: [point for point in points if point[1:]]
+    return [
+        (title, axis, [(name, known(points)) for name, points in series if known(points)])
+        for title, axis, series in plots
+    ]
+
+
+def of(found: dict, name: str, column: str) -> tuple[float, ...]:
+    """Mean, low and high end of a column of an arm; the mean alone of one seed, nothing of none."""
+    values = [result[column] for (arm, _), result in found.items() if arm == name]
+    mean, half = interval(values) if values else (None, None)
+    return () if mean is None else (mean,) if half != half else (mean, mean - half, mean + half)
+
+
+def of_size(start: str, size: int) -> str:
+    """The arm of the figure that begins with a stage on so many supervision responses."""
+    return f"{start}_grpo" if size == SUPERVISED else f"{start}_{size}_grpo"
+
+
+def picture(path: Path) -> None:
+    """Both plots as a file for the README. Its numbers stand in its description."""
+    plots = lines(results())
+    plt.rcParams["svg.hashsalt"] = "study"
+    figure, axes = plt.subplots(1, 2, figsize=(10, 4), layout="constrained", sharey=True)
+    for ax, (title, axis, series) in zip(axes, plots):
+        for color, (name, points) in zip(("#555555", "#c4500a", "#0064a8"), series):
+            x, mean = [p[0] for p in points], [p[1] for p in points]
+            ends = [p[2:] or p[1:2] * 2 for p in points]
+            ax.plot(x, mean, "o-", color=color, label=name, markersize=4)
+            ax.fill_between(x, *zip(*ends), color=color, alpha=0.15, linewidth=0)
+        ax.set(title=title, xlabel=axis, ylim=(0, 1))
+        ax.grid(alpha=0.3)
+    axes[0].set_ylabel("accuracy on unseen digits")
+    axes[1].set_xscale("log")
+    axes[1].set_xticks(SIZES, map(str, SIZES))
+    axes[1].minorticks_off()
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
+    kept = {"Description": json.dumps(plots), "Date": None}
+    figure.savefig(path, format="svg", metadata=kept)
+
+
 def page(path: Path) -> None:
     """The study to look at: tables, differences, the figure, and over the steps of the alignment
     score gaps, pair accuracy and routing."""
     found = results()
 
-    def of(name: str, column: str) -> tuple | None:
-        values = [result[column] for (arm, _), result in found.items() if arm == name]
-        mean, half = interval(values) if values else (None, None)
-        return values and ((mean, mean - half, mean + half) if half == half else mean)
-
     def section(title: str, names: list[str], columns: dict[str, str]) -> str:
-        rows = [[label(n), *(of(n, column) for column in columns)] for n in names if of(n, "seed")]
+        cell = lambda x: x if len(x) > 1 else x[0]
+        names = [name for name in names if of(found, name, "seed")]
+        rows = [[label(n), *(cell(of(found, n, c)) for c in columns)] for n in names]
         return f"<h2>{title}</h2>" + report.table(["arm", *columns.values()], rows)
 
     body = "<h1>PRISM on the embedded world</h1><p>Means with 95% intervals over seeds.</p>"
@@ -419,46 +477,31 @@ def page(path: Path) -> None:
     body += "<h2>Differences, seed by seed</h2>"
     body += report.table(["arm", "less", "seeds", "points"], rows)
     body += section("Accuracy over the steps of RL", SPEED, SOONER)
-    series = {"SFT + GRPO": "sft_grpo", "more SFT + GRPO": "more_sft", "PRISM + GRPO": "prism"}
-    lines = []
-    for title, name in series.items():
-        points = [(size, of(of_size(name, size), "accuracy")) for size in SIZES]
-        lines.append((title, [(x, *y) for x, y in points if isinstance(y, tuple)]))
-    if any(points for _, points in lines):
-        body += "<h2>How many supervision responses</h2>"
-        lines = [(title, points) for title, points in lines if points]
-        body += report.plot("Accuracy after RL", "share of rows", lines, "responses")
-    body += section("Drift by stage", [*ARMS, *CONTROLS], DRIFT)
+    body += '<div class="plots">'
+    for title, axis, series in lines(found):
+        body += report.plot(title, "share of rows", series, axis)
+    body += "</div>" + section("Drift by stage", [*ARMS, *CONTROLS], DRIFT)
     games = [result["curves"] for (arm, _), result in found.items() if arm == "prism"]
     if games:
         body += '<h2>The game</h2><div class="plots">'
+        steps = games[0]["step"]
         for kind, unit in (("score_gap", "score"), ("pair_accuracy", "share")):
-            lines = []
+            curves = []
             for view in VIEWS:
                 columns = zip(*(game[f"{kind}_{view}"] for game in games))
                 means = [[x for x in column if x is not None] for column in columns]
                 means = [statistics.mean(x) if x else None for x in means]
-                lines.append((view, list(zip(games[0]["step"], means))))
-            body += report.plot(kind.replace("_", " "), unit, lines)
+                curves.append((view, list(zip(steps, means))))
+            body += report.plot(kind.replace("_", " "), unit, curves)
         for view in VIEWS:
-            shares = np.mean([game[f"experts_{view}"] for game in games], 0).T
-            lines = [
-                (f"expert {e}", list(zip(games[0]["step"], map(float, share))))
-                for e, share in enumerate(shares)
-            ]
-            body += report.plot(f"Routing in the {view} view", "share of choices", lines)
+            shares = np.mean([game[f"experts_{view}"] for game in games], 0).T.tolist()
+            curves = [(f"expert {e}", list(zip(steps, share))) for e, share in enumerate(shares)]
+            body += report.plot(f"Routing in the {view} view", "share of choices", curves)
         body += "</div>"
-        last = {"step": games[0]["step"][-1]}
+        last = {"step": steps[-1]}
         last |= {k: np.mean([g[k] for g in games], 0).tolist() for k in SHARES}
         body += report.routing({"lines": [last]})
     report.write_page(str(path), "PRISM on the embedded world", body)
-
-
-def of_size(name: str, size: int) -> str:
-    """The arm of the figure's curve `name` at a number of responses."""
-    if name == "sft_grpo":
-        return name  # it has none
-    return f"{name}_grpo" if size == SUPERVISED else f"{name}_{size}_grpo"
 
 
 def main() -> None:
@@ -483,7 +526,9 @@ def main() -> None:
         with ThreadPoolExecutor(args.processes) as pool:
             some = [seed for seed in args.seeds or seeds if seed in seeds]
             list(pool.map(partial(of_seed, names), some))
-    write(ROOT / "benchmarks/STUDY.md")
+    for path in ("benchmarks/STUDY.md", "README.md"):
+        write(ROOT / path)
+    picture(ROOT / "docs/study.svg")
     page(OUT / "report.html")
 
 

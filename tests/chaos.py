@@ -49,6 +49,7 @@ class Nursery:
     def __init__(self):
         serve = [sys.executable, str(Path(__file__).resolve()), "--serve"]
         pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT)
+        pipes |= dict(env=os.environ | {"TQDM_DISABLE": "1"})
         self.process = subprocess.Popen(serve, **pipes)
 
     def ask(self, **question):
@@ -57,7 +58,8 @@ class Nursery:
         return json.loads(self.process.stdout.readline())
 
     def start(self, script: str, *args, ranks: int = 1, log, **env) -> "Started":
-        """A stage as processes, one a rank. What they say goes to files named after `log`."""
+        """A stage as processes, one a rank. What they say goes to files named after `log`, what
+        they print alone to others that end in `.out`."""
         if "--dataloader_num_workers" not in args and script in STAGES:
             args = (*args, "--dataloader_num_workers", 0)
         env = {key: str(value) for key, value in env.items()}
@@ -113,6 +115,10 @@ class Started:
         return "\n".join(Path(log).read_text(errors="replace") for log in self.logs)
 
     @property
+    def printed(self) -> str:
+        return "".join(Path(f"{log}.out").read_text(errors="replace") for log in self.logs)
+
+    @property
     def errors(self) -> list[str]:
         return [line for line in self.said.splitlines() if line.startswith("error: ")]
 
@@ -146,10 +152,10 @@ def serve() -> None:
             if pid:
                 return pid
             os.setsid()
-            nothing, log = os.open(os.devnull, os.O_RDONLY), question["log"]
-            said = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND)
-            for stream, number in ((nothing, 0), (said, 1), (said, 2)):
-                os.dup2(stream, number)
+            new = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND
+            os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+            os.dup2(os.open(question["log"] + ".out", new), 1)
+            os.dup2(os.open(question["log"], new), 2)
             os.environ.update(question["env"])
             sys.argv = question["start"]
             runpy.run_path(sys.argv[0], run_name="__main__")

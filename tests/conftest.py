@@ -1,14 +1,16 @@
 """Before torch is imported anywhere: one thread a process, and nothing from a hub.
 
 The tests' own world: a small build of the digits with random weights, and a policy trained on it
-for a moment, both made once a session. `launch` runs a script in as many processes as asked, as a
-user would.
+for a moment, both made once a session. `launch` runs a script in as many processes as asked.
 """
 
+import atexit
+import functools
 import json
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 # Two processes of tests share the cores, see pyproject.toml.
@@ -38,13 +40,19 @@ WORLD = dict(
 STAGES = ("sft.py", "discriminator.py", "align.py", "rlvr.py")
 
 
-@pytest.fixture(scope="module")
-def nursery():
+@functools.cache
+def nursery_of_tests():
+    """One for all tests of this process, started when first asked for."""
     from tests.chaos import Nursery
 
     started = Nursery()
-    yield started
-    started.close()
+    atexit.register(started.close)
+    return started
+
+
+@pytest.fixture(scope="session")
+def nursery():
+    return nursery_of_tests()
 
 
 @pytest.fixture(scope="session")
@@ -93,26 +101,31 @@ def ragged(monkeypatch):
 
 
 def launch(
-    script: str, *args, ranks: int = 1, check: bool = True, **env
+    script: str, *args, ranks: int = 1, check: bool = True, real: bool = False, **env
 ) -> subprocess.CompletedProcess:
-    """python script args, or torchrun with `ranks` processes; output captured. A stage encodes its
-    rows itself, where no number of workers is given: starting them takes longer than the rows."""
-    start = [sys.executable]
-    if ranks > 1:
-        start += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+    """Runs a script as `ranks` processes and captures what they say. They are forked from one that
+    has imported everything. With `real`, or an environment of their own, or where it matters what
+    torchrun makes of a failure, `python` or torchrun starts them, as a user would. A stage encodes
+    its rows itself, where no number of workers is given: starting them takes longer."""
     if script in STAGES and "--dataloader_num_workers" not in args:
         args = (*args, "--dataloader_num_workers", 0)
-    done = subprocess.run(
-        [*start, script, *map(str, args)],
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-        timeout=600,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "TQDM_DISABLE": "1", **env},
-    )
+    words = [*map(str, (script, *args))]
+    if real or env or (ranks > 1 and not check):
+        start = [sys.executable]
+        if ranks > 1:
+            start += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+        env = {**os.environ, "PYTHONPATH": str(ROOT), "TQDM_DISABLE": "1", **env}
+        pipes = dict(capture_output=True, text=True, cwd=ROOT, timeout=600)
+        done = subprocess.run([*start, *words], env=env, **pipes)
+    else:
+        with tempfile.TemporaryDirectory() as folder:
+            started = nursery_of_tests().run(*words, ranks=ranks, log=f"{folder}/log")
+            code = next((code for code in started.codes if code != 0), 0)
+            done = subprocess.CompletedProcess(words, code, started.printed, started.said)
     if check and done.returncode != 0:
-        said = f"{script} {' '.join(map(str, args))} ended with {done.returncode}"
-        raise AssertionError(f"{said}\n{done.stderr[-4000:]}")
+        raise AssertionError(
+            f"{' '.join(words)} ended with {done.returncode}\n{done.stderr[-4000:]}"
+        )
     return done
 
 

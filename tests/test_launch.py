@@ -41,7 +41,7 @@ def test_the_launch_lines(world, tmp_path):
             words += ["--data", data.get(script, world["prompts"])]
         flags = zip(SMALL[::2], SMALL[1::2])
         words += [x for flag, value in flags if flag[2:] in known for x in (flag, value)]
-        launch(script, *words, ranks=2)
+        launch(script, *words, ranks=2, real=True)
         stages.append(script)
     assert stages == ["sft.py", "discriminator.py", "align.py", "rlvr.py", "eval.py"]
     assert json.loads((tmp_path / "rl_out" / "eval.json").read_text())["rows"] > 0

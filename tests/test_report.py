@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 import report
+from benchmarks import study
 
 ROOT = Path(report.__file__).parent
 EVIL = "<script>window.evil = 1</script>\"><img src=x onerror='window.evil = 1'>&lt;b&gt;"
@@ -799,6 +800,32 @@ def test_plots_are_drawn_in_light_and_dark(tmp_path, run, browser):
     wide = "return document.documentElement.scrollWidth <= innerWidth"
     assert browser.run(wide)
     assert browser.text("figure .legendtext, figure .xtitle")
+    assert browser.complaints() == []
+
+
+def test_the_study_as_a_page(tmp_path, browser):
+    """Of the committed results: each arm with its interval, the two plots, the game, the routing
+    of every layer, all drawn, wide and narrow."""
+    study.page(tmp_path / "report.html")
+    for dark, width in ((False, 1400), (True, 700)):
+        browser.driver.set_window_size(width, 900)
+        browser.open(tmp_path / "report.html", dark)
+        browser.draw_all()
+        assert browser.run("return document.documentElement.scrollWidth <= innerWidth")
+    browser.driver.set_window_size(1400, 1000)
+    titles = browser.text("h2")
+    assert {"Arms and controls", "Drift by stage", "The game"} <= set(titles)
+    found = study.results()
+    cells = browser.text("table")[0]
+    for arm in study.ARMS:
+        assert study.label(arm) in cells
+        mean, low, high = study.of(found, arm, "accuracy")
+        assert f"{mean:.3f} [{low:.3f}, {high:.3f}]" in cells
+    plots = browser.text("figcaption")
+    assert plots[:2] == ["Accuracy over RL", "Accuracy after RL"]
+    assert "Routing in the perception view" in plots
+    layers = len(found["prism", 0]["curves"]["expert_share_perception"])
+    assert len(browser.text("tr td[style]")) == 2 * layers * 4
     assert browser.complaints() == []
 
 

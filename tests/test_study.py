@@ -1,24 +1,19 @@
 """The study: what is counted in a response, the statistics, and that every number shown in
 STUDY.md and in the README is what the result files say."""
 
-import importlib.util
+import html
+import json
+import re
 import statistics
 
 import numpy as np
 import pytest
 
+from benchmarks import study
 from tests.conftest import ROOT
 
 
-@pytest.fixture(scope="module")
-def study():
-    spec = importlib.util.spec_from_file_location("study", ROOT / "benchmarks/study.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def test_drift(study):
+def test_drift():
     """Perception and reasoning are counted apart, by hand, in both wordings."""
     truths = [
         {"caption": ["the digits are 3, 8 and 5."], "question": "What is the sum of the digits?"},
@@ -39,7 +34,7 @@ def test_drift(study):
     assert found["reasoning_steps"] == pytest.approx(7 / 3)
 
 
-def test_statistics(study):
+def test_statistics():
     """Student's interval from its definition; paired differences keep their seeds together."""
     values = [0.5, 0.6, 0.9, 0.4]
     half = 3.182446 * statistics.stdev(values) / 2  # the 0.975 quantile of t with 3 degrees
@@ -55,7 +50,7 @@ def test_statistics(study):
     assert study.difference("a", "c", found) is None
 
 
-def test_every_arm_is_a_chain_of_runs(study):
+def test_every_arm_is_a_chain_of_runs():
     runs = study.stages()
     arms = [*study.ARMS, *study.CONTROLS, *study.ABLATIONS, *study.FIGURE]
     assert set(arms) <= set(runs) and len(arms) == len(set(arms))
@@ -69,10 +64,27 @@ def test_every_arm_is_a_chain_of_runs(study):
     assert len({study.label(name) for name in arms}) == len(arms)
 
 
-def test_what_is_shown_is_what_was_measured(study, tmp_path):
+@pytest.mark.parametrize("path", ["benchmarks/STUDY.md", "README.md"])
+def test_what_is_shown_is_what_was_measured(path, tmp_path):
     """Writing every table again from the result files changes nothing."""
-    text = (ROOT / "benchmarks/STUDY.md").read_text(encoding="utf-8")
-    (tmp_path / "STUDY.md").write_text(text, encoding="utf-8")
-    study.write(tmp_path / "STUDY.md")
-    assert (tmp_path / "STUDY.md").read_text(encoding="utf-8") == text
-    assert all(f"<!-- {name} -->" in text for name in study.tables())
+    text = (ROOT / path).read_text(encoding="utf-8")
+    copy = tmp_path / "copy.md"
+    copy.write_text(text, encoding="utf-8")
+    study.write(copy)
+    assert copy.read_text(encoding="utf-8") == text
+    marks = {name for name in study.tables() if f"<!-- {name} -->" in text}
+    assert marks >= ({"short", "differences"} if path == "README.md" else {"arms", "drift"})
+
+
+def test_the_picture_is_of_the_results(tmp_path):
+    """The README's picture holds the numbers that it shows, and drawn again it holds the same."""
+
+    def numbers(path):
+        found = re.search("<dc:description>(.*?)</dc:description>", path.read_text("utf-8"))
+        return json.loads(html.unescape(found[1]))
+
+    shown = numbers(ROOT / "docs/study.svg")
+    assert shown == json.loads(json.dumps(study.lines(study.results())))
+    study.picture(tmp_path / "study.svg")
+    assert numbers(tmp_path / "study.svg") == shown
+    assert [title for title, *_ in shown] == ["Accuracy over RL", "Accuracy after RL"]
