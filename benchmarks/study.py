@@ -124,6 +124,7 @@ SHORT = {name: MAIN[name] for name in ("accuracy", "pass_at_8", "caption_accurac
 DRIFT = {"misread_per_digit": "misread a digit", "wrong_per_step": "wrong a step"}
 DRIFT |= {"caption_items": "caption items", "reasoning_steps": "reasoning steps"}
 DRIFT |= {"kl_from_base": "KL from the base, nats"}
+DECIMALS = {"mean_response_tokens": 1, "kl_from_base": 1, "run_seconds": 0}  # 3 of all others
 
 
 # --------------------------------------------------------------------------------------------------
@@ -313,9 +314,10 @@ def interval(values: list[float]) -> tuple[float, float]:
     return mean, float(student.ppf(0.975, n - 1) * statistics.stdev(values) / n**0.5)
 
 
-def shown(values: list[float]) -> str:
+def shown(values: list[float], decimals: int = 3) -> str:
     mean, half = interval(values)
-    return f"{mean:.3f}" if half != half else f"{mean:.3f} ± {half:.3f}"
+    said = f"{mean:.{decimals}f}"
+    return said if half != half else f"{said}\xa0±\xa0{half:.{decimals}f}"
 
 
 def label(name: str) -> str:
@@ -329,15 +331,16 @@ def label(name: str) -> str:
     return name
 
 
-def table(names: list[str], columns: dict[str, str], found: dict) -> str:
-    out = ["| arm | seeds | " + " | ".join(columns.values()) + " |"]
-    out.append("|---" * (len(columns) + 2) + "|")
+def table(names: list[str], columns: dict[str, str], found: dict) -> list[list]:
+    """A head and a row for each arm that has results: label, seeds, means with intervals."""
+    rows = [["arm", "seeds", *columns.values()]]
     for name in names:
         mine = [result for (arm, _), result in found.items() if arm == name]
         if mine:
-            cells = [shown([result[column] for result in mine]) for column in columns]
-            out.append(f"| {label(name)} | {len(mine)} | {' | '.join(cells)} |")
-    return "\n".join(out)
+            values = {column: [result[column] for result in mine] for column in columns}
+            cells = [shown(x, DECIMALS.get(column, 3)) for column, x in values.items()]
+            rows.append([label(name), len(mine), *cells])
+    return rows
 
 
 def difference(a: str, b: str, found: dict) -> tuple[int, float, float, float] | None:
@@ -351,14 +354,14 @@ def difference(a: str, b: str, found: dict) -> tuple[int, float, float, float] |
     return len(seeds), float(gaps.mean()), *map(float, np.quantile(drawn, (0.025, 0.975)))
 
 
-def differences(pairs: list[tuple[str, str]], found: dict) -> str:
-    out = ["| arm | less | seeds | points | 95% |", "|---|---|---|---|---|"]
+def differences(pairs: list[tuple[str, str]], found: dict) -> list[list]:
+    rows = [["arm", "less", "seeds", "points", "95%"]]
     for a, b in pairs:
         if gap := difference(a, b, found):
-            n, mean, low, high = gap
-            points = f"{100 * mean:+.1f} | {100 * low:+.1f} to {100 * high:+.1f}"
-            out.append(f"| {label(a)} | {label(b)} | {n} | {points} |")
-    return "\n".join(out)
+            n, *points = gap
+            mean, low, high = (100 * x for x in points)
+            rows.append([label(a), label(b), n, f"{mean:+.1f}", f"{low:+.1f} to {high:+.1f}"])
+    return rows
 
 
 def pairs() -> list[tuple[str, str]]:
@@ -367,8 +370,8 @@ def pairs() -> list[tuple[str, str]]:
     ]
 
 
-def tables() -> dict[str, str]:
-    """Every table of STUDY.md and of the README by its name, as Markdown."""
+def tables() -> dict[str, list[list]]:
+    """Every table of STUDY.md, the README and the page, by its name."""
     found = results()
     figure = ["sft_grpo", "more_sft_grpo", "prism_grpo", *FIGURE]
     return {
@@ -385,7 +388,9 @@ def tables() -> dict[str, str]:
 def write(path: Path) -> None:
     """Puts the tables between their marks in a Markdown file."""
     text = path.read_text(encoding="utf-8")
-    for name, content in tables().items():
+    for name, (head, *rows) in tables().items():
+        lines = [head, ["---"] * len(head), *rows]
+        content = "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
         marks = f"<!-- {name} -->", f"<!-- /{name} -->"
         text = re.sub(
             f"{marks[0]}.*?{marks[1]}",
@@ -459,28 +464,19 @@ def picture(path: Path) -> None:
 def page(path: Path) -> None:
     """The study to look at: tables, differences, the figure, and over the steps of the alignment
     score gaps, pair accuracy and routing."""
-    found = results()
-
-    def section(title: str, names: list[str], columns: dict[str, str]) -> str:
-        cell = lambda x: x if len(x) > 1 else x[0]
-        names = [name for name in names if of(found, name, "seed")]
-        rows = [[label(n), *(cell(of(found, n, c)) for c in columns)] for n in names]
-        return f"<h2>{title}</h2>" + report.table(["arm", *columns.values()], rows)
-
+    found, known = results(), tables()
+    section = lambda title, name: (
+        f"<h2>{title}</h2>" + report.table(known[name][0], known[name][1:])
+    )
     body = "<h1>PRISM on the embedded world</h1><p>Means with 95% intervals over seeds.</p>"
-    body += section("Arms and controls", [*ARMS, *CONTROLS], MAIN)
-    body += section("Ablations", ["prism_grpo", *ABLATIONS], MAIN)
-    gaps = [(a, b, gap) for a, b in pairs() if (gap := difference(a, b, found))]
-    rows = [
-        [label(a), label(b), n, tuple(round(100 * x, 1) for x in gap)] for a, b, (n, *gap) in gaps
-    ]
-    body += "<h2>Differences, seed by seed</h2>"
-    body += report.table(["arm", "less", "seeds", "points"], rows)
-    body += section("Accuracy over the steps of RL", SPEED, SOONER)
-    body += '<div class="plots">'
-    for title, axis, series in lines(found):
-        body += report.plot(title, "share of rows", series, axis)
-    body += "</div>" + section("Drift by stage", [*ARMS, *CONTROLS], DRIFT)
+    body += section("Arms and controls", "arms") + section("Ablations", "ablations")
+    body += section("Differences, seed by seed, in points of accuracy", "differences")
+    body += section("Accuracy over the steps of RL", "speed") + '<div class="plots">'
+    (title, axis, series), (last, responses, sizes) = lines(found)
+    body += report.plot(title, "share of rows", series, axis)
+    bars = [(name, [(str(x), *y) for x, *y in points]) for name, points in sizes]
+    body += report.plot(last, "share of rows", bars, responses, kind="bar")
+    body += "</div>" + section("Drift by stage", "drift")
     games = [result["curves"] for (arm, _), result in found.items() if arm == "prism"]
     if games:
         body += '<h2>The game</h2><div class="plots">'

@@ -820,7 +820,7 @@ def test_the_study_as_a_page(tmp_path, browser):
     for arm in study.ARMS:
         assert study.label(arm) in cells
         mean, low, high = study.of(found, arm, "accuracy")
-        assert f"{mean:.3f} [{low:.3f}, {high:.3f}]" in cells
+        assert f"{mean:.3f}\xa0±\xa0{high - mean:.3f}" in cells and low < mean
     plots = browser.text("figcaption")
     assert plots[:2] == ["Accuracy over RL", "Accuracy after RL"]
     assert "Routing in the perception view" in plots

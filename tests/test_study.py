@@ -38,7 +38,7 @@ def test_statistics():
     """Student's interval from its definition; paired differences keep their seeds together."""
     values = [0.5, 0.6, 0.9, 0.4]
     half = 3.182446 * statistics.stdev(values) / 2  # the 0.975 quantile of t with 3 degrees
-    assert study.shown(values) == f"{statistics.mean(values):.3f} ± {half:.3f}"
+    assert study.shown(values) == f"{statistics.mean(values):.3f}\xa0±\xa0{half:.3f}"
     assert study.shown([0.25]) == "0.250"
     noise = np.random.default_rng(0).normal(0, 0.3, 6)
     found = {}
