@@ -389,8 +389,8 @@ def write(path: Path) -> None:
     """Puts the tables between their marks in a Markdown file."""
     text = path.read_text(encoding="utf-8")
     for name, (head, *rows) in tables().items():
-        lines = [head, ["---"] * len(head), *rows]
-        content = "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
+        rows = [head, ["---"] * len(head), *rows]
+        content = "\n".join(f"| {' | '.join(map(str, row))} |" for row in rows)
         marks = f"<!-- {name} -->", f"<!-- /{name} -->"
         text = re.sub(
             f"{marks[0]}.*?{marks[1]}",
