@@ -17,8 +17,8 @@ import re
 import statistics
 import subprocess
 import sys
+import threading
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from pathlib import Path
 
 import matplotlib
@@ -502,26 +502,27 @@ def page(path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--seeds", type=int, nargs="+", default=None)
-    parser.add_argument("--only", nargs="+", default=None, help="arms by name")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[*SEEDS])
+    parser.add_argument("--only", nargs="+", default=[*stages()], help="arms by name")
     parser.add_argument("--processes", type=int, default=2)
     args = parser.parse_args()
     RESULTS.mkdir(exist_ok=True)
+    locks = {seed: threading.Lock() for seed in SEEDS}  # what its arms begin with is made once
 
-    def of_seed(names: list[str], seed: int) -> None:
-        for name in names:
-            path = RESULTS / f"{name}-{seed}.json"
-            if args.only and name not in args.only:
-                continue
-            if not path.exists():
-                result = measure(seed, name)
-                write_json(str(path), result)
-                print(f"seed {seed}, {label(name)}: {result['accuracy']:.3f}", flush=True)
+    def work(job: tuple[int, list[str]]) -> None:
+        seed, names = job
+        with locks[seed]:
+            for name in names:
+                path = RESULTS / f"{name}-{seed}.json"
+                if name in args.only and not path.exists():
+                    result = measure(seed, name)
+                    write_json(str(path), result)
+                    print(f"seed {seed}, {label(name)}: {result['accuracy']:.3f}", flush=True)
 
-    for names, seeds in (([*ARMS, *CONTROLS], SEEDS), ([*ABLATIONS, *FIGURE], FEW)):
-        with ThreadPoolExecutor(args.processes) as pool:
-            some = [seed for seed in args.seeds or seeds if seed in seeds]
-            list(pool.map(partial(of_seed, names), some))
+    jobs = [(seed, [*ARMS, *CONTROLS]) for seed in SEEDS]
+    jobs += [(seed, [*ABLATIONS, *FIGURE]) for seed in FEW]
+    with ThreadPoolExecutor(args.processes) as pool:
+        list(pool.map(work, [job for job in jobs if job[0] in args.seeds]))
     for path in ("benchmarks/STUDY.md", "README.md"):
         write(ROOT / path)
     picture(ROOT / "docs/study.svg")
