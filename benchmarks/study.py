@@ -25,6 +25,7 @@ import matplotlib
 import matplotlib.pyplot as plt
 import numpy as np
 from scipy.stats import t as student
+from tqdm import tqdm
 
 matplotlib.use("svg")
 ROOT = Path(__file__).resolve().parent.parent
@@ -506,27 +507,36 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", default=[*stages()], help="arms by name")
     parser.add_argument("--processes", type=int, default=2)
     args = parser.parse_args()
-    RESULTS.mkdir(exist_ok=True)
+    for folder in (RESULTS, OUT):
+        folder.mkdir(parents=True, exist_ok=True)
+
+    jobs = [(seed, [*ARMS, *CONTROLS]) for seed in SEEDS]
+    jobs += [(seed, [*ABLATIONS, *FIGURE]) for seed in FEW]
+    path = lambda seed, name: RESULTS / f"{name}-{seed}.json"
+    wanted = lambda seed, name: name in args.only and not path(seed, name).exists()
+    jobs = [(seed, [n for n in names if wanted(seed, n)]) for seed, names in jobs]
+    jobs = [job for job in jobs if job[0] in args.seeds]
+    bar = tqdm(total=sum(len(names) for _, names in jobs), unit="arm")
     locks = {seed: threading.Lock() for seed in SEEDS}  # what its arms begin with is made once
 
     def work(job: tuple[int, list[str]]) -> None:
         seed, names = job
         with locks[seed]:
             for name in names:
-                path = RESULTS / f"{name}-{seed}.json"
-                if name in args.only and not path.exists():
-                    result = measure(seed, name)
-                    write_json(str(path), result)
-                    print(f"seed {seed}, {label(name)}: {result['accuracy']:.3f}", flush=True)
+                result = measure(seed, name)
+                write_json(str(path(seed, name)), result)
+                bar.write(f"seed {seed}, {label(name)}: {result['accuracy']:.3f}")
+                bar.update()
 
-    jobs = [(seed, [*ARMS, *CONTROLS]) for seed in SEEDS]
-    jobs += [(seed, [*ABLATIONS, *FIGURE]) for seed in FEW]
     with ThreadPoolExecutor(args.processes) as pool:
-        list(pool.map(work, [job for job in jobs if job[0] in args.seeds]))
-    for path in ("benchmarks/STUDY.md", "README.md"):
-        write(ROOT / path)
-    picture(ROOT / "docs/study.svg")
-    page(OUT / "report.html")
+        list(pool.map(work, jobs))
+    bar.close()
+    written = ["benchmarks/STUDY.md", "README.md", "docs/study.svg", "out/study/report.html"]
+    for document in written[:2]:
+        write(ROOT / document)
+    picture(ROOT / written[2])
+    page(ROOT / written[3])
+    print("written:", ", ".join(written))
 
 
 if __name__ == "__main__":
