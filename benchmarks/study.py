@@ -19,6 +19,7 @@ import subprocess
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from itertools import zip_longest
 from pathlib import Path
 
 import matplotlib
@@ -40,7 +41,10 @@ OUT, RESULTS = ROOT / "out/study", ROOT / "benchmarks/results"
 SUPERVISED = 24  # responses that the alignment has
 SIZES = (16, SUPERVISED, 48, 160, 480)  # of the figure
 SEEDS, FEW = range(5), range(3)  # of arms and controls; of ablations and the figure
-PAIRS = 8  # samples a question, for the mean and pass@8
+SAMPLES = 8  # a question, for the mean and pass@8
+# Steps of RL in the time of the warm-up, the alignment and the 150 steps after it: their median
+# step took 0.50, 0.87 and 0.61 s on a quiet machine, one core, three turns (160 to 165 more).
+MATCHED = 150 + 163
 # What every run has besides the world's settings and its own flags.
 ALWAYS = dict(dataloader_num_workers=0, max_rollout_rows=256, save_steps=100000)
 STEPS = (50, 100)  # of RL, after which an arm of SPEED is measured as well
@@ -92,10 +96,8 @@ def stages() -> dict[str, Stage]:
             runs[f"more_sft_{size}"] = Stage("more_sft", "sft", f"prompts:{size}")
     for name in [name for name in runs if "warm_up" not in name and name != "base"]:
         for algorithm in ("grpo", "dapo", "gspo") if name in ("sft", "prism") else ("grpo",):
-            flags = digits.SETTINGS.get(f"rlvr_{algorithm}", {}) | {"algorithm": algorithm}
-            runs[f"{name}_{algorithm}"] = Stage("rlvr", name, "questions", **flags)
-    # As many more steps of RL as the alignment and its warm-up took time.
-    runs["longer_grpo"] = Stage("rlvr", "sft", "questions", algorithm="grpo", max_steps="matched")
+            runs[f"{name}_{algorithm}"] = Stage("rlvr", name, "questions", algorithm=algorithm)
+    runs["longer_grpo"] = Stage("rlvr", "sft", "questions", algorithm="grpo", max_steps=MATCHED)
     return runs
 
 
@@ -109,7 +111,8 @@ FIGURE = [f"{name}_{size}_grpo" for size in SIZES for name in ("prism", "more_sf
 FIGURE = [name for name in FIGURE if f"_{SUPERVISED}_" not in name]
 SPEED = ["sft_grpo", "more_sft_grpo", "prism_grpo"]
 LABELS = {"sft": "SFT", "prism": "PRISM", "grpo": "GRPO", "dapo": "DAPO", "gspo": "GSPO"}
-LABELS |= {"longer": "SFT, for as long,", "more_sft": "SFT, more SFT on the alignment's rows"}
+LABELS |= {"longer_grpo": "SFT + GRPO for as long as PRISM + GRPO"}
+LABELS |= {"more_sft": "SFT, more SFT on the alignment's rows"}
 LABELS |= {"curated": "SFT on the curated rows alone,", "frozen": "PRISM, frozen discriminator,"}
 LABELS |= {"dense": "PRISM, dense discriminator,", "text": "PRISM, text-only discriminator,"}
 LABELS |= {"dedicated": "PRISM, an expert pair a view,", "cold": "PRISM, no warm-up,"}
@@ -123,6 +126,7 @@ MAIN |= {"mean_response_tokens": "tokens", "run_seconds": "seconds"}
 SOONER = {f"after_{step}": f"{step} steps" for step in STEPS} | {"accuracy": "the end"}
 SHORT = {name: MAIN[name] for name in ("accuracy", "pass_at_8", "caption_accuracy")}
 DRIFT = {"misread_per_digit": "misread a digit", "wrong_per_step": "wrong a step"}
+DRIFT |= {"wrong_by_caption": "answer not from its caption"}
 DRIFT |= {"caption_items": "caption items", "reasoning_steps": "reasoning steps"}
 DRIFT |= {"kl_from_base": "KL from the base, nats"}
 DECIMALS = {"mean_response_tokens": 1, "kl_from_base": 1, "run_seconds": 0}  # 3 of all others
@@ -140,12 +144,15 @@ def rows_of(seed: int, data: str) -> str:
     """The path of a file of the world, or of the first rows of one."""
     name, _, count = data.partition(":")
     path = Path(world(seed)[name])
-    if count:
-        some = path.with_name(f"{name}-{count}.jsonl")
+    if not count:
+        return str(path)
+    some = path.with_name(f"{name}-{count}.jsonl")
+    if not some.exists():
         lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-        some.write_text("".join(lines[: int(count)]), encoding="utf-8")
-        path = some
-    return str(path)
+        unfinished = some.with_suffix(".tmp")
+        unfinished.write_text("".join(lines[: int(count)]), encoding="utf-8")
+        unfinished.replace(some)
+    return str(some)
 
 
 def call(script: str, log: Path, **flags) -> None:
@@ -156,7 +163,7 @@ def call(script: str, log: Path, **flags) -> None:
     with open(log, "a") as file:
         done = subprocess.run(command, stdout=file, stderr=file, env=env, cwd=ROOT)
     if done.returncode:
-        raise SystemExit(f"{' '.join(command)} ended with {done.returncode}, see {log}")
+        raise RuntimeError(f"{' '.join(command)} ended with {done.returncode}, see {log}")
 
 
 def seconds(seed: int, name: str) -> float:
@@ -165,23 +172,21 @@ def seconds(seed: int, name: str) -> float:
     return statistics.median(steps) * len(steps)
 
 
+def finished(folder: Path) -> bool:
+    path = folder / "run.json"
+    return path.exists() and bool(json.loads(path.read_text()).get("finished"))
+
+
 def run(seed: int, name: str) -> Path:
     """The directory of a run, which is made, and those that it starts from before, if need be."""
     if name == "init":
         return Path(world(seed)["init"])
     stage, folder = stages()[name], OUT / f"seed-{seed}" / name
     parents = {parent: str(run(seed, parent)) for parent in stage.parents}
-    done = folder / "run.json"
-    if done.exists() and json.loads(done.read_text()).get("finished"):
+    if finished(folder):
         return folder
     flags = digits.SETTINGS[stage.kind] | ALWAYS | stage.flags
     flags |= {n: parents[flags[n]] for n in ("policy", "discriminator") if n in flags}
-    if flags.get("max_steps") == "matched":
-        run(seed, "prism")
-        run(seed, "sft_grpo")
-        steps = digits.SETTINGS["rlvr"]["max_steps"]
-        extra = seconds(seed, "warm_up") + seconds(seed, "prism")
-        flags["max_steps"] = steps + round(extra / seconds(seed, "sft_grpo") * steps)
     if name in SPEED:
         flags |= dict(save_hf_steps=STEPS[0], save_total_limit=100)
     script = {"pretrain": "sft.py", "more_sft": "sft.py"}.get(stage.kind, f"{stage.kind}.py")
@@ -192,6 +197,8 @@ def run(seed: int, name: str) -> Path:
     log = folder.with_suffix(".log")
     folder.parent.mkdir(parents=True, exist_ok=True)
     call(script, log, output_dir=folder, resume=True, **flags)
+    if not finished(folder):
+        raise RuntimeError(f"{folder} was stopped at a checkpoint; start again to go on")
     return folder
 
 
@@ -206,7 +213,7 @@ def measure(seed: int, name: str) -> dict:
         call("eval.py", log, ckpt=path, data=test, output_dir=path / "eval", **flags)
         sooner[f"after_{step}"] = json.loads((path / "eval/eval.json").read_text())["accuracy"]
     some = rows_of(seed, "test:250")
-    many = dict(num_samples=PAIRS, temperature=1.0, output_dir=folder / "samples")
+    many = dict(num_samples=SAMPLES, temperature=1.0, output_dir=folder / "samples")
     call("eval.py", log, ckpt=folder, data=some, **flags, **many)
     greedy, sampled = (
         json.loads((folder / kind / "eval.json").read_text()) for kind in ("eval", "samples")
@@ -221,9 +228,9 @@ def measure(seed: int, name: str) -> dict:
     result["sampled_accuracy"] = sampled["accuracy"]
     result["pass_at_8"] = sampled["pass_at_k"]
     result |= drift(read_rows(folder / "eval/generations.jsonl"), read_rows(test))
-    result["kl_from_base"] = kl_from_base(seed, folder, some)
+    with ONE:
+        result["kl_from_base"] = kl_from_base(seed, folder, some)
     result["seconds"] = {n: seconds(seed, n) for n in dict.fromkeys([*helpers, *chain])}
-    result["run_seconds"] = sum(result["seconds"].values())
     settings = json.loads((folder / "run.json").read_text())["run"]
     result["settings"] = {k: v for k, v in settings.items() if "/" not in str(v)}
     if stages()[name].kind == "align":
@@ -233,37 +240,39 @@ def measure(seed: int, name: str) -> dict:
 
 def drift(generations: list[dict], truths: list[dict]) -> dict:
     """Perception and reasoning apart. Digits that are misread, of those there are; steps that are
-    wrong by what they themselves say, of those taken; how many of both a response has."""
-    misread = there = wrong = steps = items = 0
+    wrong by what they themselves say, of those taken; answers that are not what follows from the
+    response's own caption; how many digits a caption has, and steps a response."""
+    misread = there = wrong = steps = items = unfounded = 0
     for row in generations:
-        truth = truths[row["row"]]
-        text = row["response"]
+        truth, text = truths[row["row"]], row["response"]
         caption, _, rest = text.partition("</caption>" if "</caption>" in text else ".")
-        said, real = (re.findall(r"\d", t) for t in (caption, truth["caption"][0]))
+        said, real = (list(map(int, re.findall(r"\d", t))) for t in (caption, truth["caption"][0]))
         items += len(said)
         there += len(real)
-        misread += len(real) - sum(a == b for a, b in zip(said, real))
+        misread += sum(a != b for a, b in zip_longest(said, real))
         found = []  # whether each step is right
         for a, sign, b, c in re.findall(r"(\d+) (\+|-|plus|minus) (\d+) (?:=|is) (-?\d+)", rest):
             found.append(int(a) + int(b) * (1 if sign in ("+", "plus") else -1) == int(c))
-        for least in re.findall(r"greater than (\d)", truth["question"]):
-            found += [
-                (digit > least) == (word == "yes")
-                for digit, word in re.findall(r"(\d) (yes|no)", rest)
-            ]
+        least = [int(x) for x in re.findall(r"greater than (\d)", truth["question"])]
+        for digit, word in re.findall(r"(\d) (yes|no)", rest) if least else ():
+            found.append((int(digit) > least[0]) == (word == "yes"))
         for largest, smallest in re.findall(r"largest is (\d), the smallest is (\d)", rest):
-            found += [largest == max(said, default=""), smallest == min(said, default="")]
-        for total, parity in re.findall(r"(\d+) is (even|odd)", rest):
-            found.append(("even", "odd")[int(total) % 2] == parity)
+            found += [int(largest) == max(said, default=""), int(smallest) == min(said, default="")]
         steps += len(found)
         wrong += len(found) - sum(found)
+        answer = re.findall(r"(?:<answer>|answer is )(\w+)", rest)[-1:]
+        unfounded += not said or answer != [digits.work(truth["source"], said, least)[1]]
     count = len(generations)
     return {
         "misread_per_digit": misread / there,
         "wrong_per_step": wrong / max(steps, 1),
+        "wrong_by_caption": unfounded / count,
         "caption_items": items / count,
         "reasoning_steps": steps / count,
     }
+
+
+ONE = threading.Lock()  # loading a model is a matter of the whole process
 
 
 def kl_from_base(seed: int, folder: Path, data: str) -> float:
@@ -303,7 +312,13 @@ def curves(metrics: list[dict]) -> dict[str, list]:
 
 
 def results() -> dict[tuple[str, int], dict]:
+    """What is in the files, by arm and seed. Runs of a stage do the same work on every seed, and
+    what else the machine had to do slowed some: an arm's seconds are the least of each stage."""
     found = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json"))]
+    took = [item for result in found for item in result["seconds"].items()]
+    least = {name: min(x for n, x in took if n == name) for name, _ in took}
+    for result in found:
+        result["run_seconds"] = sum(least[name] for name in result["seconds"] if name != "base")
     return {(result["arm"], result["seed"]): result for result in found}
 
 
@@ -318,7 +333,9 @@ def interval(values: list[float]) -> tuple[float, float]:
 def shown(values: list[float], decimals: int = 3) -> str:
     mean, half = interval(values)
     said = f"{mean:.{decimals}f}"
-    return said if half != half else f"{said}\xa0±\xa0{half:.{decimals}f}"
+    if half != half or half == 0:
+        return said
+    return f"{said}\xa0±\xa0{half:.{decimals}f}"
 
 
 def label(name: str) -> str:
@@ -346,13 +363,14 @@ def table(names: list[str], columns: dict[str, str], found: dict) -> list[list]:
 
 def difference(a: str, b: str, found: dict) -> tuple[int, float, float, float] | None:
     """Accuracy of arm a less that of arm b, seed by seed: the number of seeds, the mean, and its
-    95% interval by the bootstrap over seeds. None without two seeds of both."""
+    95% interval by Student's t. (Bootstrapped over five seeds, intervals of no difference would
+    exclude 0 in 15%.) None without two seeds of both."""
     seeds = [s for (arm, s) in found if arm == a and (b, s) in found]
     if len(seeds) < 2:
         return None
-    gaps = np.array([found[a, s]["accuracy"] - found[b, s]["accuracy"] for s in seeds])
-    drawn = np.random.default_rng(0).choice(gaps, (10_000, len(gaps))).mean(1)
-    return len(seeds), float(gaps.mean()), *map(float, np.quantile(drawn, (0.025, 0.975)))
+    gaps = [found[a, s]["accuracy"] - found[b, s]["accuracy"] for s in seeds]
+    mean, half = interval(gaps)
+    return len(seeds), mean, mean - half, mean + half
 
 
 def differences(pairs: list[tuple[str, str]], found: dict) -> list[list]:
@@ -374,15 +392,16 @@ def pairs() -> list[tuple[str, str]]:
 def tables() -> dict[str, list[list]]:
     """Every table of STUDY.md, the README and the page, by its name."""
     found = results()
+    few = {key: result for key, result in found.items() if key[1] in FEW}
     figure = ["sft_grpo", "more_sft_grpo", "prism_grpo", *FIGURE]
     return {
         "short": table([*ARMS, *CONTROLS], SHORT, found),
         "arms": table([*ARMS, *CONTROLS], MAIN, found),
-        "ablations": table(["prism_grpo", *ABLATIONS], MAIN, found),
+        "ablations": table(["prism_grpo", *ABLATIONS], MAIN, few),
         "differences": differences(pairs(), found),
         "speed": table(SPEED, SOONER, found),
         "drift": table([*ARMS, *CONTROLS], DRIFT, found),
-        "figure": table(figure, {"accuracy": "accuracy"}, found),
+        "figure": table(figure, {"accuracy": "accuracy"}, few),
     }
 
 
@@ -409,7 +428,9 @@ def write(path: Path) -> None:
 def lines(found: dict) -> list[tuple[str, str, list]]:
     """The two plots of the study, each with its title, its horizontal axis, and of each arm the
     label and the points (x, mean, low, high): accuracy over the steps of RL, and at their end over
-    the number of supervision responses. SFT + GRPO has none of these: its line is flat."""
+    the number of the alignment's supervision responses, of the seeds that all of these have. SFT +
+    GRPO has no such response: its line is flat."""
+    few = {key: result for key, result in found.items() if key[1] in FEW}
     end = digits.SETTINGS["rlvr"]["max_steps"]
     over_steps, over_rows = [], []
     for name in SPEED:
@@ -418,7 +439,7 @@ def lines(found: dict) -> list[tuple[str, str, list]]:
         steps[end] = (name, "accuracy")
         over_steps.append((label(name), [(x, *of(found, *at)) for x, at in steps.items()]))
         arms = {size: name if name == "sft_grpo" else of_size(start, size) for size in SIZES}
-        over_rows.append((label(name), [(x, *of(found, a, "accuracy")) for x, a in arms.items()]))
+        over_rows.append((label(name), [(x, *of(few, a, "accuracy")) for x, a in arms.items()]))
     plots = [("Accuracy over RL", "steps of RL", over_steps)]
     plots += [("Accuracy after RL", "supervision responses", over_rows)]
     known = lambda points: [point for point in points if point[1:]]
@@ -431,8 +452,10 @@ def lines(found: dict) -> list[tuple[str, str, list]]:
 def of(found: dict, name: str, column: str) -> tuple[float, ...]:
     """Mean, low and high end of a column of an arm; the mean alone of one seed, nothing of none."""
     values = [result[column] for (arm, _), result in found.items() if arm == name]
-    mean, half = interval(values) if values else (None, None)
-    return () if mean is None else (mean,) if half != half else (mean, mean - half, mean + half)
+    if not values:
+        return ()
+    mean, half = interval(values)
+    return (mean, mean - half, mean + half) if len(values) > 1 else (mean,)
 
 
 def of_size(start: str, size: int) -> str:
@@ -448,9 +471,10 @@ def picture(path: Path) -> None:
     for ax, (title, axis, series) in zip(axes, plots):
         for color, (name, points) in zip(("#555555", "#c4500a", "#0064a8"), series):
             x, mean = [p[0] for p in points], [p[1] for p in points]
-            ends = [p[2:] or p[1:2] * 2 for p in points]
-            ax.plot(x, mean, "o-", color=color, label=name, markersize=4)
-            ax.fill_between(x, *zip(*ends), color=color, alpha=0.15, linewidth=0)
+            ax.plot(x, mean, "o-", color=color, label=name, markersize=4, gid=f"{title}: {name}")
+            ends = [(p[0], *p[2:]) for p in points if p[2:]]
+            if ends:
+                ax.fill_between(*zip(*ends), color=color, alpha=0.15, linewidth=0)
         ax.set(title=title, xlabel=axis, ylim=(0, 1))
         ax.grid(alpha=0.3)
     axes[0].set_ylabel("accuracy on unseen digits")
@@ -460,6 +484,7 @@ def picture(path: Path) -> None:
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
     kept = {"Description": json.dumps(plots), "Date": None}
     figure.savefig(path, format="svg", metadata=kept)
+    plt.close(figure)
 
 
 def page(path: Path) -> None:
@@ -483,17 +508,17 @@ def page(path: Path) -> None:
         body += '<h2>The game</h2><div class="plots">'
         steps = games[0]["step"]
         for kind, unit in (("score_gap", "score"), ("pair_accuracy", "share")):
-            curves = []
+            series = []
             for view in VIEWS:
                 columns = zip(*(game[f"{kind}_{view}"] for game in games))
                 means = [[x for x in column if x is not None] for column in columns]
                 means = [statistics.mean(x) if x else None for x in means]
-                curves.append((view, list(zip(steps, means))))
-            body += report.plot(kind.replace("_", " "), unit, curves)
+                series.append((view, list(zip(steps, means))))
+            body += report.plot(kind.replace("_", " "), unit, series)
         for view in VIEWS:
             shares = np.mean([game[f"experts_{view}"] for game in games], 0).T.tolist()
-            curves = [(f"expert {e}", list(zip(steps, share))) for e, share in enumerate(shares)]
-            body += report.plot(f"Routing in the {view} view", "share of choices", curves)
+            series = [(f"expert {e}", list(zip(steps, share))) for e, share in enumerate(shares)]
+            body += report.plot(f"Routing in the {view} view", "share of choices", series)
         body += "</div>"
         last = {"step": steps[-1]}
         last |= {k: np.mean([g[k] for g in games], 0).tolist() for k in SHARES}
@@ -503,8 +528,9 @@ def page(path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--seeds", type=int, nargs="+", default=[*SEEDS])
-    parser.add_argument("--only", nargs="+", default=[*stages()], help="arms by name")
+    arms = [*ARMS, *CONTROLS, *ABLATIONS, *FIGURE]
+    parser.add_argument("--seeds", type=int, nargs="+", default=[*SEEDS], choices=SEEDS)
+    parser.add_argument("--only", nargs="+", default=arms, choices=arms, metavar="ARM")
     parser.add_argument("--processes", type=int, default=2)
     args = parser.parse_args()
     for folder in (RESULTS, OUT):
@@ -516,16 +542,24 @@ def main() -> None:
     wanted = lambda seed, name: name in args.only and not path(seed, name).exists()
     jobs = [(seed, [n for n in names if wanted(seed, n)]) for seed, names in jobs]
     jobs = [job for job in jobs if job[0] in args.seeds]
+    for seed in {seed for seed, names in jobs if names}:
+        world(seed)  # here, since its weights are drawn from the process's random numbers
     bar = tqdm(total=sum(len(names) for _, names in jobs), unit="arm")
+    failed = []
     locks = {seed: threading.Lock() for seed in SEEDS}  # what its arms begin with is made once
 
     def work(job: tuple[int, list[str]]) -> None:
         seed, names = job
         with locks[seed]:
             for name in names:
-                result = measure(seed, name)
-                write_json(str(path(seed, name)), result)
-                bar.write(f"seed {seed}, {label(name)}: {result['accuracy']:.3f}")
+                try:
+                    result = measure(seed, name)
+                except Exception as error:  # the other arms go on
+                    failed.append(f"seed {seed}, {label(name)}: {error!r}")
+                    bar.write(failed[-1])
+                else:
+                    write_json(str(path(seed, name)), result)
+                    bar.write(f"seed {seed}, {label(name)}: {result['accuracy']:.3f}")
                 bar.update()
 
     with ThreadPoolExecutor(args.processes) as pool:
@@ -537,6 +571,8 @@ def main() -> None:
     picture(ROOT / written[2])
     page(ROOT / written[3])
     print("written:", ", ".join(written))
+    if failed:
+        raise SystemExit("\n".join(["error: not measured:", *failed]))
 
 
 if __name__ == "__main__":

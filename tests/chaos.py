@@ -94,6 +94,8 @@ class Started:
 
     def signal(self, number: int, *ranks: int) -> None:
         """To the processes of the given ranks, of all where none is given."""
+        if self.codes:
+            return  # all have ended, and their numbers may be those of other processes
         for rank in ranks or range(len(self.pids)):
             try:
                 os.kill(self.pids[rank], number)
@@ -108,7 +110,9 @@ class Started:
 
     def gone(self, *ranks: int) -> bool:
         """Whether one of the processes has ended, of the given ranks or of all. Does not wait."""
-        return any(self.nursery.ask(gone=self.pids[r]) for r in ranks or range(len(self.pids)))
+        return bool(self.codes) or any(
+            self.nursery.ask(gone=self.pids[r]) for r in ranks or range(len(self.pids))
+        )
 
     @property
     def said(self) -> str:
@@ -150,6 +154,7 @@ def serve() -> None:
         if "start" in question:
             pid = os.fork()
             if pid:
+                codes.pop(pid, None)  # of an earlier process of this number
                 return pid
             os.setsid()
             new = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND
@@ -169,8 +174,8 @@ def serve() -> None:
         for pid in late:
             os.kill(pid, signal.SIGKILL)
             os.waitpid(pid, 0)
-            codes[pid] = 0
-        return [None if pid in late else codes.pop(pid) for pid in question["wait"]]
+            codes[pid] = None
+        return [codes.pop(pid) for pid in question["wait"]]
 
     while line := sys.stdin.readline():
         print(json.dumps(answer(json.loads(line))), flush=True)

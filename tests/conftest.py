@@ -123,9 +123,8 @@ def launch(
             code = next((code for code in started.codes if code != 0), 0)
             done = subprocess.CompletedProcess(words, code, started.printed, started.said)
     if check and done.returncode != 0:
-        raise AssertionError(
-            f"{' '.join(words)} ended with {done.returncode}\n{done.stderr[-4000:]}"
-        )
+        said = f"{done.stdout[-4000:]}\n{done.stderr[-20000:]}"
+        raise AssertionError(f"{' '.join(words)} ended with {done.returncode}\n{said}")
     return done
 
 

@@ -5,33 +5,45 @@ import html
 import json
 import re
 import statistics
+from pathlib import Path
 
 import numpy as np
 import pytest
 
+import digits
 from benchmarks import study
-from tests.conftest import ROOT
+from tests.conftest import ROOT, launch
 
 
 def test_drift():
     """Perception and reasoning are counted apart, by hand, in both wordings."""
-    truths = [
-        {"caption": ["the digits are 3, 8 and 5."], "question": "What is the sum of the digits?"},
-        {"caption": ["the digits are 7, 2 and 9."], "question": "Count the digits greater than 4."},
-        {"caption": ["the digits are 1, 1 and 6."], "question": "How far apart are they?"},
+    told = [
+        ("sum", "What is the sum of the digits?", "the digits are 3, 8 and 5."),
+        ("count", "How many digits are greater than 4?", "the digits are 7, 2 and 9."),
+        ("spread", "How far apart are they?", "the digits are 1, 1 and 6."),
+        ("sum", "What is the sum of the digits?", "the digits are 4, 4 and 4."),
+        ("sum", "What is the sum of the digits?", "the digits are 1, 2 and 3."),
     ]
+    truths = [{"source": kind, "question": q, "caption": [c]} for kind, q, c in told]
     said = [
-        "<caption>8, 8 and 5.</caption>\n<think>8 + 8 = 16, 16 + 5 = 20.</think>"
-        "\n<answer>20</answer>",
+        # one digit misread, one of two steps wrong, and so the answer
+        "<caption>8, 8 and 5.</caption>\n<think>8 + 8 = 16, 16 + 5 = 20. So the answer is 20."
+        "</think>\n<answer>20</answer>",
+        # a digit is missing, a step of two is wrong, and so the answer
         "I see 7 2. 7 yes, 2 yes. The answer is 2.",
+        # all right
         "I see 1 1 6. The largest is 6, the smallest is 1. 6 minus 1 is 5. The answer is 5.",
+        # a digit too many; the only step is right, but of other digits, and so is the answer
+        "<caption>4, 4, 4 and 4.</caption>\n<think>4 + 5 = 9.</think>\n<answer>9</answer>",
+        "",
     ]
     rows = [{"row": i, "response": text} for i, text in enumerate(said)]
     found = study.drift(rows, truths)
-    assert found["misread_per_digit"] == pytest.approx((1 + 1 + 0) / 9)
-    assert found["wrong_per_step"] == pytest.approx((1 + 1 + 0) / (2 + 2 + 3))
-    assert found["caption_items"] == pytest.approx((3 + 2 + 3) / 3)
-    assert found["reasoning_steps"] == pytest.approx(7 / 3)
+    assert found["misread_per_digit"] == pytest.approx((1 + 1 + 0 + 1 + 3) / 15)
+    assert found["wrong_per_step"] == pytest.approx((1 + 1 + 0 + 0) / (2 + 2 + 3 + 1))
+    assert found["wrong_by_caption"] == pytest.approx((1 + 1 + 0 + 1 + 1) / 5)
+    assert found["caption_items"] == pytest.approx((3 + 2 + 3 + 4) / 5)
+    assert found["reasoning_steps"] == pytest.approx((2 + 2 + 3 + 1) / 5)
 
 
 def test_statistics():
@@ -39,15 +51,35 @@ def test_statistics():
     values = [0.5, 0.6, 0.9, 0.4]
     half = 3.182446 * statistics.stdev(values) / 2  # the 0.975 quantile of t with 3 degrees
     assert study.shown(values) == f"{statistics.mean(values):.3f}\xa0±\xa0{half:.3f}"
-    assert study.shown([0.25]) == "0.250"
+    assert study.shown([0.25]) == study.shown([0.25, 0.25]) == "0.250"
     noise = np.random.default_rng(0).normal(0, 0.3, 6)
+    gaps = [0.01, 0.05, -0.02, 0.1, 0.03, 0.04]
     found = {}
-    for seed, x in enumerate(noise):
-        found["a", seed], found["b", seed] = {"accuracy": 0.55 + x}, {"accuracy": 0.5 + x}
+    for seed, (x, gap) in enumerate(zip(noise, gaps)):
+        found["a", seed], found["b", seed] = {"accuracy": 0.5 + x + gap}, {"accuracy": 0.5 + x}
     found["b", 9] = {"accuracy": 1.0}  # a seed without its other half does not count
-    n, mean, low, high = study.difference("a", "b", found)
-    assert n == 6 and all(abs(x - 0.05) < 1e-9 for x in (mean, low, high))
+    half = 2.570582 * statistics.stdev(gaps) / 6**0.5  # with 5 degrees
+    mean = statistics.mean(gaps)
+    assert study.difference("a", "b", found) == pytest.approx((6, mean, mean - half, mean + half))
     assert study.difference("a", "c", found) is None
+    said = f"{100 * mean:+.1f}", f"{100 * (mean - half):+.1f} to {100 * (mean + half):+.1f}"
+    assert study.differences([("a", "b"), ("a", "c")], found)[1:] == [["a", "b", 6, *said]]
+
+
+def test_a_table():
+    numbers = {"sft": (0.5, 0.7), "prism": (0.25,)}
+    found = {
+        (arm, seed): {"accuracy": x, "run_seconds": 61.4}
+        for arm, values in numbers.items()
+        for seed, x in enumerate(values)
+    }
+    columns = {"accuracy": "right", "run_seconds": "s"}
+    half = 12.706205 * statistics.stdev(numbers["sft"]) / 2**0.5
+    assert study.table(["base", "prism", "sft"], columns, found) == [
+        ["arm", "seeds", "right", "s"],
+        ["PRISM", 1, "0.250", "61"],
+        ["SFT", 2, f"0.600\xa0±\xa0{half:.3f}", "61"],
+    ]
 
 
 def test_every_arm_is_a_chain_of_runs():
@@ -60,8 +92,86 @@ def test_every_arm_is_a_chain_of_runs():
             assert at not in seen
             seen.append(at)
             assert all(parent in runs or parent == "init" for parent in runs[at].parents)
+            assert runs[at].data.split(":")[0] in DATA[runs[at].kind]
             at = runs[at].parent
     assert len({study.label(name) for name in arms}) == len(arms)
+
+
+DATA = {  # what a kind of run may learn from; nothing learns from rows that it is measured on
+    "pretrain": ("pretrain",),
+    "sft": ("sft", "curated"),
+    "discriminator": ("curated",),
+    "align": ("prompts",),
+    "more_sft": ("prompts",),
+    "rlvr": ("questions",),
+}
+
+
+def test_the_controls_are_matched():
+    """They differ from what they are compared with in what they are named for, and in no more."""
+    runs = study.stages()
+    rl, longer = runs["sft_grpo"], runs["longer_grpo"]
+    assert (longer.parent, longer.data) == (rl.parent, rl.data) == ("sft", "questions")
+    assert longer.flags == rl.flags | {"max_steps": study.MATCHED}
+    assert study.MATCHED > digits.SETTINGS["rlvr"]["max_steps"]
+    for size in study.SIZES:
+        arms = [study.of_size(start, size) for start in ("prism", "more_sft")]
+        game, more = (runs[runs[arm].parent] for arm in arms)
+        assert game.data == more.data == f"prompts:{size}" and game.parent == more.parent == "sft"
+        assert len({str(runs[arm].flags) for arm in (*arms, "sft_grpo")}) == 1
+    frozen, game = runs["frozen"], runs["prism"]
+    assert frozen.flags == game.flags | {"discriminator_learning_rate": 0}
+
+
+def test_the_results_are_of_these_settings():
+    """Of each committed result, the settings of its last run are those that it would have now."""
+    for (name, seed), result in study.results().items():
+        stage = study.stages()[name]
+        wanted = digits.SETTINGS[stage.kind] | stage.flags | {"seed": seed}
+        wanted = {k: v for k, v in wanted.items() if k not in ("policy", "discriminator")}
+        assert {k: result["settings"].get(k) for k in wanted} == wanted, (name, seed)
+        assert result["run_seconds"] > 0 or name == "base"
+
+
+def test_an_arm_from_its_first_run_to_its_numbers(world, trained, monkeypatch, tmp_path):
+    """All of it at a tiny size, by the real stages; what is there is not made again."""
+    calls = []
+
+    def call(script, log, **flags):
+        calls.append((script, Path(flags["output_dir"]).name))
+        launch(script, *(f"--{name}={value}" for name, value in flags.items()))
+
+    tiny = {k: v | dict(max_steps=2) if k != "eval" else v for k, v in digits.SETTINGS.items()}
+    for kind in ("align", "rlvr"):
+        tiny[kind] |= dict(prompts_per_step=2, num_generations=3, max_completion_length=48)
+    for kind in ("pretrain", "sft"):
+        tiny[kind] |= dict(learning_rate=1e-5, per_device_train_batch_size=4)
+    tiny["discriminator"] |= dict(per_device_train_batch_size=4)
+    taught = world | {"init": trained, "pretrain": world["prompts"]}  # it knows the format
+    monkeypatch.setattr(digits, "SETTINGS", tiny)
+    monkeypatch.setattr(study, "world", lambda seed: taught)
+    monkeypatch.setattr(study, "OUT", tmp_path)
+    monkeypatch.setattr(study, "STEPS", (1,))
+    monkeypatch.setattr(study, "call", call)
+    result = study.measure(0, "prism_grpo")
+    made = [name for script, name in calls if script != "eval.py"]
+    assert made == ["base", "sft", "warm_up", "prism", "prism_grpo"]
+    for name, source in (("sft", "base"), ("prism", "sft"), ("prism_grpo", "prism")):
+        settings = json.loads((tmp_path / f"seed-0/{name}/run.json").read_text())["run"]
+        assert str(tmp_path / f"seed-0/{source}") in (settings.get("model"), settings.get("ckpt"))
+    rows = [json.loads(line) for line in open(tmp_path / "seed-0/prism/rollouts.jsonl")]
+    known = [json.loads(line)["response"] for line in open(taught["prompts"])][:24]
+    assert {row["supervision"] for row in rows} <= set(known)
+    columns = {*study.MAIN, *study.DRIFT, *study.SOONER} - {"run_seconds", "after_50", "after_100"}
+    assert columns | {"after_1"} <= set(result)
+    assert set(result["seconds"]) == {"base", "sft", "warm_up", "prism", "prism_grpo"}
+    assert all(0 <= result[name] <= 1 for name in ("accuracy", "pass_at_8", "after_1"))
+    more = study.measure(0, "prism")
+    assert [name for script, name in calls if script != "eval.py"] == made
+    assert len(more["curves"]["step"]) == 2 and more["curves"]["experts_reasoning"][0]
+    assert result["kl_from_base"] > 0
+    base = study.kl_from_base(0, tmp_path / "seed-0/base", taught["test"])
+    assert abs(base) < 1e-3  # of itself
 
 
 @pytest.mark.parametrize("path", ["benchmarks/STUDY.md", "README.md"])
@@ -83,8 +193,18 @@ def test_the_picture_is_of_the_results(tmp_path):
         found = re.search("<dc:description>(.*?)</dc:description>", path.read_text("utf-8"))
         return json.loads(html.unescape(found[1]))
 
+    drawing = (ROOT / "docs/study.svg").read_text("utf-8")
     shown = numbers(ROOT / "docs/study.svg")
     assert shown == json.loads(json.dumps(study.lines(study.results())))
     study.picture(tmp_path / "study.svg")
     assert numbers(tmp_path / "study.svg") == shown
     assert [title for title, *_ in shown] == ["Accuracy over RL", "Accuracy after RL"]
+    for title, _, series in shown:  # and each line is drawn at its means
+        for name, points in series:
+            if len({point[1] for point in points}) > 2:
+                _, line = drawing.split(f'<g id="{title}: {name}">')
+                where = re.search(r'<path d="(M [^"]+)"', line)[1]
+                xy = np.array(re.findall(r"[ML] (\S+) (\S+)", where), float)
+                means = np.array([point[1] for point in points])
+                up, at = np.polyfit(means, xy[:, 1], 1)
+                assert up < 0 and np.allclose(xy[:, 1], at + up * means, atol=0.01)
