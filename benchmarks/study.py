@@ -124,7 +124,7 @@ MAIN = {"accuracy": "accuracy", "sampled_accuracy": "mean of 8", "pass_at_8": "p
 MAIN |= {"caption_accuracy": "captions", "format_valid": "format"}
 MAIN |= {"mean_response_tokens": "tokens", "run_seconds": "seconds"}
 SOONER = {f"after_{step}": f"{step} steps" for step in STEPS} | {"accuracy": "the end"}
-SHORT = {name: MAIN[name] for name in ("accuracy", "pass_at_8", "caption_accuracy")}
+SHORT = {x: MAIN[x] for x in ("accuracy", "sampled_accuracy", "pass_at_8", "caption_accuracy")}
 DRIFT = {"misread_per_digit": "misread a digit", "wrong_per_step": "wrong a step"}
 DRIFT |= {"wrong_by_caption": "answer not from its caption"}
 DRIFT |= {"caption_items": "caption items", "reasoning_steps": "reasoning steps"}
@@ -361,25 +361,28 @@ def table(names: list[str], columns: dict[str, str], found: dict) -> list[list]:
     return rows
 
 
-def difference(a: str, b: str, found: dict) -> tuple[int, float, float, float] | None:
-    """Accuracy of arm a less that of arm b, seed by seed: the number of seeds, the mean, and its
-    95% interval by Student's t. (Bootstrapped over five seeds, intervals of no difference would
-    exclude 0 in 15%.) None without two seeds of both."""
-    seeds = [s for (arm, s) in found if arm == a and (b, s) in found]
+def difference(a: str, b: str, column: str, found: dict) -> tuple[float, float, float] | None:
+    """A column of arm a less that of arm b, seed by seed: the mean and its 95% interval by
+    Student's t. (Bootstrapped over five seeds, intervals of no difference would exclude 0 in 15%.)
+    None without two seeds of both."""
+    seeds = [seed for (arm, seed) in found if arm == a and (b, seed) in found]
     if len(seeds) < 2:
         return None
-    gaps = [found[a, s]["accuracy"] - found[b, s]["accuracy"] for s in seeds]
-    mean, half = interval(gaps)
-    return len(seeds), mean, mean - half, mean + half
+    mean, half = interval([found[a, seed][column] - found[b, seed][column] for seed in seeds])
+    return mean, mean - half, mean + half
 
 
 def differences(pairs: list[tuple[str, str]], found: dict) -> list[list]:
-    rows = [["arm", "less", "seeds", "points", "95%"]]
+    """In points, of greedy answers and of the mean of samples."""
+    rows = [["arm", "less", "greedy", "95%", "mean of 8", "95%"]]
     for a, b in pairs:
-        if gap := difference(a, b, found):
-            n, *points = gap
-            mean, low, high = (100 * x for x in points)
-            rows.append([label(a), label(b), n, f"{mean:+.1f}", f"{low:+.1f} to {high:+.1f}"])
+        cells = []
+        for column in ("accuracy", "sampled_accuracy"):
+            if gap := difference(a, b, column, found):
+                mean, low, high = (100 * x for x in gap)
+                cells += [f"{mean:+.1f}", f"{low:+.1f} to {high:+.1f}"]
+        if cells:
+            rows.append([label(a), label(b), *cells])
     return rows
 
 
