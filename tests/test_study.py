@@ -189,6 +189,17 @@ def test_what_is_shown_is_what_was_measured(path, tmp_path):
     assert marks >= ({"short", "differences"} if path == "README.md" else {"arms", "drift"})
 
 
+def test_the_readmes_sentences_have_the_tables_numbers():
+    """What it says in words under "What it shows"."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    words = re.sub(r"<!--.*?-->.*?<!-- /.*?-->", "", text, flags=re.DOTALL)
+    words = words.split("## What it shows")[1].split("\n## ")[0]
+    cells = [str(cell) for rows in study.tables().values() for row in rows for cell in row]
+    means = {cell.split("\xa0")[0] for cell in cells}
+    numbers = re.findall(r"0\.\d\d\d", words) + re.findall(r"[+-]\d+\.\d(?!\d)", words)
+    assert len(numbers) > 10 and set(numbers) <= means, set(numbers) - means
+
+
 def test_the_picture_is_of_the_results(tmp_path):
     """The README's picture holds the numbers that it shows, and drawn again it holds the same."""
 
