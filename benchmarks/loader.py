@@ -97,7 +97,7 @@ def anonymous() -> float:
 def operations(seconds: float) -> tuple[int, float]:
     """Launches small operations for so long -> how many, and the time that they took, without
     what this thread waited for a core that others had."""
-    waited = lambda: int(Path("/proc/thread-self/schedstat").read_text().split()[1]) / 1e9  # noqa: E731
+    waited = lambda: int(Path("/proc/thread-self/schedstat").read_text().split()[1]) / 1e9
     x, count, start, before = torch.zeros(8), 0, time.perf_counter(), waited()
     while time.perf_counter() - start < seconds:
         for _ in range(1000):
@@ -109,7 +109,7 @@ def operations(seconds: float) -> tuple[int, float]:
 def beside(stream):
     """The stream's batches, drawn by a thread that keeps two ahead."""
     ahead = queue.Queue(2)
-    draw = lambda: [ahead.put(batch) for batch in stream]  # noqa: E731
+    draw = lambda: [ahead.put(batch) for batch in stream]
     threading.Thread(target=draw, daemon=True).start()
     while True:
         yield ahead.get()
@@ -118,7 +118,7 @@ def beside(stream):
 def measure(path: str, way: str, seconds: float) -> dict:
     """One line of the table, in this process."""
     processor = load_processor(os.path.dirname(path))
-    encode = lambda example, prompt: (prompt, encode_response(processor, example.response))  # noqa: E731
+    encode = lambda example, prompt: (prompt, encode_response(processor, example.response))
     count, took = operations(seconds / 2)
     alone = count / took
     before, start = anonymous(), time.perf_counter()

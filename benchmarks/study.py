@@ -322,20 +322,28 @@ def results() -> dict[tuple[str, int], dict]:
     return {(result["arm"], result["seed"]): result for result in found}
 
 
-def interval(values: list[float]) -> tuple[float, float]:
-    """Mean and half of its 95% interval over the seeds, by Student's t."""
-    mean, n = statistics.mean(values), len(values)
+def few(found: dict) -> dict:
+    """The results of the seeds that ablations and the figure have."""
+    return {key: result for key, result in found.items() if key[1] in FEW}
+
+
+def interval(values: list[float]) -> tuple[float, ...]:
+    """Mean, low and high end of its 95% interval over the seeds, by Student's t; the mean alone of
+    one seed, nothing of none."""
+    n = len(values)
     if n < 2:
-        return mean, float("nan")
-    return mean, float(student.ppf(0.975, n - 1) * statistics.stdev(values) / n**0.5)
+        return tuple(values)
+    mean = statistics.mean(values)
+    half = float(student.ppf(0.975, n - 1) * statistics.stdev(values) / n**0.5)
+    return mean, mean - half, mean + half
 
 
 def shown(values: list[float], decimals: int = 3) -> str:
-    mean, half = interval(values)
+    mean, *ends = interval(values)
     said = f"{mean:.{decimals}f}"
-    if half != half or half == 0:
+    if not ends or ends[1] == mean:
         return said
-    return f"{said}\xa0±\xa0{half:.{decimals}f}"
+    return f"{said}\xa0±\xa0{ends[1] - mean:.{decimals}f}"
 
 
 def label(name: str) -> str:
@@ -343,8 +351,6 @@ def label(name: str) -> str:
         if name.startswith(key):
             *parts, rl = [x for x in name[len(key) :].split("_") if x] or [""]
             words = [LABELS[key] + "," * bool(parts), *(f"{size} responses," for size in parts)]
-            if rl.isdigit():
-                words, rl = [*words, f"{rl} responses,"], ""
             return " ".join(words) + f" + {LABELS[rl]}" if rl else " ".join(words).rstrip(",")
     return name
 
@@ -368,8 +374,7 @@ def difference(a: str, b: str, column: str, found: dict) -> tuple[float, float, 
     seeds = [seed for (arm, seed) in found if arm == a and (b, seed) in found]
     if len(seeds) < 2:
         return None
-    mean, half = interval([found[a, seed][column] - found[b, seed][column] for seed in seeds])
-    return mean, mean - half, mean + half
+    return interval([found[a, seed][column] - found[b, seed][column] for seed in seeds])
 
 
 def differences(pairs: list[tuple[str, str]], found: dict) -> list[list]:
@@ -395,16 +400,15 @@ def pairs() -> list[tuple[str, str]]:
 def tables() -> dict[str, list[list]]:
     """Every table of STUDY.md, the README and the page, by its name."""
     found = results()
-    few = {key: result for key, result in found.items() if key[1] in FEW}
     figure = ["sft_grpo", "more_sft_grpo", "prism_grpo", *FIGURE]
     return {
         "short": table([*ARMS, *CONTROLS], SHORT, found),
         "arms": table([*ARMS, *CONTROLS], MAIN, found),
-        "ablations": table(["prism_grpo", *ABLATIONS], MAIN, few),
+        "ablations": table(["prism_grpo", *ABLATIONS], MAIN, few(found)),
         "differences": differences(pairs(), found),
         "speed": table(SPEED, SOONER, found),
         "drift": table([*ARMS, *CONTROLS], DRIFT, found),
-        "figure": table(figure, {"accuracy": "accuracy"}, few),
+        "figure": table(figure, {"accuracy": "accuracy"}, few(found)),
     }
 
 
@@ -433,7 +437,6 @@ def lines(found: dict) -> list[tuple[str, str, list]]:
     label and the points (x, mean, low, high): accuracy over the steps of RL, and at their end over
     the number of the alignment's supervision responses, of the seeds that all of these have. SFT +
     GRPO has no such response: its line is flat."""
-    few = {key: result for key, result in found.items() if key[1] in FEW}
     end = digits.SETTINGS["rlvr"]["max_steps"]
     over_steps, over_rows = [], []
     for name in SPEED:
@@ -442,7 +445,9 @@ def lines(found: dict) -> list[tuple[str, str, list]]:
         steps[end] = (name, "accuracy")
         over_steps.append((label(name), [(x, *of(found, *at)) for x, at in steps.items()]))
         arms = {size: name if name == "sft_grpo" else of_size(start, size) for size in SIZES}
-        over_rows.append((label(name), [(x, *of(few, a, "accuracy")) for x, a in arms.items()]))
+        over_rows.append(
+            (label(name), [(x, *of(few(found), a, "accuracy")) for x, a in arms.items()])
+        )
     plots = [("Accuracy over RL", "steps of RL", over_steps)]
     plots += [("Accuracy after RL", "supervision responses", over_rows)]
     known = lambda points: [point for point in points if point[1:]]
@@ -453,12 +458,8 @@ def lines(found: dict) -> list[tuple[str, str, list]]:
 
 
 def of(found: dict, name: str, column: str) -> tuple[float, ...]:
-    """Mean, low and high end of a column of an arm; the mean alone of one seed, nothing of none."""
-    values = [result[column] for (arm, _), result in found.items() if arm == name]
-    if not values:
-        return ()
-    mean, half = interval(values)
-    return (mean, mean - half, mean + half) if len(values) > 1 else (mean,)
+    """The interval of a column of an arm."""
+    return interval([result[column] for (arm, _), result in found.items() if arm == name])
 
 
 def of_size(start: str, size: int) -> str:

@@ -42,6 +42,20 @@ STEPS = 5  # of a run
 # Processes that start at once
 
 
+def command(script: str, *args) -> list[str]:
+    """The words of a run. A stage encodes its rows itself, where no number of workers is given:
+    starting them takes longer than the rows."""
+    if script in STAGES and "--dataloader_num_workers" not in args:
+        args = (*args, "--dataloader_num_workers", 0)
+    return [*map(str, (script, *args))]
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
 class Nursery:
     """A process that has imported all that a stage imports, and forks a stage when asked: it starts
     in a moment, and is otherwise what `python stage.py` or one of torchrun's workers is."""
@@ -49,8 +63,8 @@ class Nursery:
     def __init__(self):
         serve = [sys.executable, str(Path(__file__).resolve()), "--serve"]
         pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT)
-        pipes |= dict(env=os.environ | {"TQDM_DISABLE": "1"})
-        self.process = subprocess.Popen(serve, **pipes)
+        env = os.environ | {"TQDM_DISABLE": "1"}
+        self.process = subprocess.Popen(serve, env=env, **pipes)
 
     def ask(self, **question):
         self.process.stdin.write(json.dumps(question) + "\n")
@@ -60,19 +74,14 @@ class Nursery:
     def start(self, script: str, *args, ranks: int = 1, log, **env) -> "Started":
         """A stage as processes, one a rank. What they say goes to files named after `log`, what
         they print alone to others that end in `.out`."""
-        if "--dataloader_num_workers" not in args and script in STAGES:
-            args = (*args, "--dataloader_num_workers", 0)
         env = {key: str(value) for key, value in env.items()}
         if ranks > 1:
-            with socket.socket() as free:
-                free.bind(("127.0.0.1", 0))
-                port = str(free.getsockname()[1])
+            port = str(free_port())
             env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(ranks)}
         logs, pids = [f"{log}.{rank}" for rank in range(ranks)], []
         for rank in range(ranks):
             own = {"RANK": str(rank), "LOCAL_RANK": str(rank)} if ranks > 1 else {}
-            words = [*map(str, (script, *args))]
-            pids.append(self.ask(start=words, env=env | own, log=logs[rank]))
+            pids.append(self.ask(start=command(script, *args), env=env | own, log=logs[rank]))
         return Started(self, pids, logs)
 
     def run(self, *args, **more) -> "Started":

@@ -24,6 +24,8 @@ os.chdir(ROOT)
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
+from tests.chaos import Nursery, command  # noqa: E402
+
 WORLD = dict(
     digits=3,
     noise=0.0,
@@ -37,14 +39,11 @@ WORLD = dict(
     validation_rows=16,
     test_rows=24,
 )
-STAGES = ("sft.py", "discriminator.py", "align.py", "rlvr.py")
 
 
 @functools.cache
 def nursery_of_tests():
     """One for all tests of this process, started when first asked for."""
-    from tests.chaos import Nursery
-
     started = Nursery()
     atexit.register(started.close)
     return started
@@ -105,11 +104,8 @@ def launch(
 ) -> subprocess.CompletedProcess:
     """Runs a script as `ranks` processes and captures what they say. They are forked from one that
     has imported everything. With `real`, or an environment of their own, or where it matters what
-    torchrun makes of a failure, `python` or torchrun starts them, as a user would. A stage encodes
-    its rows itself, where no number of workers is given: starting them takes longer."""
-    if script in STAGES and "--dataloader_num_workers" not in args:
-        args = (*args, "--dataloader_num_workers", 0)
-    words = [*map(str, (script, *args))]
+    torchrun makes of a failure, `python` or torchrun starts them, as a user would."""
+    words = command(script, *args)
     if real or env or (ranks > 1 and not check):
         start = [sys.executable]
         if ranks > 1:

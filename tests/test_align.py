@@ -102,7 +102,7 @@ def reference_advantage(perception, reasoning, valid, alpha, penalty):
 def groups(draw):
     p, n = draw(st.integers(1, 3)), draw(st.sampled_from([1, 2, 3, 5, 8, 16]))
     scores = st.lists(st.floats(-10, 10).map(lambda x: round(x, 2)), min_size=n, max_size=n)
-    some = lambda strategy: draw(st.lists(strategy, min_size=p, max_size=p))  # noqa: E731
+    some = lambda strategy: draw(st.lists(strategy, min_size=p, max_size=p))
     flags = (
         st.lists(st.booleans(), min_size=n, max_size=n)
         | st.just([False] * n)
@@ -305,7 +305,7 @@ def test_discriminator_loss_has_the_papers_weight():
 @pytest.mark.parametrize("experts, top_k", [(4, 2), (8, 3), (2, 1)])
 def test_balance_loss_is_transformers(experts, top_k):
     generator = torch.Generator().manual_seed(experts)
-    draw = lambda: 2 * torch.randn(37, experts, generator=generator) + 2 * torch.arange(experts)  # noqa: E731
+    draw = lambda: 2 * torch.randn(37, experts, generator=generator) + 2 * torch.arange(experts)
     logits = [draw().requires_grad_() for _ in range(3)]
     theirs = load_balancing_loss_func(tuple(logits), experts, top_k)
     their_gradient = torch.autograd.grad(theirs, logits)

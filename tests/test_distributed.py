@@ -2,7 +2,6 @@
 
 import json
 import os
-import socket
 import subprocess
 import sys
 from subprocess import PIPE
@@ -18,6 +17,7 @@ from data import encode_prompts
 from discriminator import load_discriminator
 from model import shard
 from rows import load_data
+from tests.chaos import free_port
 from tests.conftest import ROOT, launch
 
 
@@ -149,9 +149,7 @@ def test_two_nodes_that_share_nothing_but_gradients(world, tmp_path):
     one = ["--output_dir", tmp_path / "1", "--per_device_train_batch_size", 8]
     launch("sft.py", *flags, *one)
     four = ["--output_dir", tmp_path / "4", "--per_device_train_batch_size", 2, "--hsdp", True]
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     nodes = ["--nnodes=2", "--nproc_per_node=2", "--master_addr=127.0.0.1", f"--master_port={port}"]
     start = [sys.executable, "-m", "torch.distributed.run", *nodes]
     command = [*map(str, ["sft.py", *flags, *four])]

@@ -204,7 +204,7 @@ def test_the_numbers_of_one_small_batch():
     logp = torch.tensor([[2.0, 0.5, 1.0], [4.0, 9.0, 9.0]], dtype=torch.float64).log()
     mask = torch.tensor([[True, True, True], [True, False, False]])
     advantage = torch.tensor([1.0, -3.0], dtype=torch.float64)
-    loss = lambda *args: policy_loss(logp, old, advantage, mask, *args).item()  # noqa: E731
+    loss = lambda *args: policy_loss(logp, old, advantage, mask, *args).item()
     close(loss("grpo", 0.2, 0.2, 3.0), (-1.2 - 0.5 - 1.0 + 9.0) / 4)
     close(loss("grpo", 0.2, 0.2, None), (-1.2 - 0.5 - 1.0 + 12.0) / 4)
     close(loss("dapo", 0.2, 0.28, 10.0), (-1.28 - 0.5 - 1.0 + 12.0) / 4)
@@ -253,7 +253,7 @@ def test_gspo_gradient_is_the_sequence_formula():
     weight = torch.randn(5, 4, dtype=torch.float64, requires_grad=True)
     inputs, tokens = torch.randn(4, 9, 5, dtype=torch.float64), torch.randint(0, 4, (4, 9))
     old_weight = weight.detach() + 0.1 * torch.randn(5, 4, dtype=torch.float64)
-    logp_of = lambda w: (inputs @ w).log_softmax(-1).gather(2, tokens[..., None])[..., 0]  # noqa: E731
+    logp_of = lambda w: (inputs @ w).log_softmax(-1).gather(2, tokens[..., None])[..., 0]
     advantage = torch.tensor([0.7, -1.3, 2.0, -0.2], dtype=torch.float64)
     mask = torch.arange(9) < torch.tensor(lengths)[:, None]
     loss = policy_loss(
@@ -705,7 +705,7 @@ def optimise(
     torch.manual_seed(seed)
     logits = torch.zeros(length, arms, requires_grad=True)
     optimizer = torch.optim.Adam([logits], rate)
-    logp_of = lambda actions: logits.log_softmax(-1)[torch.arange(length), actions]  # noqa: E731
+    logp_of = lambda actions: logits.log_softmax(-1)[torch.arange(length), actions]
     for _ in range(steps):
         with torch.no_grad():
             actions = torch.multinomial(logits.softmax(-1), 64, replacement=True).T  # (64, length)
@@ -732,7 +732,7 @@ def test_bandit_reaches_the_best_arm(algorithm):
     """Ten arms of noisy reward k / 10: after 80 batches of four minibatches the best has
     probability above 0.9 (it starts at 0.1; the runner-up is 0.1 behind in reward, half the
     noise)."""
-    reward = lambda actions: actions[:, 0] / 10 + 0.2 * torch.randn(len(actions))  # noqa: E731
+    reward = lambda actions: actions[:, 0] / 10 + 0.2 * torch.randn(len(actions))
     probabilities = optimise(algorithm, 80, 4, 1, 0.15, reward, 1, 10, seed=1)
     assert probabilities[0, 9] > 0.9
 

@@ -12,7 +12,6 @@ import os
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -34,10 +33,8 @@ from rlvr import RLVRConfig
 from rows import UserError, load_data
 from sampler import generate
 from sft import SFTConfig
-from tests.chaos import STEPS, differences, flags_of, fuzz, in_a_save, numbers
+from tests.chaos import STAGES, STEPS, differences, flags_of, free_port, fuzz, in_a_save, numbers
 from tests.conftest import ROOT, launch, lines
-
-STAGES = ("sft.py", "discriminator.py", "align.py", "rlvr.py")
 
 
 @pytest.fixture(scope="module")
@@ -194,7 +191,7 @@ def test_training_goes_on_during_a_save(nursery, whole, tmp_path, ranks, end):
     script.write_text(SLOW_SAVE)
     words = (*base[1:], "--dataloader_num_workers", 0, "--output_dir", out, "--save_steps", 2)
     started = nursery.start(script, *words, ranks=ranks, log=log)
-    logged = lambda: (out / "metrics.jsonl").exists() and len(lines(out / "metrics.jsonl"))  # noqa: E731
+    logged = lambda: (out / "metrics.jsonl").exists() and len(lines(out / "metrics.jsonl"))
     until(lambda: logged() == 3 or started.gone())
     assert in_a_save(out) and checkpoints(out) == []
     if end == "killed after it":
@@ -272,7 +269,7 @@ def test_held_out_numbers_belong_to_the_run(nursery, whole, tmp_path):
     base, expected = whole("discriminator.py")
     out, words = tmp_path / "out", ("--output_dir", tmp_path / "out", "--resume")
     started = nursery.start(*base, "--save_steps", 1, *words, log=tmp_path / "log")
-    finished = lambda: "finished" in json.loads((out / "run.json").read_text())  # noqa: E731
+    finished = lambda: "finished" in json.loads((out / "run.json").read_text())
     until(lambda: (out / "model.safetensors").exists() or started.gone())
     started.signal(signal.SIGSTOP)
     measured = any("validation_pairs" in line for line in lines(out / "metrics.jsonl"))
@@ -698,9 +695,7 @@ def test_a_rank_that_is_gone_or_stuck_is_named(nursery, short, tmp_path, fault, 
 
 def test_a_rank_that_is_gone_before_the_ranks_have_met(short, tmp_path):
     """It has come to the store and no further."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     env = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "RANK": "0"}
     words = map(str, (*short("sft.py"), "--output_dir", tmp_path / "out", "--timeout", 0.08))
     command = [sys.executable, *words]
