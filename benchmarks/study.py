@@ -1,4 +1,4 @@
-"""The paper's claims on the embedded world, over seeds, with the controls that the paper lacks.
+"""The paper's claims on the embedded world, over seeds, with controls of equal time and equal data.
 
     make study                                     every run that is missing, then the tables
     python benchmarks/study.py --seeds 0 --only prism_grpo sft_grpo
@@ -104,11 +104,13 @@ def stages() -> dict[str, Stage]:
 VIEWS = ("perception", "reasoning")
 CURVES = [f"{kind}_{view}" for kind in ("score_gap", "pair_accuracy") for view in VIEWS]
 ARMS = "base sft sft_grpo sft_dapo sft_gspo prism prism_grpo prism_dapo prism_gspo".split()
-CONTROLS = "longer_grpo more_sft more_sft_grpo curated curated_grpo frozen_grpo".split()
+CONTROLS = "longer_grpo more_sft more_sft_grpo curated curated_grpo frozen frozen_grpo".split()
 ABLATIONS = "dense text dedicated alpha_0 alpha_1 cold no_sft".split()
 ABLATIONS = [f"{name}_grpo" for name in ABLATIONS]
 FIGURE = [f"{name}_{size}_grpo" for size in SIZES for name in ("prism", "more_sft")]
 FIGURE = [name for name in FIGURE if f"_{SUPERVISED}_" not in name]
+GAMES = ["prism", "frozen", *(name.removesuffix("_grpo") for name in ABLATIONS)]
+GAMES += [f"prism_{size}" for size in SIZES if size != SUPERVISED]
 SPEED = ["sft_grpo", "more_sft_grpo", "prism_grpo"]
 LABELS = {"sft": "SFT", "prism": "PRISM", "grpo": "GRPO", "dapo": "DAPO", "gspo": "GSPO"}
 LABELS |= {"longer_grpo": "SFT + GRPO for as long as PRISM + GRPO"}
@@ -123,12 +125,19 @@ SHARES = [f"expert_share_{view}" for view in VIEWS]
 MAIN = {"accuracy": "accuracy", "sampled_accuracy": "mean of 8", "pass_at_8": "pass@8"}
 MAIN |= {"caption_accuracy": "captions", "format_valid": "format"}
 MAIN |= {"mean_response_tokens": "tokens", "run_seconds": "seconds"}
-SOONER = {f"after_{step}": f"{step} steps" for step in STEPS} | {"accuracy": "the end"}
-SHORT = {x: MAIN[x] for x in ("accuracy", "sampled_accuracy", "pass_at_8", "caption_accuracy")}
+ENDS = ("accuracy", "sampled_accuracy")
+BEFORE = {"before": "before RL", "sampled_before": "before RL, mean of 8"}
+SOONER = {"before": BEFORE["before"]} | {f"after_{step}": f"{step} steps" for step in STEPS}
+SOONER |= {"accuracy": "the end"}
+ABLATED = BEFORE | {x: MAIN[x] for x in ("accuracy", "sampled_accuracy", "pass_at_8")}
+ABLATED |= {x: MAIN[x] for x in ("caption_accuracy", "run_seconds")}
 DRIFT = {"misread_per_digit": "misread a digit", "wrong_per_step": "wrong a step"}
 DRIFT |= {"wrong_by_caption": "answer not from its caption"}
+DRIFT |= {"wrong_sums_read": "of sums, without 3, 7, 9", "wrong_sums_misread": "of sums, with"}
 DRIFT |= {"caption_items": "caption items", "reasoning_steps": "reasoning steps"}
 DRIFT |= {"kl_from_base": "KL from the base, nats"}
+GAME = {f"gap_{at}_{view}": f"gap, {view}, {at}" for view in VIEWS for at in ("first", "last")}
+GAME |= {f"{of}_{view}": f"right, {view}, {of}" for view in VIEWS for of in ("own", "other")}
 DECIMALS = {"mean_response_tokens": 1, "kl_from_base": 1, "run_seconds": 0}  # 3 of all others
 
 
@@ -141,7 +150,7 @@ def world(seed: int) -> dict[str, str]:
 
 
 def rows_of(seed: int, data: str) -> str:
-    """The path of a file of the world, or of the first rows of one."""
+    """The path of a file of the world, or of the first rows of one, or (-100) of its last."""
     name, _, count = data.partition(":")
     path = Path(world(seed)[name])
     if not count:
@@ -150,7 +159,8 @@ def rows_of(seed: int, data: str) -> str:
     if not some.exists():
         lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
         unfinished = some.with_suffix(".tmp")
-        unfinished.write_text("".join(lines[: int(count)]), encoding="utf-8")
+        n = int(count)
+        unfinished.write_text("".join(lines[n:] if n < 0 else lines[:n]), encoding="utf-8")
         unfinished.replace(some)
     return str(some)
 
@@ -235,14 +245,39 @@ def measure(seed: int, name: str) -> dict:
     result["settings"] = {k: v for k, v in settings.items() if "/" not in str(v)}
     if stages()[name].kind == "align":
         result["curves"] = curves(read_rows(folder / "metrics.jsonl"))
+        result |= told_apart(seed, name)
     return result
+
+
+def told_apart(seed: int, name: str) -> dict:
+    """Pair accuracy at the end of an alignment, by view: how often its discriminator scores the
+    supervision response above a new rollout, on the alignment's own prompts, and on others that no
+    run has learned from. The warm-up measures it on held-out pairs, here at learning rate 0."""
+    folder, found = OUT / f"seed-{seed}" / name, {}
+    own = stages()[name].data
+    flags = digits.SETTINGS["discriminator"] | ALWAYS | dict(max_steps=1, learning_rate=0)
+    flags |= dict(model=folder / "discriminator", policy=folder, validation_share=0.9, seed=seed)
+    others = max(SIZES) - int(own.partition(":")[2])
+    for of, data in {"own": own, "other": f"prompts:{-min(others, 100)}"}.items():
+        out = folder / of
+        if of == "own" or others:
+            data = rows_of(seed, data)
+            log = folder.with_suffix(".log")
+            call("discriminator.py", log, data=data, output_dir=out, resume=True, **flags)
+            line = read_rows(out / "metrics.jsonl")[-1]
+            found |= {f"{of}_{view}": line[f"validation_pair_accuracy_{view}"] for view in VIEWS}
+    return found
 
 
 def drift(generations: list[dict], truths: list[dict]) -> dict:
     """Perception and reasoning apart. Digits that are misread, of those there are; steps that are
     wrong by what they themselves say, of those taken; answers that are not what follows from the
-    response's own caption; how many digits a caption has, and steps a response."""
+    response's own caption, and of sums alone, where that caption has none of the digits that the
+    public demonstrations misread, and where it has; how many digits a caption has, and steps a
+    response."""
     misread = there = wrong = steps = items = unfounded = 0
+    rare = {digit for digit, _ in digits.CONFUSIONS[: digits.World.misread_digits]}
+    sums = {"read": [], "misread": []}
     for row in generations:
         truth, text = truths[row["row"]], row["response"]
         caption, _, rest = text.partition("</caption>" if "</caption>" in text else ".")
@@ -261,7 +296,10 @@ def drift(generations: list[dict], truths: list[dict]) -> dict:
         steps += len(found)
         wrong += len(found) - sum(found)
         answer = re.findall(r"(?:<answer>|answer is )(\w+)", rest)[-1:]
-        unfounded += not said or answer != [digits.work(truth["source"], said, least)[1]]
+        founded = bool(said) and answer == [digits.work(truth["source"], said, least)[1]]
+        unfounded += not founded
+        if truth["source"] == "sum":
+            sums["misread" if rare & set(said) else "read"].append(not founded)
     count = len(generations)
     return {
         "misread_per_digit": misread / there,
@@ -269,6 +307,7 @@ def drift(generations: list[dict], truths: list[dict]) -> dict:
         "wrong_by_caption": unfounded / count,
         "caption_items": items / count,
         "reasoning_steps": steps / count,
+        **{f"wrong_sums_{kind}": sum(x) / len(x) if x else None for kind, x in sums.items()},
     }
 
 
@@ -313,13 +352,29 @@ def curves(metrics: list[dict]) -> dict[str, list]:
 
 def results() -> dict[tuple[str, int], dict]:
     """What is in the files, by arm and seed. Runs of a stage do the same work on every seed, and
-    what else the machine had to do slowed some: an arm's seconds are the least of each stage."""
+    what else the machine had to do slowed some: an arm's seconds are the least of each stage. To
+    an arm with RL, the accuracy that its RL started from; to a game, its first and last steps."""
     found = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json"))]
     took = [item for result in found for item in result["seconds"].items()]
     least = {name: min(x for n, x in took if n == name) for name, _ in took}
     for result in found:
         result["run_seconds"] = sum(least[name] for name in result["seconds"] if name != "base")
-    return {(result["arm"], result["seed"]): result for result in found}
+        for view in VIEWS if "curves" in result else ():
+            gaps = [x for x in result["curves"][f"score_gap_{view}"] if x is not None]
+            for at, some in (("first", gaps[:10]), ("last", gaps[-10:])):
+                result[f"gap_{at}_{view}"] = statistics.mean(some) if some else None
+    found = {(result["arm"], result["seed"]): result for result in found}
+    for (name, seed), result in found.items():
+        start = found.get((started(name), seed))
+        if start and start is not result:
+            result |= {"before": start["accuracy"], "sampled_before": start["sampled_accuracy"]}
+    return found
+
+
+def started(name: str) -> str:
+    """The arm that the RL of an arm starts from; itself, where it has none."""
+    stage = stages()[name]
+    return stage.parent if stage.kind == "rlvr" else name
 
 
 def few(found: dict) -> dict:
@@ -339,6 +394,8 @@ def interval(values: list[float]) -> tuple[float, ...]:
 
 
 def shown(values: list[float], decimals: int = 3) -> str:
+    if not values:
+        return "-"
     mean, *ends = interval(values)
     said = f"{mean:.{decimals}f}"
     if not ends or ends[1] == mean:
@@ -361,33 +418,56 @@ def table(names: list[str], columns: dict[str, str], found: dict) -> list[list]:
     for name in names:
         mine = [result for (arm, _), result in found.items() if arm == name]
         if mine:
-            values = {column: [result[column] for result in mine] for column in columns}
-            cells = [shown(x, DECIMALS.get(column, 3)) for column, x in values.items()]
+            of = {c: [result[c] for result in mine if result.get(c) is not None] for c in columns}
+            cells = [shown(x, DECIMALS.get(column, 3)) for column, x in of.items()]
             rows.append([label(name), len(mine), *cells])
     return rows
 
 
-def difference(a: str, b: str, column: str, found: dict) -> tuple[float, float, float] | None:
-    """A column of arm a less that of arm b, seed by seed: the mean and its 95% interval by
-    Student's t. (Bootstrapped over five seeds, intervals of no difference would exclude 0 in 15%.)
-    None without two seeds of both."""
+def difference(a: str, b: str, column: str, found: dict) -> str:
+    """A column of arm a minus that of arm b, seed by seed, in points: the mean and its 95% interval
+    by Student's t. (Bootstrapped over five seeds, intervals of no difference would exclude 0 in
+    15%.) Empty without two seeds of both."""
     seeds = [seed for (arm, seed) in found if arm == a and (b, seed) in found]
-    if len(seeds) < 2:
-        return None
-    return interval([found[a, seed][column] - found[b, seed][column] for seed in seeds])
+    gaps = [(found[a, s].get(column), found[b, s].get(column)) for s in seeds]
+    gaps = [100 * (x - y) for x, y in gaps if None not in (x, y)]
+    return "{:+.1f} ({:+.1f} to {:+.1f})".format(*interval(gaps)) if len(gaps) > 1 else ""
 
 
 def differences(pairs: list[tuple[str, str]], found: dict) -> list[list]:
-    """In points, of greedy answers and of the mean of samples."""
-    rows = [["arm", "less", "greedy", "95%", "mean of 8", "95%"]]
+    """In points, of greedy answers and of the mean of samples, before RL and at its end."""
+    columns = ABLATED | {"accuracy": "the end", "sampled_accuracy": "the end, mean of 8"}
+    columns = {x: columns[x] for x in (*BEFORE, *ENDS)}
+    rows = [["arm", "minus", "seeds", *columns.values()]]
     for a, b in pairs:
-        cells = []
-        for column in ("accuracy", "sampled_accuracy"):
-            if gap := difference(a, b, column, found):
-                mean, low, high = (100 * x for x in gap)
-                cells += [f"{mean:+.1f}", f"{low:+.1f} to {high:+.1f}"]
-        if cells:
-            rows.append([label(a), label(b), *cells])
+        cells = [difference(a, b, column, found) for column in columns]
+        if any(cells):
+            seeds = sum((a, seed) in found and (b, seed) in found for seed in SEEDS)
+            rows.append([label(a), label(b), seeds, *cells])
+    return rows
+
+
+def short(found: dict) -> list[list]:
+    """The README's table: arms and controls, and what PRISM has more, before RL or with the same
+    algorithm."""
+    columns = {x: MAIN[x] for x in ENDS}
+    head, *rows = table([*ARMS, *CONTROLS], columns, found)
+    said = [[*head[:1], *head[2:], "PRISM minus it", "mean of 8"]]
+    for name in [*ARMS, *CONTROLS]:
+        algorithm = stages()[name].flags.get("algorithm")
+        twin, cells = f"prism_{algorithm}" if algorithm else "prism", ["", ""]
+        if name != "base" and not name.startswith("prism"):
+            cells = [difference(twin, name, column, found) for column in columns]
+        said += [[row[0], *row[2:], *cells] for row in rows if row[0] == label(name)]
+    return said
+
+
+def by_seed(names: list[str], found: dict) -> list[list]:
+    """Accuracy at the end, of each seed."""
+    rows = [["arm", *(f"seed {seed}" for seed in SEEDS)]]
+    for name in names:
+        mine = [found.get((name, seed)) for seed in SEEDS]
+        rows.append([label(name), *(f"{x['accuracy']:.3f}" if x else "" for x in mine)])
     return rows
 
 
@@ -402,13 +482,15 @@ def tables() -> dict[str, list[list]]:
     found = results()
     figure = ["sft_grpo", "more_sft_grpo", "prism_grpo", *FIGURE]
     return {
-        "short": table([*ARMS, *CONTROLS], SHORT, found),
+        "short": short(found),
         "arms": table([*ARMS, *CONTROLS], MAIN, found),
-        "ablations": table(["prism_grpo", *ABLATIONS], MAIN, few(found)),
+        "seeds": by_seed([*ARMS, *CONTROLS], found),
+        "ablations": table(["prism_grpo", "frozen_grpo", *ABLATIONS], ABLATED, few(found)),
         "differences": differences(pairs(), found),
         "speed": table(SPEED, SOONER, found),
         "drift": table([*ARMS, *CONTROLS], DRIFT, found),
-        "figure": table(figure, {"accuracy": "accuracy"}, few(found)),
+        "game": table(GAMES, GAME, found),
+        "figure": table(figure, BEFORE | {x: ABLATED[x] for x in ENDS}, few(found)),
     }
 
 
@@ -434,20 +516,25 @@ def write(path: Path) -> None:
 
 def lines(found: dict) -> list[tuple[str, str, list]]:
     """The two plots of the study, each with its title, its horizontal axis, and of each arm the
-    label and the points (x, mean, low, high): accuracy over the steps of RL, and at their end over
-    the number of the alignment's supervision responses, of the seeds that all of these have. SFT +
-    GRPO has no such response: its line is flat."""
+    label and the points (x, mean, low, high): accuracy over the steps of RL, PRISM's also with the
+    alignment's time counted in such steps, and at their end over the number of the alignment's
+    supervision responses, of the seeds that all of these have. SFT + GRPO has no such response: its
+    line is flat."""
     end = digits.SETTINGS["rlvr"]["max_steps"]
     over_steps, over_rows = [], []
     for name in SPEED:
         start = name.removesuffix("_grpo")
         steps = {0: (start, "accuracy")} | {step: (name, f"after_{step}") for step in STEPS}
         steps[end] = (name, "accuracy")
+        if name == "sft_grpo":
+            steps[MATCHED] = ("longer_grpo", "accuracy")
         over_steps.append((label(name), [(x, *of(found, *at)) for x, at in steps.items()]))
         arms = {size: name if name == "sft_grpo" else of_size(start, size) for size in SIZES}
         over_rows.append(
             (label(name), [(x, *of(few(found), a, "accuracy")) for x, a in arms.items()])
         )
+    later = [(x + MATCHED - end, *y) for x, *y in over_steps[-1][1]]
+    over_steps.append((f"{over_steps[-1][0]}, the alignment's time counted", later))
     plots = [("Accuracy over RL", "steps of RL", over_steps)]
     plots += [("Accuracy after RL", "supervision responses", over_rows)]
     known = lambda points: [point for point in points if point[1:]]
@@ -473,11 +560,14 @@ def picture(path: Path) -> None:
     plt.rcParams["svg.hashsalt"] = "study"
     figure, axes = plt.subplots(1, 2, figsize=(10, 4), layout="constrained", sharey=True)
     for ax, (title, axis, series) in zip(axes, plots):
-        for color, (name, points) in zip(("#555555", "#c4500a", "#0064a8"), series):
+        for style, (name, points) in zip(
+            ("#555555 -", "#c4500a -", "#0064a8 -", "#0064a8 :"), series
+        ):
+            color, dash = style.split()
             x, mean = [p[0] for p in points], [p[1] for p in points]
-            ax.plot(x, mean, "o-", color=color, label=name, markersize=4, gid=f"{title}: {name}")
+            ax.plot(x, mean, f"o{dash}", color=color, label=name, ms=4, gid=f"{title}: {name}")
             ends = [(p[0], *p[2:]) for p in points if p[2:]]
-            if ends:
+            if ends and dash == "-":
                 ax.fill_between(*zip(*ends), color=color, alpha=0.15, linewidth=0)
         ax.set(title=title, xlabel=axis, ylim=(0, 1))
         ax.grid(alpha=0.3)
@@ -485,7 +575,7 @@ def picture(path: Path) -> None:
     axes[1].set_xscale("log")
     axes[1].set_xticks(SIZES, map(str, SIZES))
     axes[1].minorticks_off()
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
     kept = {"Description": json.dumps(plots), "Date": None}
     figure.savefig(path, format="svg", metadata=kept)
     plt.close(figure)
@@ -501,6 +591,7 @@ def page(path: Path) -> None:
     body = "<h1>PRISM on the embedded world</h1><p>Means with 95% intervals over seeds.</p>"
     body += section("Arms and controls", "arms") + section("Ablations", "ablations")
     body += section("Differences, seed by seed, in points of accuracy", "differences")
+    body += section("Accuracy at the end, of each seed", "seeds")
     body += section("Accuracy over the steps of RL", "speed") + '<div class="plots">'
     (title, axis, series), (last, responses, sizes) = lines(found)
     body += report.plot(title, "share of rows", series, axis)
@@ -527,12 +618,14 @@ def page(path: Path) -> None:
         last = {"step": steps[-1]}
         last |= {k: np.mean([g[k] for g in games], 0).tolist() for k in SHARES}
         body += report.routing({"lines": [last]})
+    body += section("The discriminator's ends: score gaps, and pairs told apart", "game")
     report.write_page(str(path), "PRISM on the embedded world", body)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    arms = [*ARMS, *CONTROLS, *ABLATIONS, *FIGURE]
+    some = [x for name in [*ABLATIONS, *FIGURE] for x in (started(name), name)]
+    arms = [*ARMS, *CONTROLS, *some]
     parser.add_argument("--seeds", type=int, nargs="+", default=[*SEEDS], choices=SEEDS)
     parser.add_argument("--only", nargs="+", default=arms, choices=arms, metavar="ARM")
     parser.add_argument("--processes", type=int, default=2)
@@ -541,7 +634,7 @@ def main() -> None:
         folder.mkdir(parents=True, exist_ok=True)
 
     jobs = [(seed, [*ARMS, *CONTROLS]) for seed in SEEDS]
-    jobs += [(seed, [*ABLATIONS, *FIGURE]) for seed in FEW]
+    jobs += [(seed, some) for seed in FEW]
     path = lambda seed, name: RESULTS / f"{name}-{seed}.json"
     wanted = lambda seed, name: name in args.only and not path(seed, name).exists()
     jobs = [(seed, [n for n in names if wanted(seed, n)]) for seed, names in jobs]

@@ -23,6 +23,8 @@ def test_drift():
         ("spread", "How far apart are they?", "the digits are 1, 1 and 6."),
         ("sum", "What is the sum of the digits?", "the digits are 4, 4 and 4."),
         ("sum", "What is the sum of the digits?", "the digits are 1, 2 and 3."),
+        ("sum", "What is the sum of the digits?", "the digits are 1, 9 and 2."),
+        ("sum", "What is the sum of the digits?", "the digits are 7, 7 and 7."),
     ]
     truths = [{"source": kind, "question": q, "caption": [c]} for kind, q, c in told]
     said = [
@@ -36,17 +38,24 @@ def test_drift():
         # a digit too many; the only step is right, but of other digits, and so is the answer
         "<caption>4, 4, 4 and 4.</caption>\n<think>4 + 5 = 9.</think>\n<answer>9</answer>",
         "",
+        # of digits that the public misread: right, and wrong
+        "<caption>1, 9 and 2.</caption>\n<think>1 + 9 = 10, 10 + 2 = 12.</think>\n"
+        "<answer>12</answer>",
+        "<caption>7, 7 and 7.</caption>\n<think>It is 20.</think>\n<answer>20</answer>",
     ]
     rows = [{"row": i, "response": text} for i, text in enumerate(said)]
     found = study.drift(rows, truths)
-    assert found["misread_per_digit"] == pytest.approx((1 + 1 + 0 + 1 + 3) / 15)
-    assert found["wrong_per_step"] == pytest.approx((1 + 1 + 0 + 0) / (2 + 2 + 3 + 1))
-    assert found["wrong_by_caption"] == pytest.approx((1 + 1 + 0 + 1 + 1) / 5)
-    assert found["caption_items"] == pytest.approx((3 + 2 + 3 + 4) / 5)
-    assert found["reasoning_steps"] == pytest.approx((2 + 2 + 3 + 1) / 5)
+    assert found["misread_per_digit"] == pytest.approx((1 + 1 + 0 + 1 + 3) / 21)
+    assert found["wrong_per_step"] == pytest.approx((1 + 1 + 0 + 0) / (2 + 2 + 3 + 1 + 2))
+    assert found["wrong_by_caption"] == pytest.approx((1 + 1 + 0 + 1 + 1 + 0 + 1) / 7)
+    assert found["caption_items"] == pytest.approx((3 + 2 + 3 + 4 + 3 + 3) / 7)
+    assert found["wrong_sums_read"] == 3 / 3  # an empty caption has no such digit
+    assert found["wrong_sums_misread"] == 1 / 2
+    assert study.drift(rows[1:2], truths)["wrong_sums_read"] is None  # no sum
+    assert found["reasoning_steps"] == pytest.approx((2 + 2 + 3 + 1 + 2) / 7)
 
 
-def test_statistics():
+def test_statistics(monkeypatch):
     """Student's interval from its definition; paired differences keep their seeds together."""
     values = [0.5, 0.6, 0.9, 0.4]
     half = 3.182446 * statistics.stdev(values) / 2  # the 0.975 quantile of t with 3 degrees
@@ -61,12 +70,12 @@ def test_statistics():
     found["b", 9] = {"accuracy": 1.0}  # a seed without its other half does not count
     half = 2.570582 * statistics.stdev(gaps) / 6**0.5  # with 5 degrees
     mean = statistics.mean(gaps)
-    gap = study.difference("a", "b", "accuracy", found)
-    assert gap == pytest.approx((mean, mean - half, mean + half))
-    assert study.difference("a", "c", "accuracy", found) is None
-    said = [f"{100 * mean:+.1f}", f"{100 * (mean - half):+.1f} to {100 * (mean + half):+.1f}"]
+    said = f"{100 * mean:+.1f} ({100 * (mean - half):+.1f} to {100 * (mean + half):+.1f})"
+    assert study.difference("a", "b", "accuracy", found) == said
+    assert study.difference("a", "c", "accuracy", found) == ""
+    monkeypatch.setattr(study, "SEEDS", range(10))
     table = study.differences([("a", "b"), ("a", "c")], found)
-    assert table[1:] == [["a", "b", *said, "+0.0", "+0.0 to +0.0"]]
+    assert table[1:] == [["a", "b", 6, "", "", said, "+0.0 (+0.0 to +0.0)"]]
 
 
 def test_a_table():
@@ -83,6 +92,25 @@ def test_a_table():
         ["PRISM", 1, "0.250", "61"],
         ["SFT", 2, f"0.600\xa0±\xa0{half:.3f}", "61"],
     ]
+    found["sft", 0]["accuracy"] = None  # what an arm does not have is left out
+    assert study.table(["sft"], columns, found)[1] == ["SFT", 2, "0.700", "61"]
+    assert study.table(["sft"], {"after_50": "sooner"}, found)[1] == ["SFT", 2, "-"]
+
+
+def test_what_an_arm_is_compared_with(monkeypatch):
+    """PRISM with the same algorithm, or before RL; the README's table, seed by seed."""
+    found = {}
+    for seed, noise in enumerate((0.1, 0.3, 0.2)):
+        for arm, x in {"sft": 0.1, "sft_dapo": 0.2, "prism": 0.4, "prism_dapo": 0.6}.items():
+            found[arm, seed] = {"accuracy": x + noise, "sampled_accuracy": x}
+        found["curated_grpo", seed] = {"accuracy": noise, "sampled_accuracy": 0.5}
+        found["prism_grpo", seed] = {"accuracy": noise + 0.01, "sampled_accuracy": 0.6}
+    rows = {name: row for name, *row in study.short(found)}
+    assert rows["SFT"][2:] == ["+30.0 (+30.0 to +30.0)"] * 2
+    assert rows["SFT + DAPO"][2:] == ["+40.0 (+40.0 to +40.0)"] * 2
+    assert rows["SFT on the curated rows alone, + GRPO"][2].startswith("+1.0 (")
+    assert rows["PRISM"][2:] == ["", ""] and rows["PRISM"][1] == "0.400"
+    assert study.by_seed(["sft"], found)[1] == ["SFT", "0.200", "0.400", "0.300", "", ""]
 
 
 def test_every_arm_is_a_chain_of_runs():
@@ -165,12 +193,21 @@ def test_an_arm_from_its_first_run_to_its_numbers(world, trained, monkeypatch, t
     rows = [json.loads(line) for line in open(tmp_path / "seed-0/prism/rollouts.jsonl")]
     known = [json.loads(line)["response"] for line in open(taught["prompts"])][:24]
     assert {row["supervision"] for row in rows} <= set(known)
-    columns = {*study.MAIN, *study.DRIFT, *study.SOONER} - {"run_seconds", "after_50", "after_100"}
-    assert columns | {"after_1"} <= set(result)
+    columns = {*study.MAIN, *study.DRIFT, "after_1"} - {"run_seconds"}
+    assert columns <= set(result)
     assert set(result["seconds"]) == {"base", "sft", "warm_up", "prism", "prism_grpo"}
     assert all(0 <= result[name] <= 1 for name in ("accuracy", "pass_at_8", "after_1"))
     more = study.measure(0, "prism")
-    assert [name for script, name in calls if script != "eval.py"] == made
+    calls = [(script, name) for script, name in calls if script != "eval.py"]
+    judged = [("discriminator.py", "own"), ("discriminator.py", "other")]
+    assert [name for _, name in calls[:-2]] == made and calls[-2:] == judged
+    assert all(0 <= more[f"{of}_{view}"] <= 1 for _, of in judged for view in study.VIEWS)
+    own, other = (
+        json.loads((tmp_path / f"seed-0/prism/{of}/run.json").read_text())["run"]["data"]
+        for _, of in judged
+    )
+    responses = [{row["response"] for row in study.read_rows(data[0])} for data in (own, other)]
+    assert len(responses[0]) > 1 and not responses[0] & responses[1]
     assert len(more["curves"]["step"]) == 2 and more["curves"]["experts_reasoning"][0]
     assert result["kl_from_base"] > 0
     base = study.kl_from_base(0, tmp_path / "seed-0/base", taught["test"])
@@ -186,7 +223,7 @@ def test_what_is_shown_is_what_was_measured(path, tmp_path):
     study.write(copy)
     assert copy.read_text(encoding="utf-8") == text
     marks = {name for name in study.tables() if f"<!-- {name} -->" in text}
-    assert marks >= ({"short", "differences"} if path == "README.md" else {"arms", "drift"})
+    assert marks >= ({"short"} if path == "README.md" else {"arms", "drift", "game", "seeds"})
 
 
 def test_the_readmes_sentences_have_the_tables_numbers():
@@ -195,9 +232,10 @@ def test_the_readmes_sentences_have_the_tables_numbers():
     words = re.sub(r"<!--.*?-->.*?<!-- /.*?-->", "", text, flags=re.DOTALL)
     words = words.split("## What it shows")[1].split("\n## ")[0]
     cells = [str(cell) for rows in study.tables().values() for row in rows for cell in row]
-    means = {cell.split("\xa0")[0] for cell in cells}
-    numbers = re.findall(r"0\.\d\d\d", words) + re.findall(r"[+-]\d+\.\d(?!\d)", words)
-    assert len(numbers) > 10 and set(numbers) <= means, set(numbers) - means
+    number = r"[01]\.\d{3}|[+-]\d+\.\d(?: to [+-]\d+\.\d)?"
+    numbers = set(re.findall(number, words))
+    missing = numbers - {x for cell in cells for x in re.findall(number, cell)}
+    assert len(numbers) > 10 and not missing, missing
 
 
 def test_the_picture_is_of_the_results(tmp_path):
