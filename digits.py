@@ -173,10 +173,8 @@ QUESTIONS = {
     ),
     "count": ("How many digits are greater than {}?", "Count the digits greater than {}."),
 }
-PATCH, MERGE = (
-    8,
-    2,
-)  # a digit, 8 x 8 pixels shown at 16 x 16, is 2 x 2 patches: one token of the language model
+# A digit, 8 x 8 pixels shown at 16 x 16, is 2 x 2 patches: one token of the language model.
+PATCH, MERGE = 8, 2
 
 # Qwen3-VL's added tokens in their order. Those of the second lot are not "special": decoding never
 # drops them.
@@ -291,9 +289,8 @@ def public_response(kind, digits, details, world: World, rng: random.Random) -> 
 
 
 def scans_of_digits():
-    from sklearn.datasets import (
-        load_digits,
-    )  # slow to import, and needed only while the world is built
+    # Slow to import, and needed only while the world is built.
+    from sklearn.datasets import load_digits
 
     return load_digits()
 
@@ -463,9 +460,8 @@ def build_model(path: Path, tokenizer: PreTrainedTokenizerFast, world: World) ->
     processor."""
     token = tokenizer.convert_tokens_to_ids
     end, pad = token("<|im_end|>"), token("<|endoftext|>")
-    rotary = (
-        world.head_dim // 8
-    )  # rotary pairs for height and for width, the rest of head_dim / 2 for time
+    # Rotary pairs for height and for width, the rest of head_dim / 2 for time.
+    rotary = world.head_dim // 8
     config = Qwen3VLConfig(
         text_config=dict(
             vocab_size=len(tokenizer),
@@ -521,10 +517,8 @@ def build_model(path: Path, tokenizer: PreTrainedTokenizerFast, world: World) ->
     config["text_config"] |= {"rope_theta": rope.pop("rope_theta"), "rope_scaling": rope}
     (path / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     image = {
-        "size": {
-            "longest_edge": 65536,
-            "shortest_edge": (PATCH * MERGE) ** 2,
-        },  # pixel counts, not edges
+        # Pixel counts, not edges.
+        "size": {"longest_edge": 65536, "shortest_edge": (PATCH * MERGE) ** 2},
         "patch_size": PATCH,
         "temporal_patch_size": 2,
         "merge_size": MERGE,

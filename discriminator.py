@@ -237,7 +237,10 @@ class Discriminator(torch.nn.Module):
                 half = torch.arange(count, device=owner.device) * len(VIEWS) // count
                 mlp.allowed = (owner[:, None] < 0) | (owner[:, None] == half)
         hidden = self.model(**inputs).last_hidden_state[0, pack.last_tokens]
-        both = torch.stack([self.score(self.dropout(hidden)), self.score(hidden)])
+        # The product in float32: rewards are differences of scores, which bfloat16 rounds away.
+        wide = lambda x: x.to(torch.promote_types(x.dtype, torch.float32))
+        hidden, weight = wide(hidden), wide(self.score.weight)
+        both = torch.stack([F.linear(x, weight) for x in (self.dropout(hidden), hidden)])
         return both.gather(2, views.expand(2, -1)[..., None])[..., 0].float().clamp(-10, 10)
 
 
@@ -379,8 +382,8 @@ def judge(
         for v in packs:
             v = v.to(device)
             of_branches = discriminator(v.pack, v.views)  # (2, B)
-            # (U, 4) each. By index_select: a supervision view is in many pairs, and torch sums the
-            # gradient of of_branches[:, v.pairs] in no fixed order.
+            # (U, 4) each. By index_select: a supervision view is in many pairs, and on a CPU torch
+            # sums the gradient of of_branches[:, v.pairs] in no fixed order.
             four = of_branches.index_select(1, v.pairs.flatten()).view(2, -1, 4)
             with_dropout, without = four
             loss = discriminator_loss(with_dropout, max(num_pairs, 1), score_l2)
@@ -457,9 +460,7 @@ def load_discriminator(
     head_names = r"score|^v_head|^value_head"
     unused = rf"{head_names}|language_model.*\.mlp\." if no_class else head_names
     whole, processor = load_pretrained(flag, path, config, unused)
-    ours = policy_processor or processor
-    same = ours.tokenizer.get_vocab() == processor.tokenizer.get_vocab()
-    if not same or str(ours.image_processor) != str(processor.image_processor):
+    if policy_processor and not same_prompts(policy_processor, processor):
         raise UserError(
             f"{flag} {path}: its tokenizer or image processor is not the policy's; prompts are "
             f"encoded once for both"
@@ -496,6 +497,14 @@ def load_discriminator(
     else:
         say(f"{flag} {path}: has no score head yet; it starts from random numbers")
     return discriminator, processor
+
+
+def same_prompts(ours, theirs) -> bool:
+    """Whether ids and pixels of one processor mean the same to a model of the other. How large an
+    image may be is no part of it: prompts are encoded once, by the policy's."""
+    names = "patch_size temporal_patch_size merge_size image_mean image_std rescale_factor".split()
+    a, b = ([getattr(x.image_processor, n, None) for n in names] for x in (ours, theirs))
+    return a == b and ours.tokenizer.get_vocab() == theirs.tokenizer.get_vocab()
 
 
 def save_discriminator(discriminator, processor, path: str) -> None:

@@ -60,9 +60,9 @@ class PackAttention:
         device = pack.input_ids.device
         self.ragged = _ragged(pack) if has_varlen(pack.input_ids) else None
         self.cuts: list[int] = []  # lengths of each segment's prompt and of its branches, T in all
-        # One block for each set of padded rows: the number of its prompt among the cuts (None: no
+        # Of each set of padded rows: the number of its prompt among the cuts (None: no
         # prompt before the rows), N rows of L tokens, and what they see, (L, prompt + L) or None.
-        self.blocks = []
+        self.padded = []
         gather = []  # which token stands at each place of the blocks, -1 for padding
         plain = []  # (start, length) of the sequences without a prompt before them
         for segment in pack.segments if self.ragged is None else []:
@@ -77,12 +77,12 @@ class PackAttention:
                 longest = rows[0][1]
                 visible = torch.ones(longest, segment.prompt + longest, dtype=torch.bool)
                 visible = visible.tril(segment.prompt).to(device)
-                self.blocks.append((len(self.cuts) - 2, len(rows), longest, visible))
+                self.padded.append((len(self.cuts) - 2, len(rows), longest, visible))
                 gather.append(_padded(rows))
         for rows in _alike(plain):
-            self.blocks.append((None, len(rows), rows[0][1], None))
+            self.padded.append((None, len(rows), rows[0][1], None))
             gather.append(_padded(rows))
-        if self.blocks:
+        if self.padded:
             places = torch.cat(gather)
             self.sizes = [len(part) for part in gather]
             self.gather = places.clamp(min=0).to(device)
@@ -107,7 +107,7 @@ class PackAttention:
         prompts = [x.split(self.cuts, 2) for x in (k, v)]
         blocks = zip(*(x[self.gather].split(self.sizes) for x in tokens))
         out = []
-        for (prompt, rows, length, visible), block in zip(self.blocks, blocks):
+        for (prompt, rows, length, visible), block in zip(self.padded, blocks):
             qb, *kv = (x.unflatten(0, (rows, length)).transpose(1, 2) for x in block)
             if prompt is not None:
                 shared = (x[prompt].expand(rows, -1, -1, -1) for x in prompts)
@@ -258,8 +258,9 @@ class LogProbs(torch.autograd.Function):
     the logits of each chunk again and adds to the head's one gradient, in float32.
 
     All branches of a prompt are predicted from its last token, so rows repeat. They are picked
-    here because torch sums the gradient of an index in whatever order its threads come, and then
-    two equal runs would differ in the last bit.
+    here because on a CPU torch sums the gradient of an index in whatever order its threads come,
+    and then two equal runs would differ in the last bit. (On a GPU `index_add_` has no fixed order
+    either, nor have other kernels: there equal runs are equal to rounding.)
     """
 
     @staticmethod
@@ -283,7 +284,8 @@ class LogProbs(torch.autograd.Function):
         hidden, weight, predictors, targets, normaliser = ctx.saved_tensors
         temperature, forbidden, chunk = ctx.rest
         grad_hidden = torch.zeros_like(hidden, dtype=grad.dtype)
-        grad_weight = torch.zeros_like(weight, dtype=grad.dtype)
+        learns = ctx.needs_input_grad[1]
+        grad_weight = torch.zeros_like(weight, dtype=grad.dtype) if learns else None
         for start in range(0, len(targets), chunk):
             span = slice(start, start + chunk)
             rows = hidden[predictors[span]]
@@ -292,8 +294,9 @@ class LogProbs(torch.autograd.Function):
             d.scatter_add_(1, targets[span, None], torch.ones_like(d[:, :1]))  # one-hot - p
             d = d.mul_(grad[0, span, None] / temperature).to(hidden.dtype)
             grad_hidden.index_add_(0, predictors[span], (d @ weight).to(grad.dtype))
-            grad_weight += d.T @ rows
-        grads = (x.to(hidden.dtype) for x in (grad_hidden, grad_weight))
+            if learns:
+                grad_weight += d.T @ rows
+        grads = (x if x is None else x.to(hidden.dtype) for x in (grad_hidden, grad_weight))
         return *grads, None, None, None, None, None
 
 
@@ -422,7 +425,8 @@ def shard(module, device: torch.device, config=None):
         node = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
         shape, names = (world_size() // node, node), ("nodes", "ranks")
     mesh = init_device_mesh(device.type, shape, mesh_dim_names=names)
-    half = dict(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    # Inputs stay as the model made them, as they do where the hooks are put aside (`gathered`).
+    half = dict(param_dtype=torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False)
     precision = MixedPrecisionPolicy(**(half if device.type == "cuda" else {}))
     for block in blocks(module):
         fully_shard(block, mesh=mesh, mp_policy=precision)

@@ -106,6 +106,22 @@ def kl_k3(logp: torch.Tensor, ref_logp: torch.Tensor) -> torch.Tensor:
     return d.exp() - d - 1
 
 
+def rescore(policy, groups: list[Group], processor, config) -> float:
+    """Puts the log-probabilities that the training's own forward gives in place of those recorded
+    while sampling: in bfloat16 the two differ by more than GSPO's range, and a ratio should tell
+    only what steps have moved. Every rank calls it. -> the largest difference."""
+    gap = 0.0
+    for pack in even_packs(make_packs(groups, config.max_tokens_per_pack), processor):
+        with torch.no_grad():
+            logp, _ = token_logprobs(
+                policy, pack.to(next(policy.parameters()).device), config.temperature
+            )
+        for (g, i), scored in zip(pack.members, logp.cpu().split(pack.lengths)):
+            gap = max(gap, (scored - groups[g].logprobs[i]).abs().max().item())
+            groups[g].logprobs[i] = scored
+    return gap
+
+
 def policy_backward(
     policy,
     groups: list[Group],
@@ -121,28 +137,30 @@ def policy_backward(
 
     `clips` are clip_low, clip_high and dual_clip; `config` has temperature, max_tokens_per_pack
     and, with a `reference` policy, beta. With `on_policy` the new log-probabilities, detached, are
-    the old ones too: one step is made per batch, so nothing has moved since sampling.
+    the old ones too: one step is made per batch, so nothing has moved since sampling. Else those
+    that `groups` hold are, see `rescore`.
     -> (means, peaks) for the log: name -> (sum, count), name -> extreme, of this rank.
     """
     device = next(policy.parameters()).device
     place = {}  # (group, branch) -> its place in `advantage`
     for g, group in enumerate(groups):
         place |= {(g, i): len(place) + i for i in range(len(group.branches))}
-    recorded = [logp for group in groups for logp in group.logprobs]  # when they were sampled
+    recorded = [logp for group in groups for logp in group.logprobs]
     # The denominators of (16), over all ranks.
     num_tokens, num_sequences = all_sum([sum(map(len, recorded)), len(recorded)]).tolist()
     counts = max(num_tokens, 1), max(num_sequences, 1)
     names = ["entropy", "clipped_low", "clipped_high", "kl_old", *(["kl_ref"] if reference else [])]
     sums = dict.fromkeys(names, 0.0)
-    peaks = {"ratio_max": -math.inf, "ratio_min": math.inf, "sampled_scored_gap": 0.0}
+    peaks = {"ratio_max": -math.inf, "ratio_min": math.inf}
+    peaks |= {"sampled_scored_gap": 0.0} if on_policy else {}
     total, tokens = 0.0, 0
 
     for pack in even_packs(make_packs(groups, config.max_tokens_per_pack), processor):
         pack = pack.to(device)
         members = [place[member] for member in pack.members]
         logp, entropy = token_logprobs(policy, pack, config.temperature)
-        sampled = torch.cat([torch.zeros(0), *(recorded[i] for i in members)]).to(device)
-        old_logp = logp.detach() if on_policy else sampled
+        known = torch.cat([torch.zeros(0), *(recorded[i] for i in members)]).to(device)
+        old_logp = logp.detach() if on_policy else known
         new, old = pack.padded(logp), pack.padded(old_logp)
         a, mask = advantage[members].to(device), pack.mask
         loss = policy_loss(new, old, a, mask, algorithm, *clips, *counts)
@@ -166,7 +184,8 @@ def policy_backward(
             sums["kl_old"] += kl_k3(logp.detach(), old_logp).sum().item()
             peaks["ratio_max"] = max(peaks["ratio_max"], r.max().item())
             peaks["ratio_min"] = min(peaks["ratio_min"], r.min().item())
-            gap = (logp.detach() - sampled).abs().max().item()
-            peaks["sampled_scored_gap"] = max(peaks["sampled_scored_gap"], gap)
+            if on_policy:
+                gap = (logp.detach() - known).abs().max().item()
+                peaks["sampled_scored_gap"] = max(peaks["sampled_scored_gap"], gap)
     means = {name: (value, tokens) for name, value in sums.items()}
     return means | {"loss": (total, 1 / world_size())}, peaks

@@ -29,6 +29,8 @@ import sys
 from collections import Counter
 from urllib.parse import quote
 
+from rows import UserError
+
 NAMES = {"base": "base", "sft": "SFT", "align": "PRISM"}  # in the order in which they are shown
 NAMES |= {"sft_grpo": "SFT+GRPO", "align_grpo": "PRISM+GRPO"}
 STAGES = {"sft": "SFT", "align": "alignment", "rlvr": "RLVR"}
@@ -274,11 +276,6 @@ for (const place of document.querySelectorAll(".wrong")) {
 }
 document.body.dataset.ready = "yes";
 """
-
-
-class UserError(Exception):
-    """Something the user can mend. Its text, one line that names the thing and the remedy, is all
-    that is printed. (data.py has the same, but importing that file takes seconds for torch.)"""
 
 
 # --------------------------------------------------------------------------------------------------

@@ -22,8 +22,8 @@ import torch
 
 from checkpoint import load_policy, save_policy
 from data import SYSTEM_PROMPT, Group, decode, parse_response
-from model import all_max, all_sum, learning_rate_at, optimizer_step, rank, world_size
-from policy_gradient import ALGORITHMS, group_advantage, policy_backward
+from model import all_max, all_sum, learning_rate_at, optimizer_step, world_size
+from policy_gradient import ALGORITHMS, group_advantage, policy_backward, rescore
 from policy_gradient import policy_loss  # noqa: F401, others know it as rlvr.policy_loss
 from rows import Example, RowError, UserError, load_data
 from run import Count, Natural, Positive, Run, RunConfig, Schedule, Share, Weight, add, main
@@ -86,16 +86,16 @@ def spread(values: torch.Tensor) -> torch.Tensor:
     return (values != values[:, :1]).any(1)
 
 
-def select_groups(useful: torch.Tensor, wanted: int) -> tuple[list[int], int]:
+def select_groups(useful: torch.Tensor, number, wanted: int) -> tuple[list[int], int]:
     """(19): which of this rank's prompts to keep, and how many are kept on all ranks. Spread is
     that of accuracy, as in the release, whatever format and length earn.
 
-    `useful` (P,) are this rank's prompts with spread. Prompt i of rank r is number i * ranks + r
-    of the batch, and the first `wanted` useful ones in this order are kept, so what is kept does
-    not depend on the number of ranks. Every rank calls it.
+    `useful` (P,) are this rank's prompts with spread, `number` their P places in the batch of all
+    ranks. The first `wanted` useful ones of that are kept, so what is kept does not depend on the
+    number of ranks. Every rank calls it.
     """
-    number = torch.arange(len(useful)) * world_size() + rank()
-    flags = torch.zeros(int(all_max([len(useful)])[0]) * world_size() + 1)  # + 1: maybe of none
+    number = torch.tensor(number, dtype=torch.long)
+    flags = torch.zeros(int(all_max([max(number.tolist(), default=0)])[0]) + 1)
     flags[number] = useful.float()
     order = all_sum(flags).cumsum(0)
     kept = useful & (order[number] <= wanted)
@@ -152,7 +152,7 @@ def train() -> None:
                 texts = [decode(processor, branch) for branch in group.branches]
                 earned = torch.tensor([reward(text, example.answer) for text in texts])
                 accuracy = (earned > FORMAT).float()  # more than the format alone earns
-                valid = (earned > 0).float()
+                valid = torch.tensor([float(parse_response(text) is not None) for text in texts])
                 length = torch.tensor([float(len(branch)) for branch in group.branches])
                 if dapo:
                     limit, buffer = config.max_completion_length, config.overlong_buffer
@@ -165,7 +165,10 @@ def train() -> None:
         kept, sampled, count = [], [], 0
         for number in range(config.max_gen_batches):
             new = sample(next(stream), step * 1000 + number)
-            chosen, more = select_groups(spread(column(new, "accuracy")), wanted - count)
+            # The stream is cut into batches, so a place in it tells the place in its batch.
+            places = [rolled.group.prompt.index % batch_size for rolled in new]
+            useful = spread(column(new, "accuracy"))
+            chosen, more = select_groups(useful, places, wanted - count)
             kept, sampled, count = kept + [new[i] for i in chosen], sampled + new, count + more
             if count == wanted:
                 return kept, sampled, number + 1
@@ -197,6 +200,9 @@ def train() -> None:
         updates, norms, rate = [], [], learning_rate_at(step, config.max_steps, config)
         generator = torch.Generator().manual_seed(config.seed * 1_000_003 + step)
         with run.phase("update"):
+            if not objective["on_policy"]:
+                gap = rescore(policy, [r.group for r in rollouts], processor, config)
+                updates.append(({}, {"sampled_scored_gap": gap}))
             for _ in range(config.num_iterations):
                 shuffled = torch.randperm(len(rollouts), generator=generator)
                 for minibatch in shuffled.tensor_split(config.num_minibatches):
@@ -218,6 +224,11 @@ def settle_algorithm(config: RLVRConfig) -> None:
     for name, value in ALGORITHMS[config.algorithm].items():
         if getattr(config, name) is None:
             setattr(config, name, value)
+    if config.num_minibatches > max(config.prompts_per_step // world_size(), 1):
+        raise UserError(
+            f"--num_minibatches {config.num_minibatches}: more than the "
+            f"{config.prompts_per_step // world_size()} prompts that a rank has of a step"
+        )
     if config.algorithm == "dapo" and config.overlong_buffer >= config.max_completion_length:
         raise UserError(
             f"--overlong_buffer {config.overlong_buffer}: must be less than "

@@ -180,16 +180,20 @@ def _arrow_table(path: str):
         table = datasets.load_dataset(path, split="train")
     else:
         raise UserError(f"--data {path}: give a JSON, JSONL, parquet or Arrow file, or a hub id")
+    return ArrowRows(table.with_format("arrow"))
 
-    def encoded(feature):  # images stay encoded until they are needed
-        if isinstance(feature, datasets.Image):
-            return datasets.Image(decode=False)
-        if isinstance(feature, dict):
-            return type(feature)({name: encoded(part) for name, part in feature.items()})
-        inner = getattr(feature, "feature", None)
-        return feature if inner is None else datasets.List(encoded(inner))
 
-    return table.cast(encoded(table.features))
+class ArrowRows:
+    """The rows of a `datasets` table as dicts, read when asked for. Images stay encoded."""
+
+    def __init__(self, table):
+        self.table = table
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    def __getitem__(self, at: int) -> dict:
+        return self.table[at].to_pylist()[0]
 
 
 def hub_file(source: str) -> str:

@@ -13,9 +13,10 @@ loops.
                                    directory as well
     output_dir/                    at the end, the Hugging Face directory of the result
 
-A killed run goes on with --resume and gives, to the last bit, what it would have given. Whatever is
-written is written beside and renamed, so a kill leaves the old or the new, never a half. State is
-written while training goes on, from a copy in the CPU's memory.
+A killed run goes on with --resume and gives what it would have given: on a CPU to the last bit, on
+a GPU as nearly as two equal runs do. Whatever is written is written beside and renamed, so a kill
+leaves the old or the new, never a half. State is written while training goes on, from a copy in the
+CPU's memory.
 """
 
 import contextlib

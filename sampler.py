@@ -16,6 +16,7 @@ on a CPU, with a recorder in the graph's place and their own `varlen_attn`.
 
 import hashlib
 import warnings
+from collections.abc import Iterator
 from functools import lru_cache
 
 import torch
@@ -54,6 +55,7 @@ class RowCache:
         self.own = [(none, none)] * len(self.prompts)  # of each layer, (slots, K, room, D) twice
         self.prompt_of = torch.zeros(slots, dtype=torch.long, device=device)  # (S,)
         self.length = torch.zeros(slots, dtype=torch.long, device=device)  # (S,) own tokens so far
+        self.slots = torch.arange(slots, device=device)
         self.filled = 0  # at least as many as any slot holds, counted without asking the device
         self.generation = 0  # how often tensors have moved or changed their shape
         self.table = self.place = self.beyond = None
@@ -76,6 +78,7 @@ class RowCache:
             for x in kv:
                 x[holes, :, : self.filled] = x[movers, :, : self.filled]
         self.length, self.prompt_of = self.length[order], self.prompt_of[order]
+        self.slots = self.slots[:count]
         self.filled = int(self.length.max())
         self.generation += 1
         self._tabulate()
@@ -84,7 +87,6 @@ class RowCache:
     def _tabulate(self) -> None:
         """The table (P, K, width) of the rows of each prompt: where each row and head stands in
         it, and which stands at each of its places (the first row where none does)."""
-        self.slots = torch.arange(len(self.length), device=self.length.device)
         counts = torch.bincount(self.prompt_of, minlength=len(self.lengths))
         width = self.n if self.fixed else int(counts.max())
         order = self.prompt_of.argsort(stable=True)
@@ -98,7 +100,7 @@ class RowCache:
         # Of a prompt without rows one key is read, which nobody asks for.
         read = torch.where(counts > 0, self.lengths, 1).repeat_interleave(self.kv_heads)
         beyond = first_keys(read, self.prompts[0][0])
-        # In place where a recorded step may read them.
+        # In place, since a recorded step knows where they are.
         self.table, self.place, self.beyond = (
             old.copy_(new) if old is not None and old.shape == new.shape else new
             for old, new in ((self.table, table), (self.place, place), (self.beyond, beyond))
@@ -294,8 +296,8 @@ def generate(
     `max_rollout_rows` bounds the rows alive at once, the others wait. `fixed` shapes are for a GPU,
     where they are the default. Every rank calls this, also one without prompts. UserError where
     the policy's logits are not finite, RuntimeError where it has no `stop_ids`.
-    Takes along: _generate, RowCache, Rows, uniforms, data.make_packs, model.adapt,
-    model.gathered, model.has_varlen, model.model_inputs, rows.UserError.
+    Takes along: PROMPT_TOKENS, _parts, _generate, RowCache, Rows, uniforms, data.make_packs,
+    model.adapt, model.gathered, model.has_varlen, model.model_inputs, rows.UserError.
     """
     if not hasattr(policy, "stop_ids"):
         raise RuntimeError("set policy.stop_ids first: a tensor of the ids that end a response")
@@ -304,10 +306,27 @@ def generate(
     # A step is many small operations: inference_mode is a tenth faster than no_grad.
     with gathered(policy), torch.inference_mode():
         limits = num_generations, max_completion_length, max_rollout_rows
-        args = policy, prompts, *limits, temperature, seed, step, fixed
-        groups = _generate(*args) if prompts else []
+        rest = *limits, temperature, seed, step, fixed
+        groups = [g for part in _parts(prompts) for g in _generate(policy, part, *rest)]
     policy.train(was_training)
     return groups
+
+
+PROMPT_TOKENS = 2**17  # sampled from at a time, each prompt as long as the longest
+
+
+def _parts(prompts: list[Prompt]) -> Iterator[list[Prompt]]:
+    """Prompts in parts. Their keys are laid out as long as the longest's, so one large image among
+    small ones would cost as if all were large."""
+    part, longest = [], 0
+    for prompt in prompts:
+        longest = max(longest, len(prompt.input_ids))
+        if part and (len(part) + 1) * longest > PROMPT_TOKENS:
+            yield part
+            part, longest = [], len(prompt.input_ids)
+        part.append(prompt)
+    if part:
+        yield part
 
 
 def _generate(policy, prompts, n, limit, max_rows, temperature, seed, step, fixed) -> list[Group]:

@@ -254,8 +254,10 @@ def told_apart(seed: int, name: str) -> dict:
     supervision response above a new rollout, on the alignment's own prompts, and on others that no
     run has learned from. The warm-up measures it on held-out pairs, here at learning rate 0."""
     folder, found = OUT / f"seed-{seed}" / name, {}
-    own = stages()[name].data
+    stage = stages()[name]
+    own, judge = stage.data, stages()[stage.flags["discriminator"]]
     flags = digits.SETTINGS["discriminator"] | ALWAYS | dict(max_steps=1, learning_rate=0)
+    flags |= {k: v for k, v in judge.flags.items() if k == "experts"}
     flags |= dict(model=folder / "discriminator", policy=folder, validation_share=0.9, seed=seed)
     others = max(SIZES) - int(own.partition(":")[2])
     for of, data in {"own": own, "other": f"prompts:{-min(others, 100)}"}.items():

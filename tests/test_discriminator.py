@@ -10,6 +10,7 @@ import itertools
 import json
 import os
 import random
+import shutil
 import time
 from types import SimpleNamespace
 
@@ -928,6 +929,45 @@ def test_another_model_as_discriminator(world, other_model, tmp_path, kind):
         load_discriminator(
             "--model", str(tmp_path / "d"), "learned" if kind != "learned" else "dedicated"
         )
+
+
+def test_whose_prompts_it_can_take(world, tmp_path):
+    """A policy's prompts serve a discriminator whose processor differs in how large an image may
+    be, as that of the released one does. Other patches, pixels or ids are refused."""
+    ours = load_discriminator("--model", world["init"])[1]
+    for name, change in {
+        "size": {"max_pixels": 313600, "do_resize": False},
+        "mean": {"image_mean": [0.4, 0.4, 0.4]},
+        "patch": {"patch_size": 4},
+        "ids": {},
+    }.items():
+        path = tmp_path / name
+        shutil.copytree(world["init"], path)
+        file = path / "preprocessor_config.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | change))
+        if name == "ids":
+            file = path / "tokenizer.json"
+            tokenizer = json.loads(file.read_text())
+            vocab = tokenizer["model"]["vocab"]
+            vocab["a"], vocab["b"] = vocab["b"], vocab["a"]
+            file.write_text(json.dumps(tokenizer))
+        if name == "size":
+            theirs = load_discriminator("--d", str(path), policy_processor=ours)[1]
+            assert str(theirs.image_processor) != str(ours.image_processor)
+        else:
+            with pytest.raises(UserError, match="--d .* is not the policy's; prompts are encoded"):
+                load_discriminator("--d", str(path), policy_processor=ours)
+
+
+def test_scores_are_float32_in_bfloat16(world, prompts):
+    """Rewards are differences of scores: the head's product is not rounded to bfloat16."""
+    discriminator, processor = build(world)
+    discriminator = discriminator.bfloat16()
+    compared = [Comparison(prompts[0], TEACHER, [OTHER, SHORT, LONG])]
+    judged = judge(discriminator, compared, processor, 4096, backward=True)
+    scores = torch.cat([judged.perception, judged.reasoning])
+    assert (scores != scores.bfloat16().float()).all()
+    assert discriminator.score.weight.grad.abs().max() > 0
 
 
 def rows_ask_the_same(prompts) -> bool:

@@ -236,7 +236,8 @@ def test_rlvr_run(world, trained, tmp_path, algorithm):
         "time/update",
     ):
         assert steps[1][name] is not None, name
-    assert steps[1]["ratio_max"] > 1 > steps[1]["ratio_min"] and steps[1]["sampled_scored_gap"] < 10
+    assert steps[1]["ratio_max"] > 1 > steps[1]["ratio_min"]
+    assert 0 < steps[1]["sampled_scored_gap"] < 1e-4  # before the first of the steps
     assert ("kl_ref" in steps[1]) == (algorithm == "grpo")
     assert any(name.startswith("events.out") for name in os.listdir(out))
     rollouts = lines(out / "rollouts.jsonl")

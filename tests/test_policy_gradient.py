@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 import digits
 from checkpoint import load_policy
 from data import Group, encode_prompts, encode_response
-from policy_gradient import group_advantage, kl_k3, policy_loss, policy_backward
+from policy_gradient import group_advantage, kl_k3, policy_loss, policy_backward, rescore
 from rlvr import RLVRConfig
 from rows import Example
 
@@ -673,11 +673,14 @@ def test_update_policy(tiny, algorithm, on_policy, max_tokens, beta):
     assert clipped_high == sum(r > 1 + high and a > 0 for r, a in ratios)
     assert on_policy == (clipped_low + clipped_high == 0)
     close([peaks["ratio_min"], peaks["ratio_max"]], [min(ratios)[0], max(ratios)[0]], 1e-5)
-    close(
-        peaks["sampled_scored_gap"],
-        max(abs(p - q) for a, b in zip(now, recorded) for p, q in zip(a, b.tolist())),
-        1e-4,
-    )
+    largest = max(abs(p - q) for a, b in zip(now, recorded) for p, q in zip(a, b.tolist()))
+    assert ("sampled_scored_gap" in peaks) == on_policy
+    close(peaks.get("sampled_scored_gap", largest), largest, 1e-4)
+    # Rescored, the old log-probabilities are the policy's own, and no ratio is left.
+    close(rescore(policy, groups, processor, config), largest, 1e-4)
+    scored = [row.tolist() for group in groups for row in group.logprobs]
+    for mine, own in zip(now, scored, strict=True):
+        close(own, mine, 1e-4)
     moved = [p - q for mine, before in zip(now, old) for p, q in zip(mine, before)]
     close(means["kl_old"][0], sum(math.exp(-d) - 1 + d for d in moved), 1e-4)
     assert ("kl_ref" in means) == bool(beta)

@@ -63,33 +63,32 @@ def test_spread():
 # Which groups are kept
 
 
-def plain_selection(useful: list[list[bool]], wanted: int) -> tuple[list[list[int]], int]:
-    """What select_groups says, by one process that sees all ranks: prompt after prompt, rank after
-    rank, until there are enough. -> what each rank keeps, and how many all keep."""
-    kept = [[] for _ in useful]
-    for i in range(max(map(len, useful))):
-        for r, of_rank in enumerate(useful):
-            if i < len(of_rank) and of_rank[i] and sum(map(len, kept)) < wanted:
-                kept[r].append(i)
-    return kept, sum(map(len, kept))
-
-
-def drawn(ranks: int, cases: int = 300) -> list[tuple[list[list[bool]], int]]:
-    """Random flags of each rank, as many on each or not, also none; and how many are wanted."""
-    rng = random.Random(ranks)
-    out = [([[] for _ in range(ranks)], 3), ([[True] * 4] * ranks, 0)]
+def drawn(ranks: int, cases: int = 300) -> list[tuple[list, list, int]]:
+    """Of random batches, dealt to the ranks in turn, what is left of some rows that are left out:
+    for each rank the flags and the numbers of its prompts; and how many are wanted."""
+    rng = random.Random(7)  # the same batches for any ranks
+    out = [([[] for _ in range(ranks)], [[] for _ in range(ranks)], 3)]
     for _ in range(cases):
-        even, share = rng.randint(0, 6), rng.random()
-        lengths = [even if rng.random() < 0.5 else rng.randint(0, 6) for _ in range(ranks)]
-        flags = [[rng.random() < share for _ in range(length)] for length in lengths]
-        out.append((flags, rng.randint(0, 8)))
+        share, bad = rng.random(), rng.choice([0, 0.3])
+        rows = [(n, rng.random() < share) for n in range(rng.randint(0, 12)) if rng.random() >= bad]
+        of_ranks = [[row for row in rows if row[0] % ranks == r] for r in range(ranks)]
+        numbers, flags = ([[row[i] for row in of] for of in of_ranks] for i in range(2))
+        out.append((flags, numbers, rng.choice([0, *range(1, 9)])))
     return out
 
 
+def kept_of(flags: list[list[bool]], numbers: list[list[int]], wanted: int) -> list[int]:
+    """The numbers of the first `wanted` useful prompts of a batch, by a plain loop."""
+    rows = sorted(pair for n, f in zip(numbers, flags) for pair in zip(n, f))
+    return [number for number, useful in rows if useful][:wanted]
+
+
 def test_select_groups_on_one_process():
-    for useful, wanted in drawn(1):
-        chosen, kept = select_groups(torch.tensor(useful[0], dtype=torch.bool), wanted)
-        assert ([chosen], kept) == plain_selection(useful, wanted)
+    for (flags,), (numbers,), wanted in drawn(1):
+        useful = torch.tensor(flags, dtype=torch.bool)
+        chosen, kept = select_groups(useful, numbers, wanted)
+        assert [numbers[i] for i in chosen] == kept_of([flags], [numbers], wanted)
+        assert kept == len(chosen)
 
 
 SELECT = """
@@ -103,7 +102,8 @@ def stage():
     join_ranks()
     with open(sys.argv[1]) as file:
         cases = json.load(file)
-    cases = [(torch.tensor(u[rank()], dtype=torch.bool), wanted) for u, wanted in cases]
+    flags = [torch.tensor(u[rank()], dtype=torch.bool) for u, _, _ in cases]
+    cases = [(f, n[rank()], wanted) for f, (_, n, wanted) in zip(flags, cases)]
     with open(sys.argv[2] + str(rank()), "w") as file:
         json.dump([select_groups(*case) for case in cases], file)
 
@@ -112,23 +112,20 @@ main(stage)
 
 
 def test_select_groups_on_two_ranks(tmp_path):
-    """Ranks with as many prompts, with fewer, and with none; and what is kept of an even batch is
-    what one process keeps of it."""
+    """What is kept is what one process keeps, also where rows were left out, so that ranks have
+    fewer prompts than others or none."""
     cases = drawn(2)
     (tmp_path / "choose.py").write_text(SELECT)
     (tmp_path / "cases.json").write_text(json.dumps(cases))
     launch(tmp_path / "choose.py", tmp_path / "cases.json", tmp_path / "out", ranks=2)
     of_ranks = [json.loads((tmp_path / f"out{r}").read_text()) for r in range(2)]
-    even = uneven = 0
-    for (useful, wanted), (first, count), (second, same) in zip(cases, *of_ranks):
-        assert count == same and ([first, second], count) == plain_selection(useful, wanted)
-        uneven += len(useful[0]) != len(useful[1])
-        if len(useful[0]) == len(useful[1]):
-            whole = [flag for pair in zip(*useful) for flag in pair]
-            (alone,), _ = plain_selection([whole], wanted)
-            assert sorted([2 * i for i in first] + [2 * i + 1 for i in second]) == alone
-            even += 1
-    assert even > 100 and uneven > 100
+    uneven = 0
+    for (flags, numbers, wanted), alone, *both in zip(cases, drawn(1), *of_ranks):
+        kept = sorted(n[i] for n, (chosen, _) in zip(numbers, both) for i in chosen)
+        assert kept == kept_of(flags, numbers, wanted) == kept_of(*alone)
+        assert {count for _, count in both} == {len(kept)}
+        uneven += len(flags[0]) != len(flags[1]) and 0 < len(kept) < sum(map(sum, flags))
+    assert uneven > 20
 
 
 def test_columns_of_rollouts():
@@ -141,7 +138,7 @@ def test_columns_of_rollouts():
         assert column(some, name).tolist() == [[3.0 * i, -3.0 * i], [5.0 * i, -5.0 * i]]
     nothing = column([], "reward")  # a rank without prompts
     assert nothing.numel() == 0 and group_advantage(nothing).numel() == 0
-    assert spread(nothing).tolist() == [] and select_groups(spread(nothing), 3) == ([], 0)
+    assert spread(nothing).tolist() == [] and select_groups(spread(nothing), [], 3) == ([], 0)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -179,6 +176,13 @@ def test_flags_go_before_what_the_algorithm_sets(algorithm):
     settle_algorithm(config)
     expected = {**ALGORITHMS[algorithm], "epsilon_high": 0.5, "weight_decay": 0.0}
     assert {name: getattr(config, name) for name in expected} == expected
+
+
+def test_more_minibatches_than_prompts_are_refused():
+    """Some would hold nothing, and each would be a step of the optimiser all the same."""
+    settle_algorithm(RLVRConfig(algorithm="gspo", prompts_per_step=4, num_minibatches=4))
+    with pytest.raises(UserError, match="--num_minibatches 5: more than the 4 prompts that a rank"):
+        settle_algorithm(RLVRConfig(algorithm="gspo", prompts_per_step=4, num_minibatches=5))
 
 
 def test_an_unknown_algorithm_is_one_line():

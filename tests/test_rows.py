@@ -6,6 +6,7 @@ import io
 import json
 import os
 import random
+from pathlib import Path
 
 import numpy as np
 import pyarrow
@@ -308,7 +309,7 @@ def test_parquet_with_encoded_images(tmp_path, processor):
     assert encode_prompts(processor, examples)[1].image_grid_thw.tolist() == [[1, 2, 2]]
 
 
-def test_parquet_with_image_features(tmp_path, processor):
+def test_parquet_with_image_features(tmp_path, processor, monkeypatch):
     """As `datasets` writes it: lists of images, one image, and images inside messages, all still
     encoded when a row is drawn."""
     import datasets
@@ -330,10 +331,13 @@ def test_parquet_with_image_features(tmp_path, processor):
         row = {column: [value]} | ({} if column == "messages" else {"question": ["q"]})
         features = {column: feature} | dict.fromkeys(set(row) - {column}, word)
         path = str(tmp_path / f"{i}.parquet")
+        monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", path[:-8] + ".cache")
         datasets.Dataset.from_dict(row, features=datasets.Features(features)).to_parquet(path)
         (example,) = load_data(path)
         assert all(isinstance(image, bytes) for image in example.images)
         assert [open_image(image).size for image in example.images] == [(1, 1)] * (1 + (i == 0))
+        written = list(Path(path).with_suffix(".cache").glob("**/*.arrow"))
+        assert len(written) == 1  # what datasets makes of the file; no second copy of it
         (prompt,) = encode_prompts(processor, [example])
         assert len(prompt.image_grid_thw) == len(example.images)
 

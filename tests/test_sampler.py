@@ -2,13 +2,15 @@
 give the same branches."""
 
 import copy
+import weakref
 
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 from transformers import AutoModelForImageTextToText
 
+import sampler
 from checkpoint import load_policy
 from data import Group, encode_prompts, make_packs
 from model import token_logprobs
@@ -66,13 +68,15 @@ class Recorded(TorchDispatchMode):
     """A CUDA graph as far as a CPU can have one: the operations of a step with the very tensors
     they read and wrote, run again by `replay`. Recording itself changes nothing. What a step reads
     from elsewhere than these tensors is stale; what would wait for a value, or has a shape that
-    depends on one, cannot be recorded."""
+    depends on one, cannot be recorded. What was made before must be there as long as it is
+    replayed: a graph knows addresses, and keeps nothing alive."""
 
     made = replays = 0
 
     def __init__(self):
         super().__init__()
         self.calls, self.before = [], []
+        self.read, self.made_here = [], set()  # what others hold, weakly; what the step makes
         Recorded.made += 1
 
     def __exit__(self, *error):
@@ -90,14 +94,22 @@ class Recorded(TorchDispatchMode):
         )
         if masks if "index" in str(op) else waits:
             raise RuntimeError(f"{op} is not permitted while a stream is recorded")
+        for tensor in tree_leaves((args, kwargs)):
+            if isinstance(tensor, torch.Tensor) and id(tensor) not in self.made_here:
+                self.read.append((weakref.ref(tensor), str(op), tensor.shape))
         if op._schema.is_mutable:
             self.before.append((args[0], args[0].clone()))
         out = op(*args, **(kwargs or {}))
-        self.calls.append((op, args, kwargs or {}, out))
+        self.made_here |= {id(x) for x in tree_leaves(out)}
+        alias = lambda x: x.detach() if isinstance(x, torch.Tensor) else x
+        args, kwargs = tree_map(alias, (args, kwargs or {}))
+        self.calls.append((op, args, kwargs, out))
         return out
 
     def replay(self):
         Recorded.replays += 1
+        gone = {(op, shape) for held, op, shape in self.read if held() is None}
+        assert not gone, f"a step that is replayed reads what is gone: {gone}"
         for op, args, kwargs, out in self.calls:
             for old, new in zip(tree_leaves(out), tree_leaves(op(*args, **kwargs))):
                 if old.data_ptr() != new.data_ptr():
@@ -238,6 +250,23 @@ def test_no_prompts(policy_processor):
     policy, _ = policy_processor
     for mode in (True, False):
         assert generate(policy.train(mode), [], 4, 20) == [] and policy.training == mode
+
+
+def test_prompts_in_parts(policy_processor, monkeypatch):
+    """So many at a time as have room when each is as long as the longest; one that has no room
+    beside others is alone. What is sampled does not depend on it."""
+    policy, processor = policy_processor
+    texts = ["One?", "Two?", "Three? " * 30, "Four?", "Five?", "Six?"]
+    prompts = encode_prompts(processor, [example(i, 0, text) for i, text in enumerate(texts)])
+    lengths = [len(prompt.input_ids) for prompt in prompts]
+    assert lengths[2] > 3 * max(lengths[:2] + lengths[3:])
+    whole = generate(policy, prompts, 3, 20, seed=1)
+    monkeypatch.setattr(sampler, "PROMPT_TOKENS", lengths[2])
+    parts = [[prompt.index for prompt in part] for part in sampler._parts(prompts)]
+    assert [2] in parts and len(parts) < len(prompts) and sum(parts, []) == [*range(6)]
+    for a, b in zip(whole, generate(policy, prompts, 3, 20, seed=1), strict=True):
+        assert a.prompt is b.prompt
+        assert [x.tolist() for x in a.branches] == [x.tolist() for x in b.branches]
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
