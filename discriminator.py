@@ -501,8 +501,12 @@ def load_discriminator(
 
 def same_prompts(ours, theirs) -> bool:
     """Whether ids and pixels of one processor mean the same to a model of the other. How large an
-    image may be is no part of it: prompts are encoded once, by the policy's."""
-    names = "patch_size temporal_patch_size merge_size image_mean image_std rescale_factor".split()
+    image may be is no part of it, where a model takes images of any size: prompts are encoded once,
+    by the policy's."""
+    names = "patch_size temporal_patch_size merge_size image_mean image_std do_rescale do_normalize"
+    names = [*names.split(), "rescale_factor"]
+    if getattr(ours.image_processor, "merge_size", None) is None:
+        names += ["size", "crop_size"]
     a, b = ([getattr(x.image_processor, n, None) for n in names] for x in (ours, theirs))
     return a == b and ours.tokenizer.get_vocab() == theirs.tokenizer.get_vocab()
 
@@ -553,9 +557,11 @@ def warm_up() -> None:
     validation, training = order[:held_out], order[held_out:]
     if not training:
         raise UserError(f"--data: {len(examples)} pairs leave none beside {held_out} held out")
-    policy = config.policy and load_policy("--policy", config.policy, run.device, config)[0]
+    policy, its_processor = None, None
+    if config.policy:
+        policy, its_processor = load_policy("--policy", config.policy, run.device, config)
     discriminator, processor = load_discriminator(
-        "--model", config.model, config.experts, config.dropout, config.seed
+        "--model", config.model, config.experts, config.dropout, config.seed, its_processor
     )
     discriminator = shard(discriminator, run.device, config).train()
     decay = config.weight_decay

@@ -31,6 +31,7 @@ from transformers import AutoModelForImageTextToText, PreTrainedConfig
 
 from checkpoint import read_config
 from model import CHUNK, blocks, vision_tower
+from sampler import PROMPT_TOKENS
 
 CARD = 80e9
 IMAGES = 0.25  # of the tokens of a pack; assumed, as no data is read
@@ -166,6 +167,7 @@ def phases(config, stage: str, gpus: int) -> list[tuple[str, dict]]:
         step = get("prompts_per_step", 0)
         step *= config.gen_batch_factor if get("algorithm") == "dapo" else 1
         prompts = math.ceil(step / gpus) or prompts
+        prompts = min(prompts, max(PROMPT_TOKENS // prompt, 1))  # the others come after these
         rows = min(prompts * n, get("max_rollout_rows") or math.inf)
         out.append(("rollout", states | sampling(policy, prompts, prompt, rows, limit)))
     for name, m, branches, sides in (("judge", judge, 2 * n + 2, 2), ("update", learns, n, 1)):

@@ -20,7 +20,6 @@ import inspect
 import itertools
 import math
 import os
-from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
@@ -446,16 +445,25 @@ def gathered(module: torch.nn.Module):
     GPU they make other streams wait for one that is being recorded as a CUDA graph.
     """
     parts = [m for m in module.modules() if isinstance(m, FSDPModule)]
-    hooks = [(part._forward_pre_hooks, part._forward_hooks) for part in parts]
+    hooks = [  # transformers has some of its own, and adds them at a first forward: they stay
+        (of_part, key, hook)
+        for part in parts
+        for of_part in (part._forward_pre_hooks, part._forward_hooks)
+        for key, hook in of_part.items()
+        if hook.__module__.startswith("torch.distributed")
+    ]
     for part in parts:
         part.set_reshard_after_forward(False, recurse=False)
         part.unshard()
-        part._forward_pre_hooks, part._forward_hooks = OrderedDict(), OrderedDict()
+    for of_part, key, _ in hooks:
+        del of_part[key]
     try:
         yield
     finally:
-        for part, (before, after) in zip(parts, hooks):
-            part._forward_pre_hooks, part._forward_hooks = before, after
+        for of_part, key, hook in reversed(hooks):
+            of_part[key] = hook
+            of_part.move_to_end(key, last=False)
+        for part in parts:
             part.set_reshard_after_forward(part is not module, recurse=False)
             part.reshard()
 

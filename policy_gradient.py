@@ -188,4 +188,4 @@ def policy_backward(
                 gap = (logp.detach() - known).abs().max().item()
                 peaks["sampled_scored_gap"] = max(peaks["sampled_scored_gap"], gap)
     means = {name: (value, tokens) for name, value in sums.items()}
-    return means | {"loss": (total, 1 / world_size())}, peaks
+    return means | {"loss": (total, 1 / world_size() if num_sequences else 0)}, peaks

@@ -199,20 +199,26 @@ def train() -> None:
         # The policy gradient (14) to (16), and a step of the optimiser, for each minibatch.
         updates, norms, rate = [], [], learning_rate_at(step, config.max_steps, config)
         generator = torch.Generator().manual_seed(config.seed * 1_000_003 + step)
+        passes = [
+            torch.randperm(len(rollouts), generator=generator).tensor_split(config.num_minibatches)
+            for _ in range(config.num_iterations)
+        ]
         with run.phase("update"):
-            if not objective["on_policy"]:
-                gap = rescore(policy, [r.group for r in rollouts], processor, config)
+            for minibatch in [] if objective["on_policy"] else passes[0]:
+                groups = [rollouts[i].group for i in minibatch]
+                gap = rescore(policy, groups, processor, config)
                 updates.append(({}, {"sampled_scored_gap": gap}))
-            for _ in range(config.num_iterations):
-                shuffled = torch.randperm(len(rollouts), generator=generator)
-                for minibatch in shuffled.tensor_split(config.num_minibatches):
+            for minibatches in passes:
+                for minibatch in minibatches:
                     groups = [rollouts[i].group for i in minibatch]
                     a = advantage[minibatch].flatten()
                     measured = policy_backward(policy, groups, a, processor, config, **objective)
                     updates.append(measured)
                     norms.append(optimizer_step(policy, optimizer, rate, config.max_grad_norm))
 
-        grad_norm = next((norm for norm in norms if not math.isfinite(norm)), norms[-1])
+        # Where rows were left out, the last minibatches may be of nothing, and their norms 0.
+        last = next((norm for norm in reversed(norms) if norm), 0.0)
+        grad_norm = next((norm for norm in norms if not math.isfinite(norm)), last)
         values = {"grad_norm": grad_norm, "learning_rate": rate, "gen_batches": gen_batches}
         log_step(run, step, rollouts, sampled, advantage, updates, values)
 
@@ -224,10 +230,11 @@ def settle_algorithm(config: RLVRConfig) -> None:
     for name, value in ALGORITHMS[config.algorithm].items():
         if getattr(config, name) is None:
             setattr(config, name, value)
-    if config.num_minibatches > max(config.prompts_per_step // world_size(), 1):
+    of_rank = max(config.prompts_per_step // world_size(), 1)
+    if config.num_minibatches > of_rank:
         raise UserError(
-            f"--num_minibatches {config.num_minibatches}: more than the "
-            f"{config.prompts_per_step // world_size()} prompts that a rank has of a step"
+            f"--num_minibatches {config.num_minibatches}: more than a rank's {of_rank} prompts of "
+            f"a step (--prompts_per_step)"
         )
     if config.algorithm == "dapo" and config.overlong_buffer >= config.max_completion_length:
         raise UserError(

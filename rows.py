@@ -180,20 +180,29 @@ def _arrow_table(path: str):
         table = datasets.load_dataset(path, split="train")
     else:
         raise UserError(f"--data {path}: give a JSON, JSONL, parquet or Arrow file, or a hub id")
-    return ArrowRows(table.with_format("arrow"))
+
+    def read(feature):  # images stay encoded until they are needed, JSON does not
+        if hasattr(feature, "decode") and not isinstance(feature, datasets.Json):
+            return type(feature)(decode=False)
+        if isinstance(feature, dict):
+            return type(feature)({name: read(part) for name, part in feature.items()})
+        inner = getattr(feature, "feature", None)
+        return feature if inner is None else datasets.List(read(inner))
+
+    return ArrowRows(table.with_format("arrow"), read(table.features))
 
 
 class ArrowRows:
-    """The rows of a `datasets` table as dicts, read when asked for. Images stay encoded."""
+    """The rows of a `datasets` table as dicts, read when asked for."""
 
-    def __init__(self, table):
-        self.table = table
+    def __init__(self, table, features):
+        self.table, self.features = table, features
 
     def __len__(self) -> int:
         return len(self.table)
 
     def __getitem__(self, at: int) -> dict:
-        return self.table[at].to_pylist()[0]
+        return self.features.decode_example(self.table[at].to_pylist()[0])
 
 
 def hub_file(source: str) -> str:

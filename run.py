@@ -113,7 +113,7 @@ def parse(config_class):
     logging.set_verbosity_error()
     warnings.filterwarnings("ignore", "torch.distributed is disabled")  # one process saves alone
     logging.disable_progress_bar()  # loading and writing weights; a stage has its own bar
-    about = " ".join(sys.modules["__main__"].__doc__.strip().split("\n\n")[0].split())
+    about = " ".join((sys.modules["__main__"].__doc__ or "").strip().split("\n\n")[0].split())
     parser = HfArgumentParser(config_class, description=about, allow_abbrev=False)
     parser.error = _refuse
     config, unknown = parser.parse_args_into_dataclasses(return_remaining_strings=True)
@@ -207,15 +207,17 @@ def main(stage: Callable) -> None:
         # name too long.
         own = Run.current and str(error.filename).startswith(Run.current.path)
         if not own and error.errno not in (28, 122, 30, 13, 5, 20, 36):
-            raise
+            _crash()
         where = error.filename or (Run.current.path if Run.current else "")
         again = "go on with --resume" if Run.current else "start again"
         _die(f"{where}: {error.strerror}; {again} once that is mended", 2)
     except RuntimeError as error:
         if not _of_another_rank(error):
-            raise
+            _crash()
         lost = Run.current.lagging() if Run.current else "a rank is gone"
         _die(f"{lost} ({str(error).splitlines()[0][:120]}); go on with --resume", 1)
+    except Exception:
+        _crash()
     if not dist.is_initialized():
         sys.exit(code)
     with contextlib.suppress(RuntimeError):  # where a rank is gone, that one has said why
@@ -241,6 +243,15 @@ def _die(message: str, code: int) -> None:
     if code == 2 and Run.current and Run.current.saving:
         wait_for([Run.current.saving])  # a checkpoint from before the error
     os._exit(code) if dist.is_initialized() else sys.exit(code)  # others wait in a collective
+
+
+def _crash() -> None:
+    """A traceback and the end, at once: the interpreter's own end would wait for the loader's
+    workers, which no signal ends, and other ranks would wait for this one."""
+    sys.excepthook(*sys.exc_info())
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(1)
 
 
 def start_verifier() -> None:

@@ -137,7 +137,8 @@ DRIFT |= {"wrong_sums_read": "of sums, without 3, 7, 9", "wrong_sums_misread": "
 DRIFT |= {"caption_items": "caption items", "reasoning_steps": "reasoning steps"}
 DRIFT |= {"kl_from_base": "KL from the base, nats"}
 GAME = {f"gap_{at}_{view}": f"gap, {view}, {at}" for view in VIEWS for at in ("first", "last")}
-GAME |= {f"{of}_{view}": f"right, {view}, {of}" for view in VIEWS for of in ("own", "other")}
+WHOSE = {"warm_up": "before", "own": "own prompts", "other": "others"}
+GAME |= {f"{of}_{view}": f"right, {view}, {said}" for view in VIEWS for of, said in WHOSE.items()}
 DECIMALS = {"mean_response_tokens": 1, "kl_from_base": 1, "run_seconds": 0}  # 3 of all others
 
 
@@ -250,12 +251,15 @@ def measure(seed: int, name: str) -> dict:
 
 
 def told_apart(seed: int, name: str) -> dict:
-    """Pair accuracy at the end of an alignment, by view: how often its discriminator scores the
-    supervision response above a new rollout, on the alignment's own prompts, and on others that no
-    run has learned from. The warm-up measures it on held-out pairs, here at learning rate 0."""
-    folder, found = OUT / f"seed-{seed}" / name, {}
+    """Pair accuracy by view, how often the discriminator scores the supervision response above a
+    rollout: of the warm-up's held-out pairs; and of new rollouts at the end of an alignment, on its
+    own prompts and on others that no run has learned from. The latter two are measured as the
+    warm-up measures its own, in a run at learning rate 0."""
+    folder = OUT / f"seed-{seed}" / name
     stage = stages()[name]
     own, judge = stage.data, stages()[stage.flags["discriminator"]]
+    before = read_rows(OUT / f"seed-{seed}/{stage.flags['discriminator']}/metrics.jsonl")[-1]
+    found = {f"warm_up_{v}": before.get(f"validation_pair_accuracy_{v}") for v in VIEWS}
     flags = digits.SETTINGS["discriminator"] | ALWAYS | dict(max_steps=1, learning_rate=0)
     flags |= {k: v for k, v in judge.flags.items() if k == "experts"}
     flags |= dict(model=folder / "discriminator", policy=folder, validation_share=0.9, seed=seed)
@@ -408,9 +412,11 @@ def shown(values: list[float], decimals: int = 3) -> str:
 def label(name: str) -> str:
     for key in sorted(LABELS, key=len, reverse=True):
         if name.startswith(key):
-            *parts, rl = [x for x in name[len(key) :].split("_") if x] or [""]
-            words = [LABELS[key] + "," * bool(parts), *(f"{size} responses," for size in parts)]
-            return " ".join(words) + f" + {LABELS[rl]}" if rl else " ".join(words).rstrip(",")
+            parts = [x for x in name[len(key) :].split("_") if x]
+            sizes = [f"{x} responses," for x in parts if x.isdigit()]
+            words = " ".join([LABELS[key] + "," * bool(sizes), *sizes])
+            rl = [f" + {LABELS[x]}" for x in parts if not x.isdigit()]
+            return words + rl[0] if rl else words.rstrip(",")
     return name
 
 

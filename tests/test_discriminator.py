@@ -939,6 +939,7 @@ def test_whose_prompts_it_can_take(world, tmp_path):
         "size": {"max_pixels": 313600, "do_resize": False},
         "mean": {"image_mean": [0.4, 0.4, 0.4]},
         "patch": {"patch_size": 4},
+        "normal": {"do_normalize": False},
         "ids": {},
     }.items():
         path = tmp_path / name
@@ -957,6 +958,22 @@ def test_whose_prompts_it_can_take(world, tmp_path):
         else:
             with pytest.raises(UserError, match="--d .* is not the policy's; prompts are encoded"):
                 load_discriminator("--d", str(path), policy_processor=ours)
+
+
+def test_a_discriminator_for_images_of_another_size_is_refused(world, tmp_path):
+    """Where a model takes images of one size only; in the warm-up as well."""
+    for size in (32, 48):
+        llava(world, tmp_path / str(size))
+    file = tmp_path / "48/preprocessor_config.json"
+    if not file.exists():
+        file = tmp_path / "48/processor_config.json"
+    file.write_text(file.read_text().replace("32", "48"))
+    ours = load_discriminator("--model", str(tmp_path / "32"))[1]
+    with pytest.raises(UserError, match="is not the policy's; prompts are encoded"):
+        load_discriminator("--d", str(tmp_path / "48"), policy_processor=ours)
+    flags = ["--model", world["init"], "--policy", tmp_path / "32", "--data", world["curated"]]
+    said = fails("discriminator.py", *flags, "--output_dir", tmp_path / "out")
+    assert "is not the policy's" in said
 
 
 def test_scores_are_float32_in_bfloat16(world, prompts):

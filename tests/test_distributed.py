@@ -19,6 +19,7 @@ from model import shard
 from rows import load_data
 from tests.chaos import free_port
 from tests.conftest import ROOT, launch
+from tests.test_discriminator import llava, qwen2_5_vl
 
 
 def metrics(path, name="loss"):
@@ -182,3 +183,36 @@ def test_a_frozen_vision_tower_stays_as_it_is(world, tmp_path):
     shard(discriminator, torch.device("cpu"), SimpleNamespace(freeze_vision=True))
     frozen = {name for name, p in discriminator.named_parameters() if not p.requires_grad}
     assert frozen == {name for name, _ in discriminator.named_parameters() if ".visual." in name}
+
+
+AGAIN = """
+import sys
+import torch
+from checkpoint import load_policy
+from data import encode_prompts, make_packs
+from model import join_ranks, rank, token_logprobs
+from rows import load_data
+from run import main
+from sampler import generate
+
+def stage():
+    policy, processor = load_policy("--ckpt", sys.argv[1], join_ranks())
+    prompts = [encode_prompts(processor, [row])[0] for row in load_data(sys.argv[2])[:2]]
+    for seed in (1, 2):
+        groups = generate(policy, [prompts[rank()]], 3, 20, seed=seed)
+        logp, _ = token_logprobs(policy, make_packs(groups)[0])
+        logp.sum().backward()
+        torch.testing.assert_close(logp.detach(), torch.cat(groups[0].logprobs), atol=1e-4, rtol=0)
+
+main(stage)
+"""
+
+
+@pytest.mark.parametrize("family", [qwen2_5_vl, llava])
+def test_sampled_and_scored_in_turns(world, tmp_path, family):
+    """Sharded models of other families: sampling leaves the hooks alone that transformers adds at a
+    first forward, and without which it does not find what it wants of a vision tower."""
+    torch.manual_seed(0)
+    family(world, tmp_path / "model")
+    (tmp_path / "again.py").write_text(AGAIN)
+    launch(tmp_path / "again.py", tmp_path / "model", world["prompts"], ranks=2)

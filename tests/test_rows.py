@@ -342,6 +342,24 @@ def test_parquet_with_image_features(tmp_path, processor, monkeypatch):
         assert len(prompt.image_grid_thw) == len(example.images)
 
 
+def test_parquet_with_json_columns(tmp_path):
+    """`datasets` keeps a column of mixed types as JSON: it is read, not shown as text."""
+    import datasets
+
+    parts = [{"type": "text", "text": "How many?"}]
+    rows = [
+        {"messages": [{"role": "user", "content": content}], "answer": answer}
+        for content, answer in ((parts, ["2", "two"]), ("Which?", "cat"))
+    ]
+    write(tmp_path, *rows)
+    path = str(tmp_path / "data.parquet")
+    datasets.load_dataset("json", data_files=str(tmp_path / "data.jsonl"))["train"].to_parquet(path)
+    assert "Json" in str(datasets.Dataset.from_parquet(path).features)
+    examples = [*load_data(path, need=("answer",))]
+    assert [e.answer for e in examples] == [["2", "two"], ["cat"]]
+    assert [e.messages[0]["content"][-1]["text"] for e in examples] == ["How many?", "Which?"]
+
+
 @pytest.mark.parametrize("path", ["no/such/file.jsonl", "missing.json", "."])
 def test_bad_paths(path):
     with pytest.raises(UserError, match="--data"):

@@ -744,6 +744,32 @@ def test_what_fails_on_all_ranks_is_said_once(short, tmp_path, fault):
     assert done.returncode and len(said) == 1 and wanted[fault] in said[0], done.stderr
 
 
+CRASH = """
+import sft
+from run import main
+
+def loss(*args):
+    raise ValueError("a bug")
+
+sft.sft_loss = loss
+main(sft.train)
+"""
+
+
+def test_a_bug_is_a_traceback_and_the_end(short, tmp_path):
+    """At once, with a worker that reads ahead, and of all ranks where it was on one."""
+    _, *base = short("sft.py")
+    (tmp_path / "stage.py").write_text(CRASH)
+    base += ["--dataloader_num_workers", 1]
+    for ranks in (1, 2):
+        out = tmp_path / str(ranks)
+        start = time.monotonic()
+        words = (tmp_path / "stage.py", *base, "--output_dir", out)
+        done = launch(*words, ranks=ranks, check=False, real=True)
+        assert done.returncode == 1 and "ValueError: a bug" in done.stderr
+        assert time.monotonic() - start < 100
+
+
 # --------------------------------------------------------------------------------------------------
 # Numbers that are none
 

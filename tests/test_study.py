@@ -125,7 +125,10 @@ def test_every_arm_is_a_chain_of_runs():
             assert all(parent in runs or parent == "init" for parent in runs[at].parents)
             assert runs[at].data.split(":")[0] in DATA[runs[at].kind]
             at = runs[at].parent
-    assert len({study.label(name) for name in arms}) == len(arms)
+    every = {*arms, *map(study.started, arms), *study.GAMES}
+    assert len({study.label(name) for name in every}) == len(every)
+    assert study.label("prism_16") == "PRISM, 16 responses"
+    assert study.label("prism_16_grpo") == "PRISM, 16 responses, + GRPO"
 
 
 DATA = {  # what a kind of run may learn from; nothing learns from rows that it is measured on
@@ -201,7 +204,8 @@ def test_an_arm_from_its_first_run_to_its_numbers(world, trained, monkeypatch, t
     calls = [(script, name) for script, name in calls if script != "eval.py"]
     judged = [("discriminator.py", "own"), ("discriminator.py", "other")]
     assert [name for _, name in calls[:-2]] == made and calls[-2:] == judged
-    assert all(0 <= more[f"{of}_{view}"] <= 1 for _, of in judged for view in study.VIEWS)
+    ofs = ("warm_up", "own", "other")
+    assert all(0 <= more[f"{of}_{view}"] <= 1 for of in ofs for view in study.VIEWS)
     own, other = (
         json.loads((tmp_path / f"seed-0/prism/{of}/run.json").read_text())["run"]["data"]
         for _, of in judged
