@@ -580,7 +580,7 @@ def plot(
     name = lambda text: {"title": {"text": plain(text), "standoff": 6}}
     layout = {"xaxis": name(xlabel), "yaxis": name(ylabel)}
     layout["showlegend"] = len(series) > 1 or series[0][0] != title.lower()
-    if kind == "bar":
+    if any(isinstance(x, str) for _, points in series for x, *_ in points):
         layout["xaxis"]["type"] = "category"
     low, high = min(measured), max(measured)
     if ylabel.startswith("share") and 0 <= low and high <= 1:

@@ -603,9 +603,10 @@ def page(path: Path) -> None:
     body += section("Accuracy over the steps of RL", "speed") + '<div class="plots">'
     (title, axis, series), (last, responses, sizes) = lines(found)
     body += report.plot(title, "share of rows", series, axis)
-    bars = [(name, [(str(x), *y) for x, *y in points]) for name, points in sizes]
-    body += report.plot(last, "share of rows", bars, responses, kind="bar")
-    body += "</div>" + section("Drift by stage", "drift")
+    names = [(name, [(str(x), *y) for x, *y in points]) for name, points in sizes]
+    body += report.plot(last, "share of rows", names, responses) + "</div>"
+    body += section("How many supervision responses", "figure")
+    body += section("Drift by stage", "drift")
     games = [result["curves"] for (arm, _), result in found.items() if arm == "prism"]
     if games:
         body += '<h2>The game</h2><div class="plots">'
@@ -626,7 +627,7 @@ def page(path: Path) -> None:
         last = {"step": steps[-1]}
         last |= {k: np.mean([g[k] for g in games], 0).tolist() for k in SHARES}
         body += report.routing({"lines": [last]})
-    body += section("The discriminator's ends: score gaps, and pairs told apart", "game")
+    body += section("Score gaps, first and last, and how often a discriminator is right", "game")
     report.write_page(str(path), "PRISM on the embedded world", body)
 
 
