@@ -130,6 +130,7 @@ BEFORE = {"before": "before RL", "sampled_before": "before RL, mean of 8"}
 SOONER = {"before": BEFORE["before"]} | {f"after_{step}": f"{step} steps" for step in STEPS}
 SOONER |= {"accuracy": "the end"}
 ABLATED = BEFORE | {x: MAIN[x] for x in ("accuracy", "sampled_accuracy", "pass_at_8")}
+ABLATED |= {"captions_before": "before RL, captions"}
 ABLATED |= {x: MAIN[x] for x in ("caption_accuracy", "run_seconds")}
 DRIFT = {"misread_per_digit": "misread a digit", "wrong_per_step": "wrong a step"}
 DRIFT |= {"wrong_by_caption": "answer not from its caption"}
@@ -374,6 +375,7 @@ def results() -> dict[tuple[str, int], dict]:
         start = found.get((started(name), seed))
         if start and start is not result:
             result |= {"before": start["accuracy"], "sampled_before": start["sampled_accuracy"]}
+            result["captions_before"] = start["caption_accuracy"]
     return found
 
 
@@ -525,9 +527,9 @@ def write(path: Path) -> None:
 def lines(found: dict) -> list[tuple[str, str, list]]:
     """The two plots of the study, each with its title, its horizontal axis, and of each arm the
     label and the points (x, mean, low, high): accuracy over the steps of RL, PRISM's also with the
-    alignment's time counted in such steps, and at their end over the number of the alignment's
-    supervision responses, of the seeds that all of these have. SFT + GRPO has no such response: its
-    line is flat."""
+    alignment's time counted in such steps; and over the number of the alignment's supervision
+    responses, at the end of RL and before it, of the seeds that all of these have. SFT + GRPO has
+    no such response: its line is flat."""
     end = digits.SETTINGS["rlvr"]["max_steps"]
     over_steps, over_rows = [], []
     for name in SPEED:
@@ -538,13 +540,13 @@ def lines(found: dict) -> list[tuple[str, str, list]]:
             steps[MATCHED] = ("longer_grpo", "accuracy")
         over_steps.append((label(name), [(x, *of(found, *at)) for x, at in steps.items()]))
         arms = {size: name if name == "sft_grpo" else of_size(start, size) for size in SIZES}
-        over_rows.append(
-            (label(name), [(x, *of(few(found), a, "accuracy")) for x, a in arms.items()])
-        )
+        for said, when in (("", "accuracy"), (", before RL", "before")):
+            points = [(x, *of(few(found), arm, when)) for x, arm in arms.items()]
+            over_rows += [(label(name) + said, points)] if not said or start != "sft" else []
     later = [(x + MATCHED - end, *y) for x, *y in over_steps[-1][1]]
     over_steps.append((f"{over_steps[-1][0]}, the alignment's time counted", later))
     plots = [("Accuracy over RL", "steps of RL", over_steps)]
-    plots += [("Accuracy after RL", "supervision responses", over_rows)]
+    plots += [("Accuracy over the alignment's data", "supervision responses", over_rows)]
     known = lambda points: [point for point in points if point[1:]]
     return [
         (title, axis, [(name, known(points)) for name, points in series if known(points)])
@@ -554,7 +556,8 @@ def lines(found: dict) -> list[tuple[str, str, list]]:
 
 def of(found: dict, name: str, column: str) -> tuple[float, ...]:
     """The interval of a column of an arm."""
-    return interval([result[column] for (arm, _), result in found.items() if arm == name])
+    values = [result.get(column) for (arm, _), result in found.items() if arm == name]
+    return interval([x for x in values if x is not None])
 
 
 def of_size(start: str, size: int) -> str:
@@ -567,15 +570,17 @@ def picture(path: Path) -> None:
     plots = lines(results())
     plt.rcParams["svg.hashsalt"] = "study"
     figure, axes = plt.subplots(1, 2, figsize=(10, 4), layout="constrained", sharey=True)
+    colors = dict(zip(map(label, SPEED), ("#555555", "#c4500a", "#0064a8")))
+    shown = {}  # of each label one line, for the legend
     for ax, (title, axis, series) in zip(axes, plots):
-        for style, (name, points) in zip(
-            ("#555555 -", "#c4500a -", "#0064a8 -", "#0064a8 :"), series
-        ):
-            color, dash = style.split()
+        for name, points in series:
+            color = next(color for arm, color in colors.items() if name.startswith(arm))
             x, mean = [p[0] for p in points], [p[1] for p in points]
-            ax.plot(x, mean, f"o{dash}", color=color, label=name, ms=4, gid=f"{title}: {name}")
+            dash = "o-" if name in colors else "o:"
+            line = dict(color=color, label=name, ms=4, gid=f"{title}: {name}")
+            (shown[name],) = ax.plot(x, mean, dash, **line)
             ends = [(p[0], *p[2:]) for p in points if p[2:]]
-            if ends and dash == "-":
+            if ends and name in colors and ax is axes[0]:
                 ax.fill_between(*zip(*ends), color=color, alpha=0.15, linewidth=0)
         ax.set(title=title, xlabel=axis, ylim=(0, 1))
         ax.grid(alpha=0.3)
@@ -583,7 +588,7 @@ def picture(path: Path) -> None:
     axes[1].set_xscale("log")
     axes[1].set_xticks(SIZES, map(str, SIZES))
     axes[1].minorticks_off()
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
+    figure.legend(shown.values(), shown, loc="outside lower center", ncols=2)
     kept = {"Description": json.dumps(plots), "Date": None}
     figure.savefig(path, format="svg", metadata=kept)
     plt.close(figure)

@@ -822,7 +822,7 @@ def test_the_study_as_a_page(tmp_path, browser):
         half = f"\xa0±\xa0{ends[1] - mean:.3f}" if ends else ""
         assert study.label(arm) in cells and f"{mean:.3f}{half}" in cells
     plots = browser.text("figcaption")
-    assert plots[:2] == ["Accuracy over RL", "Accuracy after RL"]
+    assert plots[:2] == ["Accuracy over RL", "Accuracy over the alignment's data"]
     assert "Routing in the perception view" in plots
     game = next(result["curves"] for (arm, _), result in found.items() if arm == "prism")
     layers = len(game["expert_share_perception"])

@@ -254,7 +254,10 @@ def test_the_picture_is_of_the_results(tmp_path):
     assert shown == json.loads(json.dumps(study.lines(study.results())))
     study.picture(tmp_path / "study.svg")
     assert numbers(tmp_path / "study.svg") == shown
-    assert [title for title, *_ in shown] == ["Accuracy over RL", "Accuracy after RL"]
+    assert [title for title, *_ in shown] == [
+        "Accuracy over RL",
+        "Accuracy over the alignment's data",
+    ]
     for title, _, series in shown:  # and each line is drawn at its means
         for name, points in series:
             if len({point[1] for point in points}) > 2:
