@@ -107,15 +107,14 @@ def kl_k3(logp: torch.Tensor, ref_logp: torch.Tensor) -> torch.Tensor:
 
 
 def rescore(policy, groups: list[Group], processor, config) -> float:
-    """Puts the log-probabilities that the training's own forward gives in place of those recorded
-    while sampling: in bfloat16 the two differ by more than GSPO's range, and a ratio should tell
-    only what steps have moved. Every rank calls it. -> the largest difference."""
-    gap = 0.0
+    """Before the first of several steps of a batch: puts the log-probabilities of the training's
+    own forward in place of those recorded while sampling. In bfloat16 the two differ by more than
+    GSPO's range, and a ratio should tell only what the steps have moved. Every rank calls it.
+    -> the largest difference."""
+    device, gap = next(policy.parameters()).device, 0.0
     for pack in even_packs(make_packs(groups, config.max_tokens_per_pack), processor):
         with torch.no_grad():
-            logp, _ = token_logprobs(
-                policy, pack.to(next(policy.parameters()).device), config.temperature
-            )
+            logp, _ = token_logprobs(policy, pack.to(device), config.temperature)
         for (g, i), scored in zip(pack.members, logp.cpu().split(pack.lengths)):
             gap = max(gap, (scored - groups[g].logprobs[i]).abs().max().item())
             groups[g].logprobs[i] = scored
