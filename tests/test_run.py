@@ -172,7 +172,7 @@ plain = FileSystemWriter.write_data
 
 
 def slowly(*args):
-    time.sleep(2)
+    time.sleep(5)
     return plain(*args)
 
 
@@ -192,7 +192,7 @@ def test_training_goes_on_during_a_save(nursery, whole, tmp_path, ranks, end):
     words = (*base[1:], "--dataloader_num_workers", 0, "--output_dir", out, "--save_steps", 2)
     started = nursery.start(script, *words, ranks=ranks, log=log)
     logged = lambda: (out / "metrics.jsonl").exists() and len(lines(out / "metrics.jsonl"))
-    until(lambda: logged() == 3 or started.gone())
+    until(lambda: logged() >= 3 or started.gone())
     assert in_a_save(out) and checkpoints(out) == []
     if end == "killed after it":
         until(lambda: checkpoints(out) == [2] or started.gone())
