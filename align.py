@@ -22,7 +22,6 @@ D1 to D5 and D13 are in discriminator.py, D9 and D11 in policy_gradient.py.
     python align.py                                                 the embedded world of digits
 """
 
-import os
 from dataclasses import dataclass, field
 
 import torch
@@ -77,8 +76,7 @@ def alignment_advantage(
 ) -> torch.Tensor:
     """(11), the reward of the game. perception, reasoning (P, N): scores; valid (P, N): boolean;
     what stands at invalid rollouts is replaced first. -> (P, N)
-    Takes along: fill_invalid, policy_gradient.group_advantage.
-    """
+    Takes along: fill_invalid, policy_gradient.group_advantage."""
     valid = valid.bool()
     filled = (fill_invalid(score, valid) for score in (perception, reasoning))
     perception, reasoning = (group_advantage(score) for score in filled)
@@ -130,15 +128,11 @@ def train() -> None:
 
     def save(path):
         save_policy(policy, processor, path)
-        save_discriminator(discriminator, d_processor, os.path.join(path, "discriminator"))
+        save_discriminator(discriminator, d_processor, f"{path}/discriminator")
 
     stream = run.batches(examples, processor, encode, config.prompts_per_step)
     sampling = sampling_flags(config)
-    scoring = dict(
-        max_tokens=config.max_tokens_per_pack,
-        score_l2=config.score_l2,
-        balance_coef=config.router_aux_loss_coef,
-    )
+    scoring = config.max_tokens_per_pack, config.score_l2, config.router_aux_loss_coef
     # "grpo": ratio and mean by token. Strictly on policy, the clips never act; no dual clip.
     clips = config.epsilon, config.epsilon, 0.0
     objective = dict(algorithm="grpo", clips=clips, on_policy=True)
@@ -160,7 +154,7 @@ def train() -> None:
         with run.phase("judge"):
             students = [[parse_response(text) for text in of_prompt] for of_prompt in texts]
             compared = [Comparison(x, teacher, s) for (_, x, teacher), s in zip(batch, students)]
-            judged = judge(discriminator, compared, processor, backward=True, **scoring)
+            judged = judge(discriminator, compared, processor, *scoring, backward=True)
             d_grad_norm = optimizer_step(discriminator, d_optimizer, d_rate, config.max_grad_norm)
         # Advantages (11).
         advantage = game_advantage(judged, config)

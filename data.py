@@ -63,8 +63,7 @@ def parse_response(text: str) -> Response | None:
 
     Each block stands once, in this order, none is empty, and only white space stands between
     them. Anything else gives None. Takes time linear in the length of the text.
-    Takes along: Response, BLOCKS, TAGS, RESPONSE.
-    """
+    Takes along: Response, BLOCKS, TAGS, RESPONSE."""
     if not isinstance(text, str) or any(text.count(tag) != 1 for tag in TAGS):
         return None  # with each tag once, the pattern can match in one way at most
     match = re.fullmatch(RESPONSE, text, re.DOTALL)
@@ -81,8 +80,7 @@ class Prompt:
     """System + image + question, up to where the response begins. L tokens, I images.
 
     Images are what the model's processor makes of them. In the Qwen-VL family: V patches of d
-    values, and the grid of each image. In models with images of one size: pixels alone.
-    """
+    values, and the grid of each image. In models with images of one size: pixels alone."""
 
     index: int  # the draw's identity, for its random numbers: a row drawn twice differs
     input_ids: torch.Tensor  # (L,)
@@ -180,8 +178,7 @@ def mrope_positions(ids, grid, image_token_id: int, merge: int) -> torch.Tensor:
     """(3, L): temporal, height and width position of each token (Qwen2-VL, 2409.12191).
 
     Text counts on in all three rows. An image of h x w tokens spans its rows and columns from
-    where the text was, and the text goes on max(h, w) later.
-    """
+    where the text was, and the text goes on max(h, w) later."""
     columns, at, next_position = [], 0, 0
     grids = iter(grid.tolist())
     marks = (ids == image_token_id).tolist()
@@ -222,8 +219,7 @@ def encode_views(processor, response: Response) -> tuple[torch.Tensor, torch.Ten
     Supervision and rollout both come through here: the blocks are laid out in one way and
     tokenised once, the boundary is the first token at or behind the think block, and both views
     end in the same end of sequence. White space, sampled token boundaries or a missing end
-    therefore cannot tell the two sides apart.
-    """
+    therefore cannot tell the two sides apart."""
     caption = f"<caption>{response.caption}</caption>\n"
     text = f"{caption}<think>{response.think}</think>\n<answer>{response.answer}</answer>"
     encoded = processor.tokenizer(
@@ -311,8 +307,7 @@ def batches(
 
     Batches are cuts of the stream of shuffled epochs from row `start` on, so what a batch holds
     depends neither on the number of ranks nor on where a run was resumed. Behind row `total`
-    they are empty. Rows are encoded ahead in `workers` processes, where there are any.
-    """
+    they are empty. Rows are encoded ahead in `workers` processes, where there are any."""
 
     def numbers():
         for at in itertools.count(start, batch_size):
@@ -388,8 +383,7 @@ def make_packs(groups: list[Group], max_tokens: int | None = None, units=None) -
     last one and goes on in new ones, its prompt repeated there. `units` lists for each group the
     sets of branches that must stand in one pack, such as the four views of a pair (default: each
     branch by itself). A branch of several units stands once in every pack that needs it.
-    Takes along: Prompt, Group, Segment, Pack, _pack.
-    """
+    Takes along: Prompt, Group, Segment, Pack, _pack."""
     bins: list[list[tuple[int, list[int], list[int]]]] = []  # packs of (group, branches, units)
     used: list[int] = []  # the tokens of each pack
     limit = torch.inf if max_tokens is None else max_tokens

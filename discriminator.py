@@ -117,8 +117,7 @@ class SparseMLP(torch.nn.Module):
 
     After a forward, `probabilities` (T, E) and `chosen` (T, top_k) tell how the router decided, if
     they were None before. Where `allowed` (T, E) is set, a token chooses among its allowed experts.
-    Takes along: Experts, Router, grouped.
-    """
+    Takes along: Experts, Router, grouped."""
 
     def __init__(self, gate: Router, experts: Experts, top_k: int):
         super().__init__()
@@ -164,8 +163,7 @@ def upcycle(
 ) -> None:
     """(3): turns every dense MLP of the backbone's language model into experts, in place. Each
     expert is a copy of the dense MLP plus noise. UserError where an MLP is not gated.
-    Takes along: SparseMLP, rows.UserError.
-    """
+    Takes along: SparseMLP, rows.UserError."""
     generator = torch.Generator().manual_seed(seed)
 
     def noise(like, std):
@@ -208,8 +206,7 @@ class Discriminator(torch.nn.Module):
     """(5): a backbone and a score head for each view. `kind` is one of EXPERTS: learned (the
     paper: a router over all experts), dedicated (half of the experts for each view), and the
     ablations dense (no experts) and text (experts, no image).
-    Takes along: SparseMLP, view_of_tokens, VIEWS, model.adapt, model.model_inputs.
-    """
+    Takes along: SparseMLP, view_of_tokens, VIEWS, model.adapt, model.model_inputs."""
 
     def __init__(self, backbone, kind: str, dropout: float = 0.1):
         super().__init__()
@@ -503,10 +500,9 @@ def same_prompts(ours, theirs) -> bool:
     """Whether ids and pixels of one processor mean the same to a model of the other. How large an
     image may be is no part of it, where a model takes images of any size: prompts are encoded once,
     by the policy's."""
-    names = "patch_size temporal_patch_size merge_size image_mean image_std do_rescale do_normalize"
-    names = [*names.split(), "rescale_factor"]
-    if getattr(ours.image_processor, "merge_size", None) is None:
-        names += ["size", "crop_size"]
+    names = ["patch_size", "temporal_patch_size", "merge_size", "do_rescale", "rescale_factor"]
+    names += ["do_normalize", "image_mean", "image_std"]
+    names += [] if getattr(ours.image_processor, "merge_size", None) else ["size", "crop_size"]
     a, b = ([getattr(x.image_processor, n, None) for n in names] for x in (ours, theirs))
     return a == b and ours.tokenizer.get_vocab() == theirs.tokenizer.get_vocab()
 
@@ -557,11 +553,10 @@ def warm_up() -> None:
     validation, training = order[:held_out], order[held_out:]
     if not training:
         raise UserError(f"--data: {len(examples)} pairs leave none beside {held_out} held out")
-    policy, its_processor = None, None
-    if config.policy:
-        policy, its_processor = load_policy("--policy", config.policy, run.device, config)
+    given = config.policy
+    policy, ours = load_policy("--policy", given, run.device, config) if given else (None, None)
     discriminator, processor = load_discriminator(
-        "--model", config.model, config.experts, config.dropout, config.seed, its_processor
+        "--model", config.model, config.experts, config.dropout, config.seed, ours
     )
     discriminator = shard(discriminator, run.device, config).train()
     decay = config.weight_decay

@@ -51,8 +51,7 @@ class PackAttention:
     prompt and itself), or a prompt with its only branch (keys: itself). The last key of a sequence
     belongs to its last query, and what comes later is hidden. On a GPU all sequences go through
     one call for ragged sequences. On a CPU those of like lengths go together as padded rows.
-    Takes along: VARLEN, GROUPED, has_varlen, _alike, _padded, _ragged, data.Segment, data.Pack.
-    """
+    Takes along: VARLEN, GROUPED, has_varlen, _alike, _padded, _ragged, data.Segment, data.Pack."""
 
     def __init__(self, pack: Pack, collected: list | None = None):
         self.collected = collected  # where given, each layer's keys and values are appended
@@ -195,8 +194,7 @@ def adapt(model, where: str = "the model"):
     Its language layers attend through a layout, its head gives log-probabilities where they are
     asked for, patches are embedded by a product, norms are one operation. `forbidden` are the ids
     that are never sampled: an image's tokens without an image would break the next forward.
-    Takes along: _attention, Patches, Norm, Head, LogProbs, _logits, rows.UserError.
-    """
+    Takes along: _attention, Patches, Norm, Head, LogProbs, _logits, rows.UserError."""
     text = model.config.get_text_config()
     kinds = set(getattr(text, "layer_types", None) or ["full_attention"])
     if kinds != {"full_attention"}:
@@ -223,8 +221,7 @@ def adapt(model, where: str = "the model"):
 def model_inputs(model, pack: Pack, collected: list | None = None) -> dict:
     """What the forward of a model, or of its backbone, takes for a pack. `collected` is given each
     layer's keys and values. RuntimeError where the model is not adapted.
-    Takes along: PackAttention, positions.
-    """
+    Takes along: PackAttention, positions."""
     if model.config.get_text_config()._attn_implementation != "layout":
         raise RuntimeError("call adapt(model) first: the branches of a pack would see each other")
     images = {"pixel_values": pack.pixel_values, "image_grid_thw": pack.image_grid_thw}
@@ -258,9 +255,7 @@ class LogProbs(torch.autograd.Function):
 
     All branches of a prompt are predicted from its last token, so rows repeat. They are picked
     here because on a CPU torch sums the gradient of an index in whatever order its threads come,
-    and then two equal runs would differ in the last bit. (On a GPU `index_add_` has no fixed order
-    either, nor have other kernels: there equal runs are equal to rounding.)
-    """
+    and then two equal runs would differ in the last bit (on a GPU they may all the same)."""
 
     @staticmethod
     def forward(ctx, hidden, weight, predictors, targets, temperature, forbidden, chunk):
@@ -321,8 +316,7 @@ def token_logprobs(policy, pack: Pack, temperature: float = 1.0, chunk: int = CH
     """-> (log-probability of each branch token, entropy of the distribution that it came from):
     two (K,) float32 tensors in the order of `pack.targets`. `pack.padded` pads them.
     Entropy has no gradient. RuntimeError where the policy is not adapted.
-    Takes along: adapt, model_inputs, CHUNK.
-    """
+    Takes along: adapt, model_inputs, CHUNK."""
     inputs = model_inputs(policy, pack)
     forbidden = policy.forbidden.to(pack.targets.device)
     policy.lm_head.asked = (pack.predictors, pack.targets, temperature, forbidden, chunk)
@@ -442,8 +436,7 @@ def gathered(module: torch.nn.Module):
     """The whole weights on every rank for a while, so that forwards need no other rank.
 
     The hooks of FSDP are put aside as well. On gathered weights they have nothing to do, but on a
-    GPU they make other streams wait for one that is being recorded as a CUDA graph.
-    """
+    GPU they make other streams wait for one that is being recorded as a CUDA graph."""
     parts = [m for m in module.modules() if isinstance(m, FSDPModule)]
     hooks = [  # transformers has some of its own, and adds them at a first forward: they stay
         (of_part, key, hook)
@@ -499,13 +492,11 @@ def _with_blank(pack: Pack, blank: Pack) -> Pack:
 # The optimiser's step
 
 
-def learning_rate_at(
-    step: int, max_steps: int, config, learning_rate: float | None = None
-) -> float:
+def learning_rate_at(step: int, max_steps: int, config, peak: float | None = None) -> float:
     """The rate of step 1 .. max_steps: transformers' schedule of this name, a function of the
     step. Its warm-up begins at a rate of 0, which teaches nothing; here it is a step ahead.
     `config.warmup_steps` counts steps, or is a share of the run where it is below 1."""
-    peak = config.learning_rate if learning_rate is None else learning_rate
+    peak = config.learning_rate if peak is None else peak
     warmup = math.ceil(config.warmup_steps * (max_steps if config.warmup_steps < 1 else 1))
     name = config.lr_scheduler_type
     named = "constant_with_warmup" if name == "constant" else name  # theirs has no warm-up

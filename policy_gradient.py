@@ -65,8 +65,7 @@ def policy_loss(
     """(14), (15), (16): the clipped policy gradient. logp, old_logp, mask (B, T), mask boolean;
     advantage (B,). -> scalar. A dual clip of 0 is none. `num_tokens` and `num_sequences` are the
     global denominators, those of this batch where None. ValueError for another algorithm.
-    Takes along: ALGORITHMS, importance_ratio, aggregate.
-    """
+    Takes along: ALGORITHMS, importance_ratio, aggregate."""
     if algorithm not in ALGORITHMS:
         raise ValueError(f"algorithm {algorithm!r}: one of {', '.join(ALGORITHMS)}")
     r = importance_ratio(logp, old_logp, mask, algorithm)
@@ -138,8 +137,7 @@ def policy_backward(
     and, with a `reference` policy, beta. With `on_policy` the new log-probabilities, detached, are
     the old ones too: one step is made per batch, so nothing has moved since sampling. Else those
     that `groups` hold are, see `rescore`.
-    -> (means, peaks) for the log: name -> (sum, count), name -> extreme, of this rank.
-    """
+    -> (means, peaks) for the log: name -> (sum, count), name -> extreme, of this rank."""
     device = next(policy.parameters()).device
     place = {}  # (group, branch) -> its place in `advantage`
     for g, group in enumerate(groups):

@@ -86,16 +86,14 @@ def spread(values: torch.Tensor) -> torch.Tensor:
     return (values != values[:, :1]).any(1)
 
 
-def select_groups(useful: torch.Tensor, number, wanted: int) -> tuple[list[int], int]:
+def select_groups(useful: torch.Tensor, number: list[int], wanted: int) -> tuple[list[int], int]:
     """(19): which of this rank's prompts to keep, and how many are kept on all ranks. Spread is
     that of accuracy, as in the release, whatever format and length earn.
 
     `useful` (P,) are this rank's prompts with spread, `number` their P places in the batch of all
     ranks. The first `wanted` useful ones of that are kept, so what is kept does not depend on the
-    number of ranks. Every rank calls it.
-    """
-    number = torch.tensor(number, dtype=torch.long)
-    flags = torch.zeros(int(all_max([max(number.tolist(), default=0)])[0]) + 1)
+    number of ranks. Every rank calls it."""
+    flags = torch.zeros(int(all_max([max(number, default=0)])[0]) + 1)
     flags[number] = useful.float()
     order = all_sum(flags).cumsum(0)
     kept = useful & (order[number] <= wanted)
@@ -199,22 +197,18 @@ def train() -> None:
         # The policy gradient (14) to (16), and a step of the optimiser, for each minibatch.
         updates, norms, rate = [], [], learning_rate_at(step, config.max_steps, config)
         generator = torch.Generator().manual_seed(config.seed * 1_000_003 + step)
-        passes = [
-            torch.randperm(len(rollouts), generator=generator).tensor_split(config.num_minibatches)
-            for _ in range(config.num_iterations)
-        ]
+        batches = []  # one after the other, those of each pass over the batch
+        for _ in range(config.num_iterations):
+            shuffled = torch.randperm(len(rollouts), generator=generator)
+            for part in shuffled.tensor_split(config.num_minibatches):
+                batches.append(([rollouts[i].group for i in part], advantage[part].flatten()))
         with run.phase("update"):
-            for minibatch in [] if objective["on_policy"] else passes[0]:
-                groups = [rollouts[i].group for i in minibatch]
+            for groups, _ in [] if objective["on_policy"] else batches[: config.num_minibatches]:
                 gap = rescore(policy, groups, processor, config)
                 updates.append(({}, {"sampled_scored_gap": gap}))
-            for minibatches in passes:
-                for minibatch in minibatches:
-                    groups = [rollouts[i].group for i in minibatch]
-                    a = advantage[minibatch].flatten()
-                    measured = policy_backward(policy, groups, a, processor, config, **objective)
-                    updates.append(measured)
-                    norms.append(optimizer_step(policy, optimizer, rate, config.max_grad_norm))
+            for groups, a in batches:
+                updates.append(policy_backward(policy, groups, a, processor, config, **objective))
+                norms.append(optimizer_step(policy, optimizer, rate, config.max_grad_norm))
 
         # Where rows were left out, the last minibatches may be of nothing, and their norms 0.
         last = next((norm for norm in reversed(norms) if norm), 0.0)

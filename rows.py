@@ -68,8 +68,7 @@ class Examples(Sequence):
     A row is read and parsed when it is asked for, so memory does not grow with the data.
     `need` names the fields of Example that a stage cannot do without; a row without one of them
     raises RowError. A row without a system turn is given `system_prompt`, where there is one.
-    Images lie in the folder of the file that names them, or below it, or in `image_dir`.
-    """
+    Images lie in the folder of the file that names them, or below it, or in `image_dir`."""
 
     def __init__(self, sources: list[str], need=(), system_prompt=None, image_dir=None):
         self.need, self.defaults = need, (system_prompt, image_dir)

@@ -108,8 +108,7 @@ def parse(config_class):
 
     With neither a model nor `--data`, or with `--data digits`, the stage runs on the embedded
     world. A model without `--data` takes the published data. The settings of the embedded world
-    are taken for its own model on its own data only; flags that are given always count.
-    """
+    are taken for its own model on its own data only; flags that are given always count."""
     logging.set_verbosity_error()
     warnings.filterwarnings("ignore", "torch.distributed is disabled")  # one process saves alone
     logging.disable_progress_bar()  # loading and writing weights; a stage has its own bar

@@ -34,8 +34,7 @@ class RowCache:
 
     All rows of a prompt attend to its keys together. A row's own keys stand in its slot, whose room
     grows up to `limit` tokens. The outputs of both are merged by their logsumexps.
-    Takes along: attend_first, first_keys, _starts.
-    """
+    Takes along: attend_first, first_keys, _starts."""
 
     def __init__(self, collected: list, lengths: list[int], n: int, slots: int, limit: int, fixed):
         """`collected` are the keys and values (K, T, D) of each layer for the T tokens of all
@@ -174,8 +173,7 @@ class Rows:
     """R rows, n of each prompt, and what they have said; S of them at a time are in slots.
 
     With fixed shapes, a step that comes for the second time since a tensor has moved is recorded
-    as a CUDA graph, and replayed until the next one moves. The weights must stay where they are.
-    """
+    as a CUDA graph, and replayed until the next one moves. The weights must stay where they are."""
 
     def __init__(self, policy, cache: RowCache, first, following, random, limit, temperature):
         self.policy, self.cache, self.first, self.following = policy, cache, first, following
@@ -297,8 +295,7 @@ def generate(
     where they are the default. Every rank calls this, also one without prompts. UserError where
     the policy's logits are not finite, RuntimeError where it has no `stop_ids`.
     Takes along: PROMPT_TOKENS, _parts, _generate, RowCache, Rows, uniforms, data.make_packs,
-    model.adapt, model.gathered, model.has_varlen, model.model_inputs, rows.UserError.
-    """
+    model.adapt, model.gathered, model.has_varlen, model.model_inputs, rows.UserError."""
     if not hasattr(policy, "stop_ids"):
         raise RuntimeError("set policy.stop_ids first: a tensor of the ids that end a response")
     was_training = policy.training

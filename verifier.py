@@ -45,8 +45,7 @@ def verify(answer: str, ground_truth) -> bool:
 
     No input makes it raise or hang. A broken math-verify raises RuntimeError, because a run that
     counted all algebra as wrong would train on it in silence; `start` finds out before a run.
-    Takes along: all of verifier.py and verifier_child.py.
-    """
+    Takes along: all of verifier.py and verifier_child.py."""
     truths = ground_truth if isinstance(ground_truth, (list, tuple)) else [ground_truth]
     try:
         said = _read(_clean(answer))
@@ -74,13 +73,17 @@ _DECIMAL = r"(?=\.?\d)(?:\d{1,3}(?:,\d{3})+(?![\d,])|\d*)(?:\.\d+)?"
 _ARGUMENT = r"\{(?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*\}"  # of a command
 _FACTOR = r"(?:[\d.]+|[A-Za-z]|\\pi|\([^()]*\))(?:\^\{[^{}]*\}|\^[a-z])?"
 _ALIKE = _names(r"""
-- − – ‐ ‑; / ÷ ⁄; " “ ”; ' ‘ ’ ′; ° º \degree \degrees; , 、; . 。; ~ ∼; {} ∅ \emptyset; { \{; } \};
-% \%; \cdot · ⋅ ∙; \times ×; \pi π; \sqrt √; \frac \dfrac \tfrac \cfrac; < \lt; > \gt; e4 万; e8 亿;
-\ne ≠ != \neq; \le ≤ ⩽ <= \leq \leqslant; \ge ≥ ⩾ >= \geq \geqslant; \pm ± +/- +-; \infty ∞; \in ∈;
-\approx ≈; \angle ∠; \triangle △; \theta θ; \alpha α; \beta β; ␣or␣ 或 ∪ \cup; ␣and␣ 和 与""")
+- − – ‐ ‑; / ÷ ⁄; " “ ”; ' ‘ ’ ′; ° º \degree \degrees; , 、; . 。; ~ ∼;
+{} ∅ \emptyset; { \{; } \}; % \%; \cdot · ⋅ ∙; \times ×; \pi π; \sqrt √;
+\frac \dfrac \tfrac \cfrac; < \lt; > \gt; e4 万; e8 亿; \ne ≠ != \neq;
+\le ≤ ⩽ <= \leq \leqslant; \ge ≥ ⩾ >= \geq \geqslant; \pm ± +/- +-; \infty ∞; \in ∈;
+\approx ≈; \angle ∠; \triangle △; \theta θ; \alpha α; \beta β; ␣or␣ 或 ∪ \cup;
+␣and␣ 和 与""")
 _ALIKE = {n: by.replace("␣", " ") + " " * (by[0] == "\\") for n, by in _ALIKE.items()}
-_NFKC = "[¼-¾⅐-⅞] [⁰¹²³⁴-⁹⁺⁻]+ [₀-₉]+ [！-～℃℉㎎㎏㎜-㎞𝐀-𝟿]".split()  # signs that NFKC spells out,
-_NFKC = dict(zip(_NFKC, r"\frac{%s}{%s} ^{%s} _{%s} %s".split()))  # and in which form
+# Signs that NFKC spells out, and in which form.
+_NFKC = """[¼-¾⅐-⅞] [⁰¹²³⁴-⁹⁺⁻]+ [₀-₉]+
+[！-～℃℉㎎㎏㎜-㎞𝐀-𝟿]""".split()
+_NFKC = dict(zip(_NFKC, r"\frac{%s}{%s} ^{%s} _{%s} %s".split()))
 _rewrite = _rules(r"""
 \\\$ -> \0
 ^\$\$? ?([^$]*[^$ ]) ?\$\$?$ -> \1
@@ -107,7 +110,8 @@ _LEAD = r"""\A(?:(?:[Tt]he\ )?(?:(?i:final|correct|right)\ )?(?i:answer|option|c
     |(?:[Tt]he|[Ii]ts?|[Tt]his|[Tt]here)\ (?:(?!(?:not?|none|n?either|n?or|but|if|wrong|incorrect
     |false|never|except|unless)\b)(?:[a-z]+|[A-Z]{2,4})\ ){0,8}?(?:is|are|equals)\b(?!\ not\b)
     |(?i:so|thus|hence|therefore|equal\ to|approximately|approx\.?|about|roughly)\b,?|\\approx|~
-    |(?:故|所以|因此)?,?(?:应?选(?:项|择)?|(?:正确)?(?:答案|选项)(?:是|为|选)?|答))\ ?:?\ ?(?=.)"""
+    |(?:故|所以|因此)?,?(?:应?选(?:项|择)?
+    |(?:正确)?(?:答案|选项)(?:是|为|选)?|答))\ ?:?\ ?(?=.)"""
 
 
 def _clean(text) -> str:
@@ -156,13 +160,14 @@ J joule joules; N newton newtons; Pa pascal pascals; Ω ohm ohms; eV electronvol
 mol mole moles; cal calorie calories; C coulomb coulombs; Hz hertz""")
 _SI = {"": ""} | _names("k kilo; c centi; m milli; d deci; µ μ micro; n nano; M mega; G giga")
 _UNITS = {p + b: short + base for p, short in _SI.items() for b, base in _BASES.items()}
-_UNITS |= _names(r"""% percent percentage pct; ° degree degrees deg 度; °C; °F; K kelvin kelvins;
-rad radian radians; in inch inches; ft foot feet; yd yard yards; mi mile miles; lb lbs pound pounds;
-oz ounce ounces; t ton tons tonne tonnes 吨; ha hectare hectares; acre acres; gal gallon gallons;
-min mins minute minutes 分钟 分; h hr hrs hour hours 小时 时; day days 天; week weeks; people; men;
-month months 个月; year years yr yrs 年; women; children; $ dollar dollars USD; € euro euros EUR;
-mph; £ GBP; ¥ yuan RMB CNY 元; ₹ rupee rupees Rs INR; ¢ cent cents; m 米; km 千米 公里; cm 厘米;
-mm 毫米; dm 分米; g 克; kg 千克 公斤; L 升; mL 毫升; s 秒; Ω \Omega; kΩ k\Omega; unit units""")
+_UNITS |= _names(r"""% percent percentage pct; ° degree degrees deg 度; °C; °F;
+K kelvin kelvins; rad radian radians; in inch inches; ft foot feet; yd yard yards; mi mile miles;
+lb lbs pound pounds; oz ounce ounces; t ton tons tonne tonnes 吨; ha hectare hectares; acre acres;
+gal gallon gallons; min mins minute minutes 分钟 分; h hr hrs hour hours 小时 时;
+day days 天; week weeks; people; men; month months 个月; year years yr yrs 年; women; children;
+$ dollar dollars USD; € euro euros EUR; mph; £ GBP; ¥ yuan RMB CNY 元; ₹ rupee rupees Rs INR;
+¢ cent cents; m 米; km 千米 公里; cm 厘米; mm 毫米; dm 分米; g 克; kg 千克 公斤;
+L 升; mL 毫升; s 秒; Ω \Omega; kΩ k\Omega; unit units""")
 _unit_forms = _rules(r"""
 \b[Dd]egrees? (?:[Cc]elsius|C)\b|° ?C\b -> °C
 (?:\b(?:square|sq\.?)|平方) ?(\w+|[^ -~]+)|(\w+) squared\b -> \1\2^{2}
@@ -172,7 +177,9 @@ _unit_forms = _rules(r"""
 """)
 # "5 apples" and "5个" count things, so one side may lack the noun; "5 tens" is not 5.
 _NOUN = r"""(?!.*(?:ths|lves|thirds|quarters|tens|dozens|hundreds|ands|llions|times|plus|minus|pairs
-|scores|less)$)[a-z]{3,}s|(?!.*[一二三四五六七八九十百千万亿半倍分之或和与及至到余多每])[一-鿿]{1,4}"""
+|scores|less)$)[a-z]{3,}s
+|(?!.*[一二三四五六七八九十百千万亿半倍分之或和与及至到余多每])
+[一-鿿]{1,4}"""
 
 
 def _unit(text: str) -> str | None:
@@ -286,7 +293,8 @@ def _read(text: str, depth: int = 0) -> Claim:
         if name and not any(part.parts for part in parts):
             kind = "all"  # the solutions x = 2 or x = 3
         return Claim(whole, kind, name=name if kind != "," else "", parts=parts)
-    tail = re.fullmatch(r"(.*?[\w})])(?: (?=[A-Za-z%].)|(?=°))(.+)", text)  # a unit after a formula
+    # A unit after a formula.
+    tail = re.fullmatch(r"(.*?[\w})])(?: (?=[A-Za-z%].)|(?=°))(.+)", text)
     if tail and (unit := _unit(tail[2])) and unit[0] != "#":
         return inner(tail[1], text=whole, unit=unit)
     return Claim(whole, "text", text)
