@@ -1,10 +1,12 @@
-# make demo   the whole pipeline on handwritten digits, into out/demo
-# make test   ruff, then the tests
-# make chaos  faults at random moments, a long run, inputs broken in every way; TRIES, SEED, STEPS
-#             and FUZZ may be given
-# make study  the paper's claims over seeds: hours; goes on where it was stopped
-# They make .venv from requirements.txt where it is missing. PYTHON=python3.11 picks the interpreter
-# that it is made with.
+# make demo          the whole pipeline on handwritten digits, into out/demo
+# make test          ruff, then the tests
+# make test-numbers  the tests of numbers as two older processors compute them
+# make test-gpu      the tests that need a GPU
+# make chaos         faults at random moments, a long run, inputs broken in every way; TRIES, SEED,
+#                    STEPS and FUZZ may be given
+# make study         the paper's claims over seeds: hours; goes on where it was stopped
+# All but test-gpu run on the CPU, also where there is a GPU. They make .venv from requirements.txt
+# where it is missing. PYTHON=python3.11 picks the interpreter that it is made with.
 
 SHELL := bash
 PYTHON ?= python3
@@ -12,7 +14,7 @@ PY := .venv/bin/python
 DEMO := out/demo
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test lint chaos study
+.PHONY: demo test test-numbers test-gpu lint chaos study
 .DELETE_ON_ERROR:
 
 .venv/installed: requirements.txt
@@ -20,8 +22,19 @@ export TOKENIZERS_PARALLELISM := false
 	$(PY) -m pip install --disable-pip-version-check --progress-bar off -r requirements.txt
 	touch $@
 
+demo test test-numbers chaos study: export CUDA_VISIBLE_DEVICES :=
+
 test: lint
 	$(PY) -m pytest
+
+# Processors round sums in different orders. A test of numbers must not hang on the last bit of one.
+NUMBERS := $(addprefix tests/test_,align.py discriminator.py model.py policy_gradient.py sampler.py)
+test-numbers: .venv/installed
+	ATEN_CPU_CAPABILITY=default $(PY) -m pytest $(NUMBERS)
+	ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2 $(PY) -m pytest $(NUMBERS)
+
+test-gpu: .venv/installed
+	$(PY) -m pytest -n 0 -k cuda
 
 TRIES ?= 80
 SEED ?= 0

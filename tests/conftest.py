@@ -99,6 +99,48 @@ def ragged(monkeypatch):
     as_on_a_gpu(monkeypatch)
 
 
+def same_samples(policy, ours, theirs, temperature=1.0, seed=0, step=0) -> int:
+    """Asserts that two ways of computing have sampled the same branches. -> compared tokens.
+
+    Two processors, or two ways on one of them, round in different places. So a branch may differ
+    from the first token on whose random number lies within 1e-5 of the boundary between the two
+    tokens, or whose two likeliest tokens are that close where sampling is greedy. Log-probabilities
+    have to agree up to that token."""
+    from data import Group, make_packs
+    from model import model_inputs
+    from sampler import uniforms
+
+    compared = 0
+    for one, two in zip(ours, theirs, strict=True):
+        for row, (a, b) in enumerate(zip(one.branches, two.branches, strict=True)):
+            length = min(len(a), len(b))
+            differs = (a[:length] != b[:length]).nonzero()[:, 0].tolist()
+            until = differs[0] if differs else length
+            if one.logprobs and two.logprobs:
+                x, y = one.logprobs[row][:until], two.logprobs[row][:until]
+                torch.testing.assert_close(x, y, atol=1e-5, rtol=0)
+            compared += until
+            if not differs:
+                assert len(a) == len(b)
+                continue
+            before = Group(one.prompt, [a[:until]] if until else [])
+            (pack,) = make_packs([before])
+            device = next(policy.parameters()).device
+            with torch.no_grad():
+                logits = policy(**model_inputs(policy, pack.to(device))).logits[0, -1].float().cpu()
+            p = (logits / (temperature or 1.0)).index_fill(0, policy.forbidden, -torch.inf)
+            p = p.softmax(-1).double()
+            chosen = int(a[until]), int(b[until])
+            if temperature == 0:
+                assert abs(p[chosen[0]] - p[chosen[1]]) < 1e-5
+                continue
+            u = uniforms(seed, step, one.prompt.index, row, until + 1)[until]
+            low, high = sorted(chosen)
+            cdf = p.cumsum(0)
+            assert abs(cdf[low] - u) < 1e-5 and cdf[high - 1] - cdf[low] < 1e-5, (cdf[low], u)
+    return compared
+
+
 def launch(
     script: str, *args, ranks: int = 1, check: bool = True, real: bool = False, **env
 ) -> subprocess.CompletedProcess:
