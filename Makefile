@@ -58,9 +58,11 @@ demo: .venv/installed
 	rm -rf $(DEMO)
 	$(MAKE) --no-print-directory -j2 $(DEMO)/results.json
 
-$(DEMO)/base/model.safetensors:
-	$(PY) digits.py
-	mkdir -p $(DEMO) && cp -r out/digits/base $(DEMO)/base
+out/digits/init/model.safetensors:
+	$(PY) -m support.digits
+
+$(DEMO)/base/model.safetensors: out/digits/init/model.safetensors
+	$(PY) sft.py --model out/digits/init --data digits --output_dir $(DEMO)/base
 
 $(DEMO)/sft/model.safetensors: $(DEMO)/base/model.safetensors
 	$(PY) sft.py --model $(DEMO)/base --data digits --output_dir $(DEMO)/sft
@@ -81,4 +83,4 @@ $(DEMO)/%/eval.json: $(DEMO)/%/model.safetensors
 	$(PY) eval.py --ckpt $(DEMO)/$* --data digits
 
 $(DEMO)/results.json: $(foreach name,align_grpo sft_grpo align sft base,$(DEMO)/$(name)/eval.json)
-	$(PY) report.py $(DEMO)
+	$(PY) -m support.report $(DEMO)

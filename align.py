@@ -23,48 +23,55 @@ D1 to D5 and D13 are in discriminator.py, D9 and D11 in policy_gradient.py.
 """
 
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch
 
-from checkpoint import load_policy, save_policy
-from data import SYSTEM_PROMPT, decode, parse_response
-from discriminator import Comparison, judge, load_discriminator, save_discriminator
-from model import learning_rate_at, optimizer_step, shard
-from policy_gradient import group_advantage, policy_backward
-from rows import RowError, load_data
-from run import Count, Positive, Run, RunConfig, Schedule, Share, Weight, main
-from sampler import generate, sampling_flags
+from data import SYSTEM_PROMPT, Encoded, decode, parse_response
+from discriminator import Comparison, judge, load_discriminator
+from model import load_policy, rank_packs
+from policy_gradient import Objective, group_advantage, policy_backward
+from sampler import Sampling, generate
+from support.errors import RowError
+from support.flags import Count, NonNegative, Positive, RunConfig, Schedule, Share
+from support.huggingface import save_discriminator, save_policy
+from support.metrics import Mean, Sum
+from support.optimizer import adamw, learning_rate_at, optimizer_step
+from support.ranks import shard
+from support.rows import load_data
+from support.run import Run, main
 
 
 @dataclass
 class AlignConfig(RunConfig):
+    stage: ClassVar[str] = "align"
     ckpt: str = "prism-vlm/Qwen3-VL-4B-Instruct-SFT"  # the SFT policy
     data: list[str] = field(  # prompts with a supervision response; paper: 5.9K
         default_factory=lambda: ["hf://datasets/prism-vlm/rl_dataset/rl_training_data_5.9k.parquet"]
     )
-    discriminator: str = "prism-vlm/Qwen3-VL-2B-4X-Moe-warmup-120k"  # or a model to be upcycled
-    output_dir: str = "out/align"
-    system_prompt: str = SYSTEM_PROMPT  # of rows without one, or a file that holds it
-    learning_rate: Weight = 1e-6  # paper: 1e-6
-    discriminator_learning_rate: Weight = 1e-6  # paper: 1e-6
-    lr_scheduler_type: Schedule = "constant"  # paper: constant
-    warmup_steps: Weight = 0.0  # paper: none
-    weight_decay: Weight = 0.01  # paper: 0.01, both models
-    max_steps: Count = 500  # paper: 500 (one of its files: 1500)
-    prompts_per_step: Count = 4  # paper: 4, over all ranks
-    num_generations: Count = 16  # paper: 16 rollouts a prompt
-    temperature: Positive = 1.0  # paper: 1.0
-    max_prompt_length: Count = 2048  # paper: 2048
-    max_completion_length: Count = 6144  # paper: 6144
-    alpha: Share = 0.5  # paper: 0.5
-    format_penalty: Weight = 1.5  # paper: 1.5
-    epsilon: Share = 0.2  # paper: 0.2, both sides; never acts, as the ratio is 1
-    score_l2: Weight = 0.001  # paper: 0.001
-    router_aux_loss_coef: Weight = 0.01  # paper: 0.01; the release: 0 in the game (D4)
-    length_beta_perception: Weight = 0.0  # paper: off
-    length_beta_reasoning: Weight = 0.0  # paper: off
-    max_grad_norm: Positive = 1.0  # not stated
-    max_rollout_rows: Count | None = 32  # rows sampled at a time, others wait; None: all
+    discriminator: str = "prism-vlm/Qwen3-VL-2B-4X-Moe-warmup-120k"  # or a model to upcycle
+    output_dir: str = "out/align"  # the run's directory, and the aligned policy at its end
+    system_prompt: str = SYSTEM_PROMPT  # text, or a file with it, for rows without a system turn
+    learning_rate: NonNegative = 1e-6  # of the policy; paper: 1e-6
+    discriminator_learning_rate: NonNegative = 1e-6  # paper: 1e-6
+    lr_scheduler_type: Schedule = "constant"  # schedule of both learning rates; paper: constant
+    warmup_steps: NonNegative = 0.0  # steps, or below 1 a share of the run; paper: none
+    weight_decay: NonNegative = 0.01  # of AdamW, both models; paper: 0.01
+    max_steps: Count = 500  # steps of the game; paper: 500 (one of its files: 1500)
+    prompts_per_step: Count = 4  # over all ranks; paper: 4
+    num_generations: Count = 16  # rollouts a prompt; paper: 16
+    temperature: Positive = 1.0  # of sampling; paper: 1.0
+    max_prompt_length: Count = 2048  # longest prompt in tokens; paper: 2048
+    max_completion_length: Count = 6144  # longest rollout in tokens; paper: 6144
+    alpha: Share = 0.5  # weight of perception in the reward (11); paper: 0.5
+    format_penalty: NonNegative = 1.5  # subtracted for a broken format (11); paper: 1.5
+    epsilon: Share = 0.2  # clip, both sides; never acts, as the ratio is 1; paper: 0.2
+    score_l2: NonNegative = 0.001  # weight of the squared scores (7); paper: 0.001
+    router_aux_loss_coef: NonNegative = 0.01  # of the balance loss; paper: 0.01, release: 0 (D4)
+    length_beta_perception: NonNegative = 0.0  # length debiasing (12) of captions; paper: off
+    length_beta_reasoning: NonNegative = 0.0  # length debiasing (12) of reasoning; paper: off
+    max_grad_norm: Positive = 1.0  # gradients are clipped to this norm; paper: not stated
+    max_rollout_rows: Count | None = 32  # rows sampled at a time, others wait; none: all
 
 
 def alignment_advantage(
@@ -75,11 +82,11 @@ def alignment_advantage(
     format_penalty: float = 1.5,
 ) -> torch.Tensor:
     """(11), the reward of the game. perception, reasoning (P, N): scores; valid (P, N): boolean;
-    what stands at invalid rollouts is replaced first. -> (P, N)
+    scores of invalid rollouts are replaced first (9). -> (P, N)
     Takes along: fill_invalid, policy_gradient.group_advantage."""
     valid = valid.bool()
-    filled = (fill_invalid(score, valid) for score in (perception, reasoning))
-    perception, reasoning = (group_advantage(score) for score in filled)
+    perception = group_advantage(fill_invalid(perception, valid))
+    reasoning = group_advantage(fill_invalid(reasoning, valid))
     advantage = alpha * perception + (1 - alpha) * reasoning
     return advantage - format_penalty * (~valid).to(advantage.dtype)
 
@@ -97,97 +104,127 @@ def debias(score: torch.Tensor, length: torch.Tensor, beta: float) -> torch.Tens
     return score - beta * torch.log1p(length)
 
 
-def game_advantage(judged, config: AlignConfig) -> torch.Tensor:
-    """A Judgement (discriminator.py) -> the advantages (P, N), by (12), (9), (10), (11)."""
-    perception = debias(judged.perception, judged.length[0], config.length_beta_perception)
-    reasoning = debias(judged.reasoning, judged.length[1], config.length_beta_reasoning)
-    alpha, penalty = config.alpha, config.format_penalty
-    return alignment_advantage(perception, reasoning, judged.valid, alpha, penalty)
-
-
 def train() -> None:
     run = Run(AlignConfig)
     config = run.config
     examples = load_data(config.data, ("response",), config.system_prompt, config.image_dir)
-    policy, processor = load_policy("--ckpt", config.ckpt, run.device, config)
-    discriminator, d_processor = load_discriminator(
-        "--discriminator", config.discriminator, seed=config.seed, policy_processor=processor
+    policy, processor = load_policy(config.ckpt, run.device, config)
+    discriminator, _ = load_discriminator(
+        config.discriminator, seed=config.seed, policy_processor=processor
     )
     discriminator = shard(discriminator, run.device, config)
-    policy.train(), discriminator.train()
-    adamw = dict(weight_decay=config.weight_decay, fused=True)
-    optimizer = torch.optim.AdamW(policy.parameters(), **adamw)
-    d_optimizer = torch.optim.AdamW(discriminator.parameters(), **adamw)
+    policy.train()
+    discriminator.train()
+    optimizer = adamw(policy, config.weight_decay)
+    d_optimizer = adamw(discriminator, config.weight_decay)
     modules = {"policy": (policy, optimizer), "discriminator": (discriminator, d_optimizer)}
 
     def encode(example, prompt):
+        """A row as (row, prompt x, supervision response y+)."""
         teacher = parse_response(example.response)
         if teacher is None:
             raise RowError("the supervision response breaks the format")
         return example, prompt, teacher
 
-    def save(path):
-        save_policy(policy, processor, path)
-        save_discriminator(discriminator, d_processor, f"{path}/discriminator")
+    limits = dict(max_prompt_length=config.max_prompt_length, max_pixels=config.max_pixels)
+    rows = Encoded(examples, processor, encode, **limits)
+    stream = run.batches(rows, config.prompts_per_step)
+    sampling = Sampling.of(config)
+    # The ratio and the mean of (14) to (16) are by token, as in GRPO, without a dual clip.
+    objective = Objective("grpo", config.epsilon, config.epsilon, temperature=config.temperature)
 
-    stream = run.batches(examples, processor, encode, config.prompts_per_step)
-    sampling = sampling_flags(config)
-    scoring = config.max_tokens_per_pack, config.score_l2, config.router_aux_loss_coef
-    # "grpo": ratio and mean by token. Strictly on policy, the clips never act; no dual clip.
-    clips = config.epsilon, config.epsilon, 0.0
-    objective = dict(algorithm="grpo", clips=clips, on_policy=True)
-    d_peak = config.discriminator_learning_rate
+    def save(path: str) -> None:
+        save_policy(policy, path)
+        save_discriminator(discriminator, f"{path}/discriminator")
 
-    # A step of the game (2).
+    # Each step is one move of both players in the game (2).
     for step in run.steps(config.max_steps, modules, save):
-        rate = learning_rate_at(step, config.max_steps, config)
-        d_rate = learning_rate_at(step, config.max_steps, config, d_peak)
-        # Prompts x, each with its supervision response y+.
+        # Draw prompts x, each with its one supervision response y+.
         with run.phase("data"):
             batch = next(stream)
             prompts = [prompt for _, prompt, _ in batch]
-        # Rollouts y ~ G(x), N a prompt.
+
+        # Sample N rollouts y ~ G(x) of each prompt from the policy.
         with run.phase("rollout"):
-            groups = generate(policy, prompts, step=step, **sampling)
-            texts = [[decode(processor, branch) for branch in g.branches] for g in groups]
-        # Scores D_k(x, y+) and D_k(x, y), and in the same forward the gradient of (7); D steps.
+            groups = generate(policy, prompts, sampling, step=step)
+            texts = [[decode(processor, branch) for branch in group.branches] for group in groups]
+
+        # Compare every rollout with y+. A rollout of broken format is None and has no scores.
+        comparisons = []
+        for (_, prompt, teacher), rollouts in zip(batch, texts):
+            students = [parse_response(text) for text in rollouts]
+            comparisons.append(Comparison(prompt, teacher, students))
+
+        # Score both views, D_k(x, y+) and D_k(x, y), and add the gradient of the loss (7) in the
+        # same forward. Both models are scored before either steps.
         with run.phase("judge"):
-            students = [[parse_response(text) for text in of_prompt] for of_prompt in texts]
-            compared = [Comparison(x, teacher, s) for (_, x, teacher), s in zip(batch, students)]
-            judged = judge(discriminator, compared, processor, *scoring, backward=True)
+            judged = judge(
+                discriminator,
+                comparisons,
+                processor,
+                max_tokens=config.max_tokens_per_pack,
+                score_l2=config.score_l2,
+                balance_coef=config.router_aux_loss_coef,
+                backward=True,
+            )
+            # The discriminator steps.
+            d_peak = config.discriminator_learning_rate
+            d_rate = learning_rate_at(step, config.max_steps, config, peak=d_peak)
             d_grad_norm = optimizer_step(discriminator, d_optimizer, d_rate, config.max_grad_norm)
-        # Advantages (11).
-        advantage = game_advantage(judged, config)
-        # The clipped policy gradient (14) to (16); G steps.
+
+        # Turn scores into advantages: length debiasing (12), replacing (9), group normalisation
+        # (10), the weighted sum and the format penalty (11).
+        perception = debias(
+            judged.perception, judged.perception_length, config.length_beta_perception
+        )
+        reasoning = debias(judged.reasoning, judged.reasoning_length, config.length_beta_reasoning)
+        advantage = alignment_advantage(
+            perception,
+            reasoning,
+            judged.valid,
+            alpha=config.alpha,
+            format_penalty=config.format_penalty,
+        )
+
+        # Add the clipped policy gradient (14) to (16), strictly on policy; the policy steps.
         with run.phase("update"):
-            flat = advantage.flatten()
-            means, peaks = policy_backward(policy, groups, flat, processor, config, **objective)
+            packs = rank_packs(groups, processor, config.max_tokens_per_pack)
+            updated = policy_backward(policy, packs, groups, advantage, objective)
+            rate = learning_rate_at(step, config.max_steps, config)
             grad_norm = optimizer_step(policy, optimizer, rate, config.max_grad_norm)
 
-        values = {"learning_rate": rate, "d_learning_rate": d_rate}
-        values |= {"grad_norm": grad_norm, "d_grad_norm": d_grad_norm}
-        log_step(run, step, batch, groups, texts, judged, advantage, means, peaks, values)
-
-
-def log_step(run, step, batch, groups, texts, judged, advantage, means, peaks, values) -> None:
-    """The step's line in metrics.jsonl, and the first prompt's rollouts in rollouts.jsonl."""
-    lengths = [len(branch) for group in groups for branch in group.branches]
-    without = int((~judged.valid.any(1)).sum())
-    measures = {name: means[name] for name in ("loss", "entropy")}
-    measures["format_valid"] = judged.valid.sum(), judged.valid.numel()
-    measures["response_length"] = sum(lengths), len(lengths)
-    sums = {
-        "prompts_without_valid": without,
-        "ranks_without_valid": len(groups) > 0 and without == len(groups),
-        "tokens": sum(lengths) + sum(len(prompt.input_ids) for _, prompt, _ in batch),
-    }
-    gap = {"sampled_scored_gap": peaks["sampled_scored_gap"]}
-    run.log(step, judged.means | measures, sums, gap, values | judged.expert_shares)
-    if batch:
-        names = ("perception", "reasoning", "valid", "teacher_perception", "teacher_reasoning")
-        columns = {name: getattr(judged, name)[0] for name in names}
-        columns |= {"advantage": advantage[0], "length": lengths}
-        run.log_rollouts(step, batch[0][0], texts[0], **columns)
+        # Log the step, and the rollouts of the first prompt.
+        lengths = [len(branch) for group in groups for branch in group.branches]
+        without_valid = int((~judged.valid.any(1)).sum())
+        metrics = {
+            **judged.metrics,
+            "loss": updated["loss"],
+            "entropy": updated["entropy"],
+            "sampled_scored_gap": updated["sampled_scored_gap"],
+            "format_valid": Mean(judged.valid.sum(), judged.valid.numel()),
+            "response_length": Mean(sum(lengths), len(lengths)),
+            "prompts_without_valid": Sum(without_valid),
+            "ranks_without_valid": Sum(int(0 < len(groups) == without_valid)),
+            "grad_norm": grad_norm,
+            "d_grad_norm": d_grad_norm,
+            "learning_rate": rate,
+            "d_learning_rate": d_rate,
+        }
+        tokens = sum(lengths) + sum(len(prompt.input_ids) for prompt in prompts)
+        run.log(step, metrics, grad_norms=[grad_norm, d_grad_norm], tokens=tokens)
+        if batch:
+            run.log_rollouts(
+                step,
+                batch[0][0],
+                texts[0],
+                perception=judged.perception[0],
+                reasoning=judged.reasoning[0],
+                valid=judged.valid[0],
+                teacher_perception=judged.teacher_perception[0],
+                teacher_reasoning=judged.teacher_reasoning[0],
+                advantage=advantage[0],
+                length=lengths,
+            )
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Data: Examples (rows.py) -> prompts and branches as tensors -> packs.
+"""Data: rows (support/rows.py) -> prompts and branches as tensors -> packs.
 
 Everything PRISM computes is one prompt (system + image + question) followed by several
 continuations, its *branches*:
@@ -18,20 +18,21 @@ alone. The packed forward therefore equals separate forwards, and the prompt wit
 computed once. A `Pack` is such a row, or several one after the other, cut by a token budget.
 Packs are what micro-batches are elsewhere.
 
-This file knows the response format of the paper and the chat template. It knows no model.
+This file knows the response format of the paper, and how a processor turns text and images into
+ids, pixels and rotary positions. Of a model it knows no weights.
 """
 
 import io
 import itertools
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
 
 import torch
 from PIL import Image
 
-from rows import Example, RowError, Unfit, UserError, open_image
+from support.errors import RowError, Unfit, UserError
+from support.rows import Example, open_image
 
 # --------------------------------------------------------------------------------------------------
 # The response format
@@ -82,7 +83,7 @@ class Prompt:
     Images are what the model's processor makes of them. In the Qwen-VL family: V patches of d
     values, and the grid of each image. In models with images of one size: pixels alone."""
 
-    index: int  # the draw's identity, for its random numbers: a row drawn twice differs
+    index: int  # place in the stream of rows; it seeds the sampling, so a row drawn twice differs
     input_ids: torch.Tensor  # (L,)
     position_ids: torch.Tensor  # (3, L), mrope; three equal rows where a model counts tokens only
     pixel_values: torch.Tensor | None = None  # (V, d), or (I, channels, height, width)
@@ -107,8 +108,9 @@ class Group:
 
 
 def limit_pixels(processor, max_pixels: int) -> None:
-    """From here on an image has at most `max_pixels` pixels, by the processor's own resizing.
-    UserError where that does not count pixels."""
+    """Sets the largest image to `max_pixels` pixels, by the processor's own resizing. Sides are
+    rounded to whole patches and an image has at least one, so a small limit may be exceeded.
+    UserError where the processor does not count pixels."""
     images = processor.image_processor
     if not hasattr(images, "merge_size"):
         raise UserError(f"--max_pixels: {type(images).__name__} has one size for all; leave it out")
@@ -241,24 +243,13 @@ def blank_group(processor) -> Group:
 
 
 # --------------------------------------------------------------------------------------------------
-# Batches
-
-
-@lru_cache(maxsize=2)  # a batch may end one epoch and begin the next
-def _epoch_order(epoch: int, rows: int, seed: int) -> torch.Tensor:
-    return torch.randperm(rows, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch))
-
-
-def epoch_rows(start: int, end: int, rows: int, seed: int) -> list[int]:
-    """The rows at places `start` to `end` of the endless stream of shuffled epochs."""
-    places = (divmod(position, rows) for position in range(start, end))
-    return [int(_epoch_order(epoch, rows, seed)[place]) for epoch, place in places]
+# Rows that are encoded when they are drawn
 
 
 class Encoded(torch.utils.data.Dataset):
-    """Draws (place in the stream, number of the row), encoded: for each (where, `encode(example,
-    prompt)` or a RowError). `limits` may hold max_image_size, see encode_prompts, max_pixels, see
-    limit_pixels, and max_prompt_length in tokens."""
+    """Rows that are encoded when they are drawn. `encode(example, prompt)` makes of a row what the
+    stage trains on, or raises RowError. `limits` may hold max_prompt_length in tokens,
+    max_image_size (see `encode_prompts`) and max_pixels (see `limit_pixels`)."""
 
     def __init__(self, examples, processor, encode: Callable, **limits):
         self.examples, self.processor = examples, processor
@@ -266,61 +257,43 @@ class Encoded(torch.utils.data.Dataset):
         if limits.get("max_pixels"):
             limit_pixels(processor, limits["max_pixels"])
 
+    def __len__(self) -> int:
+        return len(self.examples)
+
     def __getitem__(self, draws: list[tuple[int, int]]) -> list[tuple[str, object]]:
+        """Draws (place in the stream, number of the row) -> for each (where it comes from, what
+        `encode` made of it or a RowError)."""
         items = [_attempt(self.examples.__getitem__, number) for _, number in draws]
-        rows = [(i, item) for i, item in enumerate(items) if isinstance(item, Example)]
-        longest = self.limits.get("max_prompt_length") or torch.inf
+        wheres = [item.where for item in items]
+        found = [i for i, item in enumerate(items) if not isinstance(item, RowError)]
+        examples = [items[i] for i in found]
         size = self.limits.get("max_image_size")
-        prompts = encode_prompts(self.processor, [example for _, example in rows], size)
-        for (i, example), prompt in zip(rows, prompts):
-            if isinstance(prompt, RowError):
-                items[i] = prompt
-            elif len(prompt.input_ids) > longest:
-                length = f"{len(prompt.input_ids)} tokens"
-                items[i] = Unfit(f"{length} are more than --max_prompt_length {longest}")
-            else:
-                prompt.index = draws[i][0]
-                items[i] = _attempt(self.encode, example, prompt)
+        prompts = encode_prompts(self.processor, examples, size)
+        for i, example, prompt in zip(found, examples, prompts):
+            place, _ = draws[i]
+            items[i] = self._finish(place, example, prompt)
             if isinstance(items[i], RowError):
                 items[i].where = example.where
-        wheres = {i: example.where for i, example in rows}
-        return [(wheres.get(i) or item.where, item) for i, item in enumerate(items)]
+        return list(zip(wheres, items))
+
+    def _finish(self, place: int, example: Example, prompt):
+        """The item of a row whose prompt is encoded, or is a RowError."""
+        if isinstance(prompt, RowError):
+            return prompt
+        longest = self.limits.get("max_prompt_length") or torch.inf
+        length = len(prompt.input_ids)
+        if length > longest:
+            return Unfit(f"{length} tokens are more than --max_prompt_length {longest}")
+        prompt.index = place
+        return _attempt(self.encode, example, prompt)
 
 
 def _attempt(function: Callable, *args):
+    """What a function returns, or the RowError that it raises."""
     try:
         return function(*args)
     except RowError as error:
         return error
-
-
-def batches(
-    encoded: Encoded,
-    batch_size: int,
-    seed: int,
-    start: int = 0,
-    total: int | None = None,
-    share: tuple[int, int] = (0, 1),
-    workers: int = 0,
-) -> Iterator[list]:
-    """This rank's `share` (rank, ranks) of one global batch after another.
-
-    Batches are cuts of the stream of shuffled epochs from row `start` on, so what a batch holds
-    depends neither on the number of ranks nor on where a run was resumed. Behind row `total`
-    they are empty. Rows are encoded ahead in `workers` processes, where there are any."""
-
-    def numbers():
-        for at in itertools.count(start, batch_size):
-            end = at + batch_size if total is None else min(at + batch_size, total)
-            rows = epoch_rows(at, end, len(encoded.examples), seed)
-            yield list(enumerate(rows, at))[share[0] :: share[1]]
-
-    own = torch.Generator()  # otherwise the loader would draw from the global one, as dropout does
-    return iter(
-        torch.utils.data.DataLoader(
-            encoded, None, sampler=numbers(), num_workers=workers, collate_fn=list, generator=own
-        )
-    )
 
 
 # --------------------------------------------------------------------------------------------------

@@ -21,7 +21,7 @@ image are computed once for all views. Both sides go through one function (`data
 equal views of a prompt are one branch, so two sides of the same text score exactly the same (D15).
 Nothing is cut.
 
-Deviations from the published run (all are in the README, with the reasons):
+Deviations from the published run (all are in docs/handbook.md, with the reasons):
 D1  Each view has a score vector of its own; the release reads both views from one.
 D2  Views keep the image's rotary positions; the release drops them.
 D3  Prompt tokens are computed once, so they enter (8) once and not once a view. (8) is taken in
@@ -40,56 +40,61 @@ D13 A twentieth of the pairs is held out, so the warm-up has 1,782 steps and not
 import math
 import random
 from dataclasses import dataclass, field
-from functools import partial
+from typing import ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
-from transformers import Qwen3VLMoeConfig
 
-from checkpoint import load_policy, load_pretrained, read_config, read_tensors
-from checkpoint import save_processor, save_weights
-from data import SYSTEM_PROMPT, Group, Pack, Prompt, Response, decode, encode_views
-from data import make_packs, parse_response
-from model import adapt, all_sum, even_packs, learning_rate_at
-from model import model_inputs, optimizer_step, rank, shard, world_size
-from rows import RowError, Unfit, UserError, load_data
-from run import Count, Positive, Run, RunConfig, Schedule, Share, Weight, add, main, say
-from sampler import generate
+from data import SYSTEM_PROMPT, Encoded, Group, Pack, Prompt, Response
+from data import decode, encode_views, parse_response
+from model import adapt, load_policy, model_inputs, rank_packs
+from sampler import Sampling, generate
+from support.errors import RowError, Unfit, UserError
+from support.flags import Count, NonNegative, Positive, RunConfig, Schedule, Share
+from support.huggingface import open_discriminator, same_prompts, save_discriminator
+from support.metrics import Loss, Mean, Sum, add
+from support.optimizer import adamw, learning_rate_at, optimizer_step
+from support.ranks import all_sum, shard, world_size, say
+from support.rows import load_data
+from support.run import Run, main
 
-EXPERTS = ("learned", "dedicated", "dense", "text")
+# learned (the paper): a router over all experts; dedicated: half of the experts for each view; the
+# ablations: dense (no experts) and text (experts, but no image).
+Kind = Literal["learned", "dedicated", "dense", "text"]
 VIEWS = ("perception", "reasoning")
 
 
 @dataclass
 class DiscriminatorConfig(RunConfig):
-    model: str = "Qwen/Qwen3-VL-2B-Instruct"  # what is upcycled (paper), or a discriminator
-    data: list[str] = field(  # pairs of a supervision and a student response
+    stage: ClassVar[str] = "discriminator"
+    model: str = "Qwen/Qwen3-VL-2B-Instruct"  # the model to upcycle (paper), or a discriminator
+    data: list[str] = field(  # pairs of a supervision response and a student's; paper: 120K
         default_factory=lambda: [
             "hf://datasets/prism-vlm/qwen3_vl_moe_warmup_pairwise_120k/warmup_pairwise.jsonl"
         ]
     )
-    policy: str | None = None  # where given, it samples the students, at temperature 1
-    output_dir: str = "out/discriminator"
-    system_prompt: str = SYSTEM_PROMPT  # of rows without one; or a file that holds it
-    experts: str = "learned"  # learned (paper), dedicated, dense, text
-    dropout: Share = 0.1  # paper: 0.1, before the score head
-    learning_rate: Weight = 1e-5  # paper: 1e-5
-    lr_scheduler_type: Schedule = "cosine"  # paper: cosine
-    warmup_steps: Weight = 0.1  # paper: 0.1 of the run
-    weight_decay: Weight = 0.01  # paper: 0.01
-    num_train_epochs: Positive = 1.0  # paper: 1
-    max_steps: int = -1  # where positive, in place of the epochs
-    per_device_train_batch_size: Count = 2  # pairs of two comparisons; paper: 4 comparisons
-    gradient_accumulation_steps: Count = 4  # paper: 4; on 8 GPUs 128 comparisons a step
-    max_grad_norm: Positive = 1.0  # paper: 1.0
-    max_length: Count = 8192  # paper: 8192, prompt and view
-    max_image_size: Count = 560  # paper: 560 px on the long side; larger ones are scaled down
-    max_completion_length: Count = 6144  # of the policy's samples
-    max_rollout_rows: Count | None = 32  # rows sampled at a time, others wait; None: all
-    score_l2: Weight = 0.001  # paper: 0.001, in the game (D4)
-    router_aux_loss_coef: Weight = 0.01  # paper: 0.01
-    validation_share: Share = 0.05  # of the pairs, held out; paper: none (D13)
-    save_steps: Count = 500
+    policy: str | None = None  # a policy that samples the students; none: they stand in the data
+    output_dir: str = "out/discriminator"  # the run's directory, and the discriminator at its end
+    system_prompt: str = SYSTEM_PROMPT  # text, or a file with it, for rows without a system turn
+    experts: Kind = "learned"  # which experts; paper: learned, and ablations dense and text
+    dropout: Share = 0.1  # before the score head; paper: 0.1
+    learning_rate: NonNegative = 1e-5  # at its peak; paper: 1e-5
+    lr_scheduler_type: Schedule = "cosine"  # schedule of the learning rate; paper: cosine
+    warmup_steps: NonNegative = 0.1  # steps, or below 1 a share of the run; paper: 0.1
+    weight_decay: NonNegative = 0.01  # of AdamW; paper: 0.01
+    num_train_epochs: Positive = 1.0  # passes over the data; paper: 1
+    max_steps: int = -1  # where positive, the length of the run in place of the epochs
+    per_device_train_batch_size: Count = 2  # pairs, two comparisons each; paper: 4 comparisons
+    gradient_accumulation_steps: Count = 4  # multiplies the batch; paper: 4
+    max_grad_norm: Positive = 1.0  # gradients are clipped to this norm; paper: 1.0
+    max_length: Count = 8192  # longest prompt with a view, in tokens; paper: 8192
+    max_image_size: Count = 560  # longest side of an image, in pixels; paper: 560
+    max_completion_length: Count = 6144  # longest sample of the policy, in tokens
+    max_rollout_rows: Count | None = 32  # samples drawn at a time, others wait; none: all
+    score_l2: NonNegative = 0.001  # weight of the squared scores; paper: 0.001, in the game (D4)
+    router_aux_loss_coef: NonNegative = 0.01  # weight of the balance loss; paper: 0.01
+    validation_share: Share = 0.05  # share of the pairs that is held out; paper: none (D13)
+    save_steps: Count = 500  # steps between checkpoints for --resume
 
 
 # --------------------------------------------------------------------------------------------------
@@ -115,13 +120,17 @@ class Router(torch.nn.Module):
 class SparseMLP(torch.nn.Module):
     """(4): a layer's experts and the router that chooses `top_k` of them for each token.
 
-    After a forward, `probabilities` (T, E) and `chosen` (T, top_k) tell how the router decided, if
-    they were None before. Where `allowed` (T, E) is set, a token chooses among its allowed experts.
+    After a forward, `probabilities` (T, E) and `chosen` (T, top_k) tell how the router decided,
+    until `forget`. Where `allowed` (T, E) is set, a token chooses among its allowed experts.
     Takes along: Experts, Router, grouped."""
 
     def __init__(self, gate: Router, experts: Experts, top_k: int):
         super().__init__()
         self.gate, self.experts, self.top_k = gate, experts, top_k
+        self.forget()
+
+    def forget(self) -> None:
+        """Drops what the last forward decided, and whatever restricted it."""
         self.allowed = self.probabilities = self.chosen = None
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
@@ -163,7 +172,7 @@ def upcycle(
 ) -> None:
     """(3): turns every dense MLP of the backbone's language model into experts, in place. Each
     expert is a copy of the dense MLP plus noise. UserError where an MLP is not gated.
-    Takes along: SparseMLP, rows.UserError."""
+    Takes along: SparseMLP, support.errors.UserError."""
     generator = torch.Generator().manual_seed(seed)
 
     def noise(like, std):
@@ -181,21 +190,22 @@ def upcycle(
             )
         gate_up = torch.cat([mlp.gate_proj.weight.data, mlp.up_proj.weight.data])
         down = mlp.down_proj.weight.data
-        copies = [
-            (gate_up + noise(gate_up, noise_std), down + noise(down, noise_std))
-            for _ in range(num_experts)
-        ]
+        gate_ups, downs = [], []
+        for _ in range(num_experts):
+            gate_ups.append(gate_up + noise(gate_up, noise_std))
+            downs.append(down + noise(down, noise_std))
         gate = noise(gate_up.new_empty(num_experts, gate_up.shape[1]), router_std)
-        experts = Experts(*map(torch.stack, zip(*copies)), mlp.act_fn)
+        experts = Experts(torch.stack(gate_ups), torch.stack(downs), mlp.act_fn)
         layer.mlp = SparseMLP(Router(gate), experts, top_k)
 
 
 def balance_loss(probabilities, chosen) -> torch.Tensor:
     """(8) over the tokens of all layers. Of each layer (T, E) router probabilities and (T, top_k)
     chosen experts -> scalar, about top_k when balanced, as in transformers."""
-    p, c = torch.cat(probabilities), torch.cat(chosen)
-    share = F.one_hot(c, p.shape[1]).float().sum(1).mean(0)
-    return p.shape[1] * (share * p.mean(0)).sum()
+    probabilities, chosen = torch.cat(probabilities), torch.cat(chosen)
+    num_experts = probabilities.shape[1]
+    share = F.one_hot(chosen, num_experts).float().sum(1).mean(0)  # f_e
+    return num_experts * (share * probabilities.mean(0)).sum()
 
 
 # --------------------------------------------------------------------------------------------------
@@ -203,22 +213,20 @@ def balance_loss(probabilities, chosen) -> torch.Tensor:
 
 
 class Discriminator(torch.nn.Module):
-    """(5): a backbone and a score head for each view. `kind` is one of EXPERTS: learned (the
-    paper: a router over all experts), dedicated (half of the experts for each view), and the
-    ablations dense (no experts) and text (experts, no image).
+    """(5): a backbone and a score vector for each view. `kind` is one of Kind.
     Takes along: SparseMLP, view_of_tokens, VIEWS, model.adapt, model.model_inputs."""
 
     def __init__(self, backbone, kind: str, dropout: float = 0.1):
         super().__init__()
         self.model, self.kind = backbone, kind
         self.dropout = torch.nn.Dropout(dropout)
-        self.score = torch.nn.Linear(
-            backbone.config.get_text_config().hidden_size, len(VIEWS), bias=False
-        )
+        width = backbone.config.get_text_config().hidden_size
+        self.score = torch.nn.Linear(width, len(VIEWS), bias=False)
         torch.nn.init.normal_(self.score.weight, std=0.02)
 
     @property
     def sparse(self) -> list[SparseMLP]:
+        """The layers' experts, none of a dense discriminator."""
         return [m for m in self.modules() if isinstance(m, SparseMLP)]
 
     def forward(self, pack: Pack, views: torch.Tensor) -> torch.Tensor:
@@ -226,19 +234,28 @@ class Discriminator(torch.nn.Module):
         Row 0 is for the loss, with dropout while training; row 1, without, for rewards."""
         inputs = model_inputs(self.model, pack)
         for mlp in self.sparse:
-            mlp.allowed = mlp.probabilities = mlp.chosen = None
-        if self.kind == "dedicated":
-            owner = view_of_tokens(pack, views)
-            for mlp in self.sparse:
-                count = len(mlp.gate.weight)
-                half = torch.arange(count, device=owner.device) * len(VIEWS) // count
-                mlp.allowed = (owner[:, None] < 0) | (owner[:, None] == half)
+            mlp.forget()
+            if self.kind == "dedicated":
+                mlp.allowed = self._own_experts(pack, views, len(mlp.gate.weight))
         hidden = self.model(**inputs).last_hidden_state[0, pack.last_tokens]
         # The product in float32: rewards are differences of scores, which bfloat16 rounds away.
-        wide = lambda x: x.to(torch.promote_types(x.dtype, torch.float32))
-        hidden, weight = wide(hidden), wide(self.score.weight)
-        both = torch.stack([F.linear(x, weight) for x in (self.dropout(hidden), hidden)])
-        return both.gather(2, views.expand(2, -1)[..., None])[..., 0].float().clamp(-10, 10)
+        wide = torch.promote_types(hidden.dtype, torch.float32)
+        hidden, weight = hidden.to(wide), self.score.weight.to(wide)
+        scores = torch.stack(
+            [F.linear(self.dropout(hidden), weight), F.linear(hidden, weight)]
+        )  # (2, B, views), of which each branch has its own view's
+        own = scores.gather(2, views.expand(2, -1)[..., None])[..., 0]
+        return own.float().clamp(-10, 10)
+
+    @staticmethod
+    def _own_experts(pack: Pack, views: torch.Tensor, num_experts: int) -> torch.Tensor:
+        """(T, E): the tokens of a view may choose among its own half of the experts, those of a
+        prompt among all."""
+        view_of_token = view_of_tokens(pack, views)[:, None]
+        experts = torch.arange(num_experts, device=view_of_token.device)
+        view_of_expert = experts * len(VIEWS) // num_experts
+        is_prompt = view_of_token < 0
+        return is_prompt | (view_of_token == view_of_expert)
 
 
 def view_of_tokens(pack: Pack, views: torch.Tensor) -> torch.Tensor:
@@ -252,9 +269,9 @@ def view_of_tokens(pack: Pack, views: torch.Tensor) -> torch.Tensor:
 
 
 def pair_loss(teacher: torch.Tensor, student: torch.Tensor, num_pairs: int | None = None):
-    """(6), Bradley-Terry: -log sigmoid(D(x, y+) - D(x, y)). Two tensors of scores of one shape ->
-    scalar, the mean over them. With `num_pairs`, the global number, their sum divided by it: of
-    (U, 2) scores, both views of U pairs, that is (6)."""
+    """(6), Bradley-Terry: the mean of -log sigmoid(D(x, y+) - D(x, y)) over two tensors of scores
+    of one shape. -> scalar. Pass `num_pairs`, the global number of pairs, to divide the sum by it
+    instead: scores (U, 2) of both views of U pairs then give (6)."""
     count = teacher.numel() if num_pairs is None else num_pairs
     return -F.logsigmoid(teacher - student).sum() / count
 
@@ -289,7 +306,7 @@ class ViewPack:
     pack: Pack
     views: torch.Tensor  # (B,) the view that each branch is
     pairs: torch.Tensor  # (U, 4) branches: teacher perception, teacher reasoning, student's two
-    students: torch.Tensor  # (2, U) number of the comparison, number of the student in it
+    students: torch.Tensor  # (U, 2) number of the comparison, number of the student in it
 
     def to(self, device) -> "ViewPack":
         """A view pack with its tensors on `device`."""
@@ -298,33 +315,46 @@ class ViewPack:
 
 def view_packs(comparisons, processor, max_tokens=None, text_only=False) -> list[ViewPack]:
     """All views of all comparisons in packs of at most `max_tokens` tokens, as many packs on every
-    rank. The four views of a pair stand in one pack."""
-    groups, units, numbers, kinds = [], [], [], []
-    for p, comparison in enumerate(comparisons):
+    rank. The four views of a pair stand in one pack. Every rank calls it."""
+    groups: list[Group] = []  # a prompt with all its views
+    pairs_of, students_of, views_of = [], [], []  # of each group, in the order of its pairs
+    for number, comparison in enumerate(comparisons):
         teacher = encode_views(processor, comparison.teacher)
-        branches, pairs, valid = {}, [], []  # branches: (view, tokens) -> its number in the group
+        branches: dict[tuple, int] = {}  # (view, its tokens) -> the branch's number in the group
+        pairs, students = [], []
         for n, student in enumerate(comparison.students):
-            if student is not None:
-                views = [tuple(v.tolist()) for v in (*teacher, *encode_views(processor, student))]
-                keys = list(zip((0, 1, 0, 1), views))
-                pairs.append([branches.setdefault(key, len(branches)) for key in keys])
-                valid.append((p, n))
+            if student is None:
+                continue
+            pair = []
+            for side in (teacher, encode_views(processor, student)):
+                for view, tokens in enumerate(side):
+                    # Equal views of a prompt are one branch.
+                    key = view, tuple(tokens.tolist())
+                    pair.append(branches.setdefault(key, len(branches)))
+            pairs.append(pair)
+            students.append((number, n))
         if pairs:
             prompt = comparison.prompt
             prompt = without_images(processor, prompt) if text_only else prompt
             groups.append(Group(prompt, [torch.tensor(tokens) for _, tokens in branches]))
-            units.append(pairs)
-            numbers.append(valid)
-            kinds.append([view for view, _ in branches])
+            pairs_of.append(pairs)
+            students_of.append(students)
+            views_of.append([view for view, _ in branches])
+
     out = []
-    for pack in even_packs(make_packs(groups, max_tokens, units), processor):
-        place = {member: i for i, member in enumerate(pack.members)}
-        pairs = [[place[g, i] for i in units[g][u]] for g, u in pack.units]
-        views = [kinds[g][i] for g, i in pack.members]
-        students = [numbers[g][u] for g, u in pack.units]
-        lists = views, pairs, students
-        views, pairs, students = (torch.tensor(x, dtype=torch.long) for x in lists)
-        out.append(ViewPack(pack, views, pairs.view(-1, 4), students.view(-1, 2).T))
+    for pack in rank_packs(groups, processor, max_tokens, units=pairs_of):
+        place = {member: i for i, member in enumerate(pack.members)}  # of a branch in the pack
+        views = [views_of[g][branch] for g, branch in pack.members]
+        pairs = [[place[g, branch] for branch in pairs_of[g][u]] for g, u in pack.units]
+        students = [students_of[g][u] for g, u in pack.units]
+        out.append(
+            ViewPack(
+                pack=pack,
+                views=torch.tensor(views, dtype=torch.long),
+                pairs=torch.tensor(pairs, dtype=torch.long).view(-1, 4),
+                students=torch.tensor(students, dtype=torch.long).view(-1, 2),
+            )
+        )
     return out
 
 
@@ -345,9 +375,9 @@ class Judgement:
     valid: torch.Tensor  # (P, N) boolean: the format of the student is whole
     teacher_perception: torch.Tensor  # (P, N) scores of the supervision response, in each pair
     teacher_reasoning: torch.Tensor  # (P, N)
-    length: torch.Tensor  # (2, P, N) tokens of the students' views
-    means: dict[str, tuple[float, float]]  # for the log, (sum, count) of this rank
-    expert_shares: dict[str, list]  # for the log, of all ranks, see expert_shares
+    perception_length: torch.Tensor  # (P, N) tokens of the students' views
+    reasoning_length: torch.Tensor  # (P, N)
+    metrics: dict  # for the log
 
 
 def judge(
@@ -360,182 +390,188 @@ def judge(
     *,
     backward: bool,
 ) -> Judgement:
-    """Scores all students against their supervision and, with `backward`, adds the gradient of
-    (7). One forward serves both. Every rank calls it."""
+    """Scores all students against their supervision and, with `backward`, adds the gradient of the
+    discriminator's loss (7). One forward serves both. Every rank calls it."""
     device = next(discriminator.parameters()).device
-    packs = view_packs(comparisons, processor, max_tokens, discriminator.kind == "text")
-    pairs = sum(v.pairs.shape[0] for v in packs)
-    tokens = sum(v.pack.input_ids.numel() for v in packs)
+    text_only = discriminator.kind == "text"
+    packs = view_packs(comparisons, processor, max_tokens, text_only=text_only)
+    # The denominators of (7) and of the balance loss, over all ranks.
+    pairs = sum(len(view_pack.pairs) for view_pack in packs)
+    tokens = sum(view_pack.pack.input_ids.numel() for view_pack in packs)
     num_pairs, num_tokens = all_sum([pairs, tokens]).tolist()
-    shape = len(comparisons), max((len(c.students) for c in comparisons), default=1)
-    scores = torch.zeros(4, *shape)  # of each pair: the supervision's two scores, the student's
-    length, valid = torch.zeros(2, *shape), torch.zeros(shape, dtype=torch.bool)
-    differs = torch.zeros(2, *shape, dtype=torch.bool)  # the two sides are not the same text
-    sparse = discriminator.sparse
-    num_experts = len(sparse[0].gate.weight) if sparse else 0
-    expert_tokens = torch.zeros(len(sparse), 2, num_experts, device=device)
-    total = balance_total = torch.zeros((), device=device)
+
+    most = max((len(comparison.students) for comparison in comparisons), default=1)
+    table = PairTable.empty(len(comparisons), most)
+    routing = Routing(discriminator, device)
+    loss_total = balance_total = torch.zeros((), device=device)
     with torch.set_grad_enabled(backward):
-        for v in packs:
-            v = v.to(device)
-            of_branches = discriminator(v.pack, v.views)  # (2, B)
-            # (U, 4) each. By index_select: a supervision view is in many pairs, and on a CPU torch
-            # sums the gradient of of_branches[:, v.pairs] in no fixed order.
-            four = of_branches.index_select(1, v.pairs.flatten()).view(2, -1, 4)
-            with_dropout, without = four
-            loss = discriminator_loss(with_dropout, max(num_pairs, 1), score_l2)
-            if sparse:
-                balance = balance_loss(*zip(*((m.probabilities, m.chosen) for m in sparse)))
-                share = v.pack.input_ids.numel() / num_tokens
+        for view_pack in packs:
+            view_pack = view_pack.to(device)
+            # Scores (5) of every branch, then of every pair: (U, 4).
+            with_dropout, without = discriminator(view_pack.pack, view_pack.views)
+            scores = of_pairs(with_dropout, view_pack.pairs)
+            # The loss (7), this pack's share of it.
+            loss = discriminator_loss(scores, max(num_pairs, 1), score_l2)
+            if discriminator.sparse:
+                balance = balance_loss(
+                    [mlp.probabilities for mlp in discriminator.sparse],
+                    [mlp.chosen for mlp in discriminator.sparse],
+                )
+                share = view_pack.pack.input_ids.numel() / num_tokens
                 share = share if num_pairs else 0.0  # a batch without pairs moves nothing
                 loss = loss + balance_coef * share * balance
                 balance_total = balance_total + share * balance.detach()
-                owner = view_of_tokens(v.pack, v.views)
-                of_view = torch.stack([owner == view for view in range(len(VIEWS))]).float()
-                for layer, mlp in enumerate(sparse):
-                    choices = F.one_hot(mlp.chosen, num_experts).sum(1)
-                    expert_tokens[layer] += of_view @ choices.float()
+                routing.count(view_pack)
             if backward:
                 loss.backward()
-            total = total + loss.detach()
-            at = (slice(None), *v.students.cpu())
-            scores[at] = without.detach().cpu().T
-            branches = v.pairs.cpu()
-            length[at] = torch.tensor(v.pack.lengths)[branches[:, 2:]].T.float()
-            differs[at] = (branches[:, :2] != branches[:, 2:]).T
-            valid[at[1:]] = True
-    for mlp in sparse:
-        mlp.allowed = mlp.probabilities = mlp.chosen = None
-    means = {}
-    for view, name in enumerate(VIEWS):
-        t, s, d = scores[view][valid], scores[2 + view][valid], differs[view][valid]
-        means[f"score_teacher_{name}"] = t.sum(), len(t)
-        means[f"score_student_{name}"] = s.sum(), len(s)
-        means[f"score_gap_{name}"] = (t - s).sum(), len(t)
-        means[f"pair_accuracy_{name}"] = (t > s)[d].sum(), d.sum()  # pairs that can be told apart
-    means["discriminator_loss"] = total.item(), 1 / world_size() if num_pairs else 0
-    if sparse:
-        means["balance_loss"] = balance_total.item(), 1 / world_size()
-    shares = expert_shares(expert_tokens.cpu())
-    return Judgement(scores[2], scores[3], valid, scores[0], scores[1], length, means, shares)
+            loss_total = loss_total + loss.detach()
+            # Rewards are read without dropout.
+            table.fill(view_pack, of_pairs(without.detach(), view_pack.pairs))
+    for mlp in discriminator.sparse:
+        mlp.forget()
+
+    metrics = table.metrics()
+    metrics["discriminator_loss"] = Loss(loss_total.item(), updates=1 if num_pairs else 0)
+    if discriminator.sparse:
+        metrics["balance_loss"] = Loss(balance_total.item())
+    return Judgement(
+        perception=table.student[0],
+        reasoning=table.student[1],
+        valid=table.valid,
+        teacher_perception=table.teacher[0],
+        teacher_reasoning=table.teacher[1],
+        perception_length=table.length[0],
+        reasoning_length=table.length[1],
+        metrics=metrics | routing.shares(),
+    )
 
 
-def expert_shares(chosen: torch.Tensor) -> dict[str, list]:
-    """(layers, 2, E) choices of each expert among the tokens of each view, of this rank -> for each
-    view and layer the share of the choices that each expert took, over all ranks."""
-    counts = all_sum(chosen)
-    shares = (counts / counts.sum(-1, keepdim=True)).mul(1e4).round().div(1e4)
-    return {
-        f"expert_share_{name}": shares[:, view].tolist()
-        for view, name in enumerate(VIEWS)
-        if counts.numel() and counts[:, view].sum() > 0
-    }
+def of_pairs(scores: torch.Tensor, pairs: torch.Tensor) -> torch.Tensor:
+    """(B,) scores of branches -> (U, 4) scores of pairs.
+
+    By index_select: a supervision view is in many pairs, and on a CPU torch sums the gradient of
+    `scores[pairs]` in no fixed order."""
+    return scores.index_select(0, pairs.flatten()).view(-1, 4)
+
+
+@dataclass
+class PairTable:
+    """Scores of P prompts with N students each. The first dimension of all but `valid` is the view;
+    0 where a student has no views."""
+
+    teacher: torch.Tensor  # (2, P, N) scores of the supervision response
+    student: torch.Tensor  # (2, P, N) scores of the students
+    length: torch.Tensor  # (2, P, N) tokens of the students' views
+    differs: torch.Tensor  # (2, P, N) boolean: the two sides are not the same text
+    valid: torch.Tensor  # (P, N) boolean
+
+    @classmethod
+    def empty(cls, prompts: int, students: int) -> "PairTable":
+        shape = prompts, students
+        scores = [torch.zeros(len(VIEWS), *shape) for _ in range(3)]
+        differs = torch.zeros(len(VIEWS), *shape, dtype=torch.bool)
+        return cls(*scores, differs, torch.zeros(shape, dtype=torch.bool))
+
+    def fill(self, view_pack: ViewPack, scores: torch.Tensor) -> None:
+        """Puts the (U, 4) scores of a pack's pairs where they belong."""
+        p, n = view_pack.students.cpu().T
+        pairs, scores = view_pack.pairs.cpu(), scores.cpu()
+        lengths = torch.tensor(view_pack.pack.lengths)
+        for view in range(len(VIEWS)):
+            self.teacher[view, p, n] = scores[:, view]
+            self.student[view, p, n] = scores[:, len(VIEWS) + view]
+            self.length[view, p, n] = lengths[pairs[:, len(VIEWS) + view]].float()
+            self.differs[view, p, n] = pairs[:, view] != pairs[:, len(VIEWS) + view]
+        self.valid[p, n] = True
+
+    def metrics(self) -> dict:
+        """Mean scores, their gap (the paper's figure), and the share of pairs in which the
+        supervision scores higher, of those whose sides are not the same text."""
+        out = {}
+        for view, name in enumerate(VIEWS):
+            teacher, student = self.teacher[view][self.valid], self.student[view][self.valid]
+            differs = self.differs[view][self.valid]
+            higher = (teacher > student)[differs]
+            out[f"score_teacher_{name}"] = Mean(teacher.sum(), len(teacher))
+            out[f"score_student_{name}"] = Mean(student.sum(), len(student))
+            out[f"score_gap_{name}"] = Mean((teacher - student).sum(), len(teacher))
+            out[f"pair_accuracy_{name}"] = Mean(higher.sum(), differs.sum())
+        return out
+
+
+class Routing:
+    """Counts the experts that the tokens of each view choose."""
+
+    def __init__(self, discriminator: Discriminator, device):
+        self.sparse = discriminator.sparse
+        self.num_experts = len(self.sparse[0].gate.weight) if self.sparse else 0
+        shape = len(self.sparse), len(VIEWS), self.num_experts
+        self.chosen = torch.zeros(shape, device=device)  # (layers, 2, E)
+
+    def count(self, view_pack: ViewPack) -> None:
+        """Adds the choices of the last forward."""
+        view_of_token = view_of_tokens(view_pack.pack, view_pack.views)
+        views = torch.arange(len(VIEWS), device=view_of_token.device)
+        of_view = (view_of_token == views[:, None]).float()  # (2, T)
+        for layer, mlp in enumerate(self.sparse):
+            choices = F.one_hot(mlp.chosen, self.num_experts).sum(1).float()  # (T, E)
+            self.chosen[layer] += of_view @ choices
+
+    def shares(self) -> dict[str, list]:
+        """For each view and layer the share of the choices that each expert took, over all ranks.
+        Every rank calls it."""
+        counts = all_sum(self.chosen.cpu())
+        shares = (counts / counts.sum(-1, keepdim=True)).mul(1e4).round().div(1e4)
+        return {
+            f"expert_share_{name}": shares[:, view].tolist()
+            for view, name in enumerate(VIEWS)
+            if counts.numel() and counts[:, view].sum() > 0
+        }
 
 
 # --------------------------------------------------------------------------------------------------
-# Hugging Face directories in and out
+# From a directory
 
 
 def load_discriminator(
-    flag: str, path: str, kind=None, dropout: float = 0.1, seed: int = 0, policy_processor=None
+    path: str, kind: str | None = None, dropout: float = 0.1, seed: int = 0, policy_processor=None
 ):
-    """-> (discriminator, processor). A dense vision-language model is upcycled. A discriminator,
-    ours or the released one, is loaded as it is, with its score head or heads. `kind` None: the
-    kind that was saved with a discriminator, else learned. UserError where it cannot be loaded, or
-    where prompts that `policy_processor` encodes would mean something else to it."""
-    if kind not in (None, *EXPERTS):
-        raise UserError(f"--experts {kind}: choose one of {', '.join(EXPERTS)}")
-    config = read_config(flag, path)
-    saved, ready = getattr(config, "prism_experts", None), isinstance(config, Qwen3VLMoeConfig)
-    if saved and kind and saved != kind:
-        raise UserError(f"{flag} {path}: a discriminator of --experts {saved}, not {kind}")
-    kind = saved or kind or "learned"
-    if ready and kind == "dense":
-        raise UserError(f"{flag} {path}: holds experts, which --experts dense has not")
-    # Where transformers has no experts for the model, they are read further down.
-    no_class = saved and not ready and kind != "dense"
-    head_names = r"score|^v_head|^value_head"
-    unused = rf"{head_names}|language_model.*\.mlp\." if no_class else head_names
-    whole, processor = load_pretrained(flag, path, config, unused)
-    if policy_processor and not same_prompts(policy_processor, processor):
+    """-> (discriminator, processor) from a Hugging Face directory or hub id.
+
+    A dense vision-language model is upcycled. A discriminator, ours or the released one, is loaded
+    as it is, with its score head or heads. `kind` None is the kind that was saved, else learned.
+    UserError where it cannot be loaded, or where prompts that `policy_processor` encodes would mean
+    something else to it."""
+    saved = open_discriminator(path)
+    if saved.kind and kind and saved.kind != kind:
+        raise UserError(f"{path}: a discriminator of --experts {saved.kind}, not {kind}")
+    kind = saved.kind or kind or "learned"
+    if saved.experts and kind == "dense":
+        raise UserError(f"{path}: holds experts, which --experts dense has not")
+    if policy_processor and not same_prompts(policy_processor, saved.processor):
         raise UserError(
-            f"{flag} {path}: its tokenizer or image processor is not the policy's; prompts are "
-            f"encoded once for both"
+            f"{path}: its tokenizer or image processor is not the policy's; prompts are encoded "
+            f"once for both"
         )
-    backbone = adapt(whole, f"{flag} {path}").base_model
-    layers = getattr(getattr(backbone, "language_model", None), "layers", None)
-    if layers is None:
-        raise UserError(f"{flag} {path}: {type(whole).__name__} has no language_model with layers")
-    if ready:
-        for layer in layers:
-            if not hasattr(layer.mlp, "experts"):
-                raise UserError(
-                    f"{flag} {path}: found a dense MLP, expected experts in every layer"
-                )
-            theirs = layer.mlp.experts
-            experts = Experts(theirs.gate_up_proj.data, theirs.down_proj.data, theirs.act_fn)
-            top_k = config.text_config.num_experts_per_tok
-            layer.mlp = SparseMLP(Router(layer.mlp.gate.weight.data), experts, top_k)
+    backbone = adapt(saved.model, path).base_model
+    if saved.experts:
+        for layer, parts in zip(backbone.language_model.layers, saved.experts):
+            act_fn = getattr(layer.mlp, "experts", layer.mlp).act_fn
+            experts = Experts(parts["gate_up_proj"], parts["down_proj"], act_fn)
+            layer.mlp = SparseMLP(Router(parts["gate"]), experts, saved.top_k)
     elif kind != "dense":
         try:
             upcycle(backbone, seed=seed)
         except UserError as error:
-            raise UserError(f"{flag} {path}: {error}") from None
-    if no_class:
-        for name, tensor in read_tensors(path, r"layers\.\d+\.mlp\.(gate|experts)\.").items():
-            layer, _, parameter = name.rpartition("layers.")[2].partition(".")
-            layers[int(layer)].get_parameter(parameter).data.copy_(tensor)
-    torch.manual_seed(seed)
+            raise UserError(f"{path}: {error}") from None
+    torch.manual_seed(seed)  # of a new score head
     discriminator = Discriminator(backbone, kind, dropout)
-    discriminator.saved_as = whole.saved_as
-    heads = [head for head in read_tensors(path, head_names).values() if head.ndim == 2]
-    if heads:  # (1, h), one row for both views, or (2, h)
-        discriminator.score.weight.data.copy_(heads[0].float())
+    discriminator.source = saved.model.source
+    if saved.head is None:
+        say(f"{path}: has no score head yet; it starts from random numbers")
     else:
-        say(f"{flag} {path}: has no score head yet; it starts from random numbers")
-    return discriminator, processor
-
-
-def same_prompts(ours, theirs) -> bool:
-    """Whether ids and pixels of one processor mean the same to a model of the other. How large an
-    image may be is no part of it, where a model takes images of any size: prompts are encoded once,
-    by the policy's."""
-    names = ["patch_size", "temporal_patch_size", "merge_size", "do_rescale", "rescale_factor"]
-    names += ["do_normalize", "image_mean", "image_std"]
-    names += [] if getattr(ours.image_processor, "merge_size", None) else ["size", "crop_size"]
-    a, b = ([getattr(x.image_processor, n, None) for n in names] for x in (ours, theirs))
-    return a == b and ours.tokenizer.get_vocab() == theirs.tokenizer.get_vocab()
-
-
-def save_discriminator(discriminator, processor, path: str) -> None:
-    """A Hugging Face directory, with `score.weight` (2, h) beside the backbone's weights. Experts
-    of a Qwen3-VL are written as Qwen3VLMoeForConditionalGeneration opens them. For other models
-    transformers has no class with experts: theirs stand under the same names, and only
-    `load_discriminator` finds them. Every rank calls it."""
-    if rank() == 0:
-        config = discriminator.model.config.to_dict()
-        sparse = discriminator.sparse
-        if sparse and config["model_type"] == "qwen3_vl":
-            text = {k: v for k, v in config["text_config"].items() if k != "model_type"} | dict(
-                num_experts=len(sparse[0].gate.weight),
-                num_experts_per_tok=sparse[0].top_k,
-                moe_intermediate_size=sparse[0].experts.down_proj.shape[2],
-                decoder_sparse_step=1,
-                mlp_only_layers=[],
-                router_aux_loss_coef=0.01,
-            )
-            vision = {k: v for k, v in config["vision_config"].items() if k != "model_type"}
-            ids = {k: v for k, v in config.items() if k.endswith("_token_id")}
-            config = Qwen3VLMoeConfig(text_config=text, vision_config=vision, **ids)
-            config.architectures = ["Qwen3VLMoeForConditionalGeneration"]
-        else:
-            config = type(discriminator.model.config).from_dict(config)
-        # It has no language head; tied embeddings keep transformers from asking for one.
-        config.tie_word_embeddings = config.get_text_config().tie_word_embeddings = True
-        config.prism_experts, config.dtype = discriminator.kind, discriminator.saved_as
-        config.save_pretrained(path)
-        save_processor(processor, path)
-    save_weights(discriminator, path, discriminator.saved_as)
+        discriminator.score.weight.data.copy_(saved.head)  # (1, h) serves both views
+    return discriminator, saved.processor
 
 
 # --------------------------------------------------------------------------------------------------
@@ -547,22 +583,22 @@ def warm_up() -> None:
     config = run.config
     need = ("response",) if config.policy else ("response", "student")
     examples = load_data(config.data, need, config.system_prompt, config.image_dir)
-    order = list(range(len(examples)))
-    random.Random(config.seed).shuffle(order)
-    held_out = math.ceil(config.validation_share * len(examples))
-    validation, training = order[:held_out], order[held_out:]
-    if not training:
-        raise UserError(f"--data: {len(examples)} pairs leave none beside {held_out} held out")
-    given = config.policy
-    policy, ours = load_policy("--policy", given, run.device, config) if given else (None, None)
+    training, validation = hold_out(examples, config.validation_share, config.seed)
+    policy = policy_processor = None
+    if config.policy:
+        policy, policy_processor = load_policy(config.policy, run.device, config)
     discriminator, processor = load_discriminator(
-        "--model", config.model, config.experts, config.dropout, config.seed, ours
+        config.model,
+        kind=config.experts,
+        dropout=config.dropout,
+        seed=config.seed,
+        policy_processor=policy_processor,
     )
     discriminator = shard(discriminator, run.device, config).train()
-    decay = config.weight_decay
-    optimizer = torch.optim.AdamW(discriminator.parameters(), weight_decay=decay, fused=True)
+    optimizer = adamw(discriminator, config.weight_decay)
 
     def encode(example, prompt) -> Comparison:
+        """A row as one comparison; its student comes later where a policy answers."""
         teacher = parse_response(example.response)
         students = [] if policy else [parse_response(example.student)]
         if teacher is None:
@@ -575,51 +611,89 @@ def warm_up() -> None:
             raise Unfit(f"{length} tokens are more than --max_length {config.max_length}")
         return Comparison(prompt, teacher, students)
 
-    def compare(batch: list[Comparison], step: int, backward: bool) -> Judgement:
-        """One batch through the discriminator; the policy, where there is one, answers first."""
-        if policy:
-            prompts = [comparison.prompt for comparison in batch]
-            limits = 1, config.max_completion_length, 1.0, config.seed, step
-            groups = generate(policy, prompts, *limits, config.max_rollout_rows)
-            for comparison, group in zip(batch, groups):
-                comparison.students = [parse_response(decode(processor, group.branches[0]))]
-        scoring = config.max_tokens_per_pack, config.score_l2, config.router_aux_loss_coef
-        return judge(discriminator, batch, processor, *scoring, backward=backward)
+    def encoded(rows) -> Encoded:
+        limits = dict(max_image_size=config.max_image_size, max_pixels=config.max_pixels)
+        return Encoded(rows, processor, encode, **limits)
 
+    sampling = Sampling(
+        num_generations=1,
+        max_completion_length=config.max_completion_length,
+        temperature=1.0,
+        seed=config.seed,
+        max_rollout_rows=config.max_rollout_rows,
+    )
+
+    def answer(batch: list[Comparison], step: int) -> None:
+        """The policy, where there is one, gives each comparison its student."""
+        if policy is None:
+            return
+        groups = generate(policy, [c.prompt for c in batch], sampling, step=step)
+        for comparison, group in zip(batch, groups):
+            comparison.students = [parse_response(decode(processor, group.branches[0]))]
+
+    scoring = dict(
+        max_tokens=config.max_tokens_per_pack,
+        score_l2=config.score_l2,
+        balance_coef=config.router_aux_loss_coef,
+    )
     batch_size = config.per_device_train_batch_size * config.gradient_accumulation_steps
     batch_size *= world_size()
     total = math.ceil(len(training) * config.num_train_epochs) if config.max_steps <= 0 else None
     max_steps = config.max_steps if config.max_steps > 0 else math.ceil(total / batch_size)
-    rows = torch.utils.data.Subset(examples, training)
-    stream = run.batches(rows, processor, encode, batch_size, total)
+    stream = run.batches(encoded(training), batch_size, total)
     modules = {"discriminator": (discriminator, optimizer)}
 
-    save = partial(save_discriminator, discriminator, processor)
+    def save(path: str) -> None:
+        save_discriminator(discriminator, path)
+
     for step in run.steps(max_steps, modules, save):
-        # Pairs of a supervision response y+ and a student's y: scores (5) and the loss (7), a step.
+        # Pairs of a supervision response y+ and a student's response y.
         batch = next(stream)
         with run.phase("update"):
-            judged = compare(batch, step, backward=True)
+            answer(batch, step)
+            # Scores (5) of both views, and the gradient of the loss (7).
+            judged = judge(discriminator, batch, processor, **scoring, backward=True)
+            # One step of the optimiser.
             rate = learning_rate_at(step, max_steps, config)
             grad_norm = optimizer_step(discriminator, optimizer, rate, config.max_grad_norm)
-        means = judged.means | {"format_valid": (judged.valid.sum(), judged.valid.numel())}
-        values = {"grad_norm": grad_norm, "learning_rate": rate, **judged.expert_shares}
-        run.log(step, means, values=values)
+        metrics = {
+            **judged.metrics,
+            "format_valid": Mean(judged.valid.sum(), judged.valid.numel()),
+            "grad_norm": grad_norm,
+            "learning_rate": rate,
+        }
+        run.log(step, metrics, grad_norms=[grad_norm])
 
     # Held-out pairs, which the discriminator has not learned from.
-    if not held_out:
+    if not validation:
         return
     discriminator.eval()
-    rows = torch.utils.data.Subset(examples, validation)
-    stream = run.batches(rows, processor, encode, batch_size, len(validation), held_out=True)
-    means = {}
-    for _ in range(math.ceil(held_out / batch_size)):
-        means = add(means, compare(next(stream), max_steps, backward=False).means)
-    pairs = means["score_gap_perception"][1]
-    kept = {f"validation_{k}": v for k, v in means.items() if k.startswith(("pair", "score_gap"))}
-    line = run.log(max_steps, kept, sums={"validation_pairs": pairs})
-    shown = [f"{k[11:]} {line[k]:.3f}" for k in kept if line[k] is not None]
-    say(f"held out, {line['validation_pairs']:.0f} pairs:", ", ".join(shown))
+    stream = run.batches(encoded(validation), batch_size, len(validation), held_out=True)
+    shown = [f"{kind}_{view}" for view in VIEWS for kind in ("score_gap", "pair_accuracy")]
+    metrics = {}
+    for _ in range(math.ceil(len(validation) / batch_size)):
+        batch = next(stream)
+        answer(batch, max_steps)
+        judged = judge(discriminator, batch, processor, **scoring, backward=False)
+        metrics = add(metrics, {name: judged.metrics[name] for name in shown})
+    held_out = {f"validation_{name}": metrics[name] for name in shown}
+    held_out["validation_pairs"] = Sum(int(metrics["score_gap_perception"].count))
+    line = run.log(max_steps, held_out)
+    values = [(name, line[f"validation_{name}"]) for name in shown]
+    values = [f"{name} {value:.3f}" for name, value in values if value is not None]
+    say(f"held out, {line['validation_pairs']} pairs:", ", ".join(values))
+
+
+def hold_out(examples, share: float, seed: int) -> tuple:
+    """-> (rows to train on, rows that are held out), drawn at random. UserError where none is left
+    to train on."""
+    order = list(range(len(examples)))
+    random.Random(seed).shuffle(order)
+    count = math.ceil(share * len(examples))
+    if count == len(examples):
+        raise UserError(f"--data: {len(examples)} pairs leave none beside {count} held out")
+    subset = torch.utils.data.Subset
+    return subset(examples, order[count:]), subset(examples, order[:count])
 
 
 if __name__ == "__main__":

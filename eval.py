@@ -17,35 +17,40 @@ import os
 import re
 import time
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch.distributed as dist
 from tqdm import tqdm
 
-from checkpoint import load_policy
-from data import SYSTEM_PROMPT, TAGS, Encoded, Response
-from data import batches, decode, parse_response
-from model import join_ranks, rank, world_size
-from rows import RowError, UserError, load_data
-from run import Count, Natural, Weight, main, parse, replacing, say, start_verifier, write_json
-from sampler import generate
-from verifier import verify
+from data import SYSTEM_PROMPT, TAGS, Encoded, Response, decode, parse_response
+from model import load_policy
+from sampler import Sampling, generate
+from support.errors import RowError, UserError
+from support.flags import Count, Natural, NonNegative, parse
+from support.loader import batches
+from support.ranks import join_ranks, rank, world_size, say
+from support.resuming import replacing, write_json
+from support.rows import load_data
+from support.run import main, start_verifier
+from support.verifier import verify
 
 
 @dataclass
 class EvalConfig:
-    ckpt: str = "prism-vlm/Qwen3-VL-4B-Instruct-SFT-PRISM"
-    data: list[str] = field(default_factory=list)  # rows with `answer`
-    output_dir: str | None = None  # left out: the directory of the checkpoint
-    system_prompt: str = SYSTEM_PROMPT  # of rows without one, or a file that holds it
-    image_dir: str | None = None  # where images may lie besides the data's own folder
-    max_pixels: Count | None = None  # of an image; None: as many as its processor allows
-    untagged: str | None = None  # a pattern with groups caption, think, answer, see read_response
-    per_device_eval_batch_size: Count = 64
-    max_completion_length: Count = 8192
+    stage: ClassVar[str] = "eval"
+    ckpt: str = "prism-vlm/Qwen3-VL-4B-Instruct-SFT-PRISM"  # the policy: a directory or hub id
+    data: list[str] = field(default_factory=list)  # rows with a question and an `answer`
+    output_dir: str | None = None  # where results go; none: the checkpoint's own directory
+    system_prompt: str = SYSTEM_PROMPT  # text, or a file with it, for rows without a system turn
+    image_dir: str | None = None  # a folder for images, besides the data file's own folder
+    max_pixels: Count | None = None  # largest image in pixels; none: the processor's own limit
+    untagged: str | None = None  # regular expression with groups caption, think, answer
+    per_device_eval_batch_size: Count = 64  # rows a rank answers at a time
+    max_completion_length: Count = 8192  # longest answer in tokens
     num_samples: Count = 1  # answers to a row
-    temperature: Weight = 0.0  # of sampling; 0: greedy
-    max_rollout_rows: Count | None = 32  # rows sampled at a time, others wait; None: all
-    dry_run: Natural = 0  # prints the bytes a GPU of this run on so many GPUs, and ends
+    temperature: NonNegative = 0.0  # of sampling; 0: greedy
+    max_rollout_rows: Count | None = 32  # rows sampled at a time, others wait; none: all
+    dry_run: Natural = 0  # print the bytes a GPU of this run on so many GPUs, and end
 
 
 def read_response(text: str, untagged: str | None) -> Response | None:
@@ -101,12 +106,12 @@ def evaluate() -> None:
     output_dir = config.output_dir or here
     start_verifier()
     examples = load_data(config.data, ("answer",), config.system_prompt, config.image_dir)
-    policy, processor = load_policy("--ckpt", config.ckpt, device)
+    policy, processor = load_policy(config.ckpt, device)
     batch_size = config.per_device_eval_batch_size * world_size()
     encoded = Encoded(examples, processor, lambda *row: row, max_pixels=config.max_pixels)
     share = rank(), world_size()
     stream = batches(encoded, batch_size, seed=0, total=len(examples), share=share)
-    limits = dict(
+    sampling = Sampling(
         num_generations=config.num_samples,
         max_completion_length=config.max_completion_length,
         temperature=config.temperature,
@@ -118,7 +123,7 @@ def evaluate() -> None:
         items = next(stream)
         left_out += [f"{where}: {item}" for where, item in items if isinstance(item, RowError)]
         pairs = [item for _, item in items if not isinstance(item, RowError)]
-        groups = generate(policy, [prompt for _, prompt in pairs], **limits)
+        groups = generate(policy, [prompt for _, prompt in pairs], sampling)
         answers = ((e, branch) for (e, _), g in zip(pairs, groups) for branch in g.branches)
         for example, branch in answers:
             text = decode(processor, branch)

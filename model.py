@@ -1,47 +1,57 @@
-"""The policy: the attention of packs, token log-probabilities, sharding, the step.
+"""The policy: loading it, the attention of packs, token log-probabilities.
 
 For a prompt x and its branches y_1 .. y_N (data.py), at the temperature tau of sampling:
 
     log pi(y_t | x, y_<t) = z_t[y_t] / tau - logsumexp(z_t / tau)          token_logprobs
 
-In the forward of a pack the prompt attends to itself, and each branch, as a row of its own,
-attends to [prompt | itself]. transformers computes all else: the description of the pack travels
-through the model as the keyword `layout` to the attention function registered below.
+The ids of images and videos (`policy.forbidden`) are left out of the softmax, in sampling and in
+scoring alike (D16): a sampled image token would break the next forward.
 
-With several processes, or on a GPU, everything is sharded by FSDP2 (`fully_shard`). On a GPU
-parameters are float32, computations bfloat16, reductions float32. Gradients are summed over
-ranks, not averaged, because losses come divided by global denominators. One process on a CPU
-shards nothing and computes in float32.
+In the forward of a pack the prompt attends to itself, and each branch, as a row of its own, attends
+to [prompt | itself]. transformers computes all else: the description of the pack travels through
+the model as the keyword `layout` to the attention function registered below.
 """
 
-import contextlib
-import datetime
-import inspect
 import itertools
-import math
-import os
 from collections.abc import Iterator
 from dataclasses import replace
-from functools import partial
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor
 from torch.nn.attention.varlen import varlen_attn
-from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
-from transformers import AttentionInterface, AttentionMaskInterface, get_scheduler
+from transformers import AttentionInterface, AttentionMaskInterface
 
 from data import Pack, blank_group, make_packs
-from rows import UserError
+from support.errors import UserError
+from support.fit import LOGIT_ROWS
+from support.huggingface import add_adapters, fill, load_pretrained, read_config
+from support.ranks import all_max, shard, world_size
+
+CPU = torch.device("cpu")
+
+
+def load_policy(path: str, device=CPU, config=None):
+    """-> (policy, processor) from a Hugging Face directory or hub id: a model of transformers in
+    float32, adapted to packs (`adapt`), sharded as the flags in `config` say (`ranks.shard`).
+
+    Two attributes are added: `stop_ids`, which end a response, and `forbidden`, which are never
+    sampled. UserError where the model cannot be loaded."""
+    its_config = read_config(path)
+    if hasattr(its_config, "prism_experts"):
+        raise UserError(f"{path}: a discriminator, without a language head; name a policy")
+    policy, processor = load_pretrained(path, its_config, hollow=True)
+    adapt(policy, path)
+    ends = policy.generation_config.eos_token_id
+    ends = {processor.tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])}
+    policy.stop_ids = torch.tensor(sorted(end for end in ends if end is not None))
+    if getattr(config, "lora_rank", 0):
+        torch.manual_seed(config.seed)  # the adapters of every rank are the same
+        add_adapters(policy, config.lora_rank)
+    return fill(shard(policy, device, config), path, device), processor
+
 
 # --------------------------------------------------------------------------------------------------
 # Attention of a pack
-
-VARLEN = inspect.signature(varlen_attn).parameters  # torch 2.11 has fewer, and groups heads unasked
-GROUPED = {"enable_gqa": True} if "enable_gqa" in VARLEN else {}
 
 
 class PackAttention:
@@ -51,7 +61,7 @@ class PackAttention:
     prompt and itself), or a prompt with its only branch (keys: itself). The last key of a sequence
     belongs to its last query, and what comes later is hidden. On a GPU all sequences go through
     one call for ragged sequences. On a CPU those of like lengths go together as padded rows.
-    Takes along: VARLEN, GROUPED, has_varlen, _alike, _padded, _ragged, data.Segment, data.Pack."""
+    Takes along: has_varlen, _alike, _padded, _ragged, data.Segment, data.Pack."""
 
     def __init__(self, pack: Pack, collected: list | None = None):
         self.collected = collected  # where given, each layer's keys and values are appended
@@ -100,7 +110,7 @@ class PackAttention:
             # of the copies is summed in float32.
             index, *lengths = self.ragged
             tokens[1:] = (x.float().index_select(0, index).to(x.dtype) for x in tokens[1:])
-            causal = dict(scale=scale, window_size=(-1, 0), **GROUPED)
+            causal = dict(scale=scale, window_size=(-1, 0), enable_gqa=True)
             return varlen_attn(*tokens, *lengths, **causal)[None]
         prompts = [x.split(self.cuts, 2) for x in (k, v)]
         blocks = zip(*(x[self.gather].split(self.sizes) for x in tokens))
@@ -117,10 +127,10 @@ class PackAttention:
         return torch.cat(out)[self.scatter][None]
 
 
-def has_varlen(tensor: torch.Tensor, argument: str = "scale") -> bool:
-    """Whether torch's attention of ragged sequences, `varlen_attn`, runs where the tensor is, and
-    knows an argument."""
-    return tensor.is_cuda and argument in VARLEN
+def has_varlen(tensor: torch.Tensor) -> bool:
+    """Whether `varlen_attn`, torch's attention of ragged sequences (torch 2.13), runs where the
+    tensor is."""
+    return tensor.is_cuda
 
 
 def _alike(sequences) -> Iterator[list[tuple[int, int]]]:
@@ -191,10 +201,10 @@ class Norm(torch.nn.Module):
 def adapt(model, where: str = "the model"):
     """Wires a model of transformers to packs, in place, and returns it.
 
-    Its language layers attend through a layout, its head gives log-probabilities where they are
-    asked for, patches are embedded by a product, norms are one operation. `forbidden` are the ids
-    that are never sampled: an image's tokens without an image would break the next forward.
-    Takes along: _attention, Patches, Norm, Head, LogProbs, _logits, rows.UserError."""
+    Its language layers attend through a layout. Its head gives log-probabilities where they are
+    asked for. Patches are embedded by a matrix product, and a norm is one operation. `forbidden`
+    are the ids that are never sampled (D16).
+    Takes along: _attention, Patches, Norm, Head, LogProbs, _logits, support.errors.UserError."""
     text = model.config.get_text_config()
     kinds = set(getattr(text, "layer_types", None) or ["full_attention"])
     if kinds != {"full_attention"}:
@@ -205,6 +215,7 @@ def adapt(model, where: str = "the model"):
     AttentionInterface.register("layout", _attention)
     AttentionMaskInterface.register("layout", lambda *args, **kwargs: None)
     model.set_attn_implementation({"text_config": "layout", "vision_config": "sdpa"})
+    # A module of another class keeps its parameters, with their names and places.
     for module in model.modules():
         if type(module) is torch.nn.Conv3d:
             module.__class__ = Patches
@@ -241,8 +252,6 @@ def positions(model, mrope: torch.Tensor) -> torch.Tensor:
 
 # --------------------------------------------------------------------------------------------------
 # Log-probabilities over a large vocabulary
-
-CHUNK = 1024  # rows of logits that are in memory at a time
 
 
 class LogProbs(torch.autograd.Function):
@@ -312,11 +321,11 @@ class Head(torch.nn.Linear):
         return LogProbs.apply(hidden[0], self.weight, *self.asked)
 
 
-def token_logprobs(policy, pack: Pack, temperature: float = 1.0, chunk: int = CHUNK):
+def token_logprobs(policy, pack: Pack, temperature: float = 1.0, chunk: int = LOGIT_ROWS):
     """-> (log-probability of each branch token, entropy of the distribution that it came from):
     two (K,) float32 tensors in the order of `pack.targets`. `pack.padded` pads them.
     Entropy has no gradient. RuntimeError where the policy is not adapted.
-    Takes along: adapt, model_inputs, CHUNK."""
+    Takes along: adapt, model_inputs, support.fit.LOGIT_ROWS."""
     inputs = model_inputs(policy, pack)
     forbidden = policy.forbidden.to(pack.targets.device)
     policy.lm_head.asked = (pack.predictors, pack.targets, temperature, forbidden, chunk)
@@ -328,137 +337,13 @@ def token_logprobs(policy, pack: Pack, temperature: float = 1.0, chunk: int = CH
 
 
 # --------------------------------------------------------------------------------------------------
-# Memory, processes, sharding
+# Packs on several ranks
 
 
-def recompute(model) -> None:
-    """Activation checkpointing: of each block its input and what its attention gave are kept, the
-    rest is computed again in the backward pass."""
-    attentions = [
-        torch.ops.torch_attn._varlen_attn.default,
-        torch.ops.aten._scaled_dot_product_flash_attention.default,
-        torch.ops.aten._scaled_dot_product_efficient_attention.default,
-        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
-    ]
-    contexts = partial(create_selective_checkpoint_contexts, attentions)
-    kept = partial(checkpoint, use_reentrant=False, context_fn=contexts)
-    for block in model.modules():
-        if hasattr(block, "gradient_checkpointing"):
-            block.gradient_checkpointing, block._gradient_checkpointing_func = True, kept
-
-
-def join_ranks(timeout: datetime.timedelta | None = None) -> torch.device:
-    """Joins the processes that torchrun started (gloo on CPU, nccl on GPU). A bare `python` is one
-    process. A collective that takes longer than `timeout` fails. -> the device of this rank."""
-    if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
-        if not dist.is_initialized():
-            alone = dict(store=dist.HashStore(), rank=0, world_size=1)
-            alone = {} if "RANK" in os.environ else alone
-            dist.init_process_group("cpu:gloo,cuda:nccl", timeout=timeout, **alone)
-        return torch.device("cuda", torch.cuda.current_device())
-    if "RANK" in os.environ and not dist.is_initialized():
-        dist.init_process_group("gloo", timeout=timeout)
-    return torch.device("cpu")
-
-
-def rank() -> int:
-    return dist.get_rank() if dist.is_initialized() else int(os.environ.get("RANK", 0))
-
-
-def world_size() -> int:
-    return dist.get_world_size() if dist.is_initialized() else 1
-
-
-def barrier(group=None) -> None:
-    if world_size() > 1:
-        dist.barrier(group)
-
-
-def all_sum(values) -> torch.Tensor:
-    """A small float64 vector on the CPU, summed over the ranks."""
-    values = torch.as_tensor(values, dtype=torch.float64)
-    if world_size() > 1:
-        dist.all_reduce(values)
-    return values
-
-
-def all_max(values) -> torch.Tensor:
-    """A small float64 vector on the CPU, the largest over the ranks of each element."""
-    values = torch.as_tensor(values, dtype=torch.float64)
-    if world_size() > 1:
-        dist.all_reduce(values, dist.ReduceOp.MAX)
-    return values
-
-
-def blocks(module: torch.nn.Module) -> list[torch.nn.Module]:
-    """The transformer blocks of a model, by what transformers says not to split."""
-    names = {n for part in module.modules() for n in getattr(part, "_no_split_modules", 0) or ()}
-    return [m for m in module.modules() if type(m).__name__ in names]
-
-
-def vision_tower(module: torch.nn.Module) -> torch.nn.Module:
-    """What sees images, up to the language model's width."""
-    return next(m for m in module.modules() if hasattr(m, "get_encoder")).get_encoder("image")
-
-
-def shard(module, device: torch.device, config=None):
-    """-> the module under FSDP2 over all ranks: every transformer block is a unit, the rest is the
-    root's. Of the flags in `config`, `freeze_vision` leaves the vision tower as it is, and
-    `activation_checkpointing` is `recompute`. With `hsdp` the ranks of a node share the parameters,
-    and each node has all of them: then only gradients go from node to node."""
-    if getattr(config, "freeze_vision", False):
-        vision_tower(module).requires_grad_(False)
-    if getattr(config, "activation_checkpointing", False):
-        recompute(module)
-    if world_size() == 1 and device.type == "cpu":
-        return module
-    shape, names = (world_size(),), ("ranks",)
-    if getattr(config, "hsdp", False):
-        node = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-        shape, names = (world_size() // node, node), ("nodes", "ranks")
-    mesh = init_device_mesh(device.type, shape, mesh_dim_names=names)
-    # Inputs stay as the model made them, as they do where the hooks are put aside (`gathered`).
-    half = dict(param_dtype=torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False)
-    precision = MixedPrecisionPolicy(**(half if device.type == "cuda" else {}))
-    for block in blocks(module):
-        fully_shard(block, mesh=mesh, mp_policy=precision)
-    fully_shard(module, mesh=mesh, mp_policy=precision)
-    for part in module.modules():
-        if isinstance(part, FSDPModule):
-            part.set_gradient_divide_factor(1.0)
-            part.set_force_sum_reduction_for_comms(True)  # gloo knows no other, nccl needs none
-    return module
-
-
-@contextlib.contextmanager
-def gathered(module: torch.nn.Module):
-    """The whole weights on every rank for a while, so that forwards need no other rank.
-
-    The hooks of FSDP are put aside as well. On gathered weights they have nothing to do, but on a
-    GPU they make other streams wait for one that is being recorded as a CUDA graph."""
-    parts = [m for m in module.modules() if isinstance(m, FSDPModule)]
-    hooks = [  # transformers has some of its own, and adds them at a first forward: they stay
-        (of_part, key, hook)
-        for part in parts
-        for of_part in (part._forward_pre_hooks, part._forward_hooks)
-        for key, hook in of_part.items()
-        if hook.__module__.startswith("torch.distributed")
-    ]
-    for part in parts:
-        part.set_reshard_after_forward(False, recurse=False)
-        part.unshard()
-    for of_part, key, _ in hooks:
-        del of_part[key]
-    try:
-        yield
-    finally:
-        for of_part, key, hook in reversed(hooks):
-            of_part[key] = hook
-            of_part.move_to_end(key, last=False)
-        for part in parts:
-            part.set_reshard_after_forward(part is not module, recurse=False)
-            part.reshard()
+def rank_packs(groups, processor, max_tokens: int | None = None, units=None) -> list[Pack]:
+    """The packs of this rank's groups (`data.make_packs`), as many on every rank. Every rank calls
+    it."""
+    return even_packs(make_packs(groups, max_tokens, units), processor)
 
 
 def even_packs(packs: list[Pack], processor) -> list[Pack]:
@@ -477,6 +362,7 @@ def even_packs(packs: list[Pack], processor) -> list[Pack]:
 
 
 def _with_blank(pack: Pack, blank: Pack) -> Pack:
+    """A pack with the blank image behind it. No branch attends to that."""
     behind = replace(blank.segments[0], start=pack.input_ids.shape[1])
     return replace(
         pack,
@@ -486,44 +372,3 @@ def _with_blank(pack: Pack, blank: Pack) -> Pack:
         pixel_values=blank.pixel_values,
         image_grid_thw=blank.image_grid_thw,
     )
-
-
-# --------------------------------------------------------------------------------------------------
-# The optimiser's step
-
-
-def learning_rate_at(step: int, max_steps: int, config, peak: float | None = None) -> float:
-    """The rate of step 1 .. max_steps: transformers' schedule of this name, a function of the
-    step. Its warm-up begins at a rate of 0, which teaches nothing; here it is a step ahead.
-    `config.warmup_steps` counts steps, or is a share of the run where it is below 1."""
-    peak = config.learning_rate if peak is None else peak
-    warmup = math.ceil(config.warmup_steps * (max_steps if config.warmup_steps < 1 else 1))
-    name = config.lr_scheduler_type
-    named = "constant_with_warmup" if name == "constant" else name  # theirs has no warm-up
-    try:  # an optimiser that holds the peak and nothing else
-        schedule = get_scheduler(named, torch.optim.SGD([torch.zeros(1)], peak), warmup, max_steps)
-    except ValueError as error:
-        raise UserError(f"--lr_scheduler_type {name}: {error}") from None
-    return peak * schedule.lr_lambdas[0](step - (step > warmup))
-
-
-def optimizer_step(module, optimizer, learning_rate: float, max_grad_norm: float) -> float:
-    """Clips the global gradient norm, steps, clears. Returns the norm before clipping. Where that
-    is not finite the step is left out, and the weights stay as they were."""
-    for group in optimizer.param_groups:
-        group["lr"] = learning_rate
-    norm = torch.nn.utils.clip_grad_norm_(module.parameters(), max_grad_norm)
-    norm = float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
-    if math.isfinite(norm):
-        optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-    return norm
-
-
-def __getattr__(name: str):
-    """Kept for callers outside, who know `model.generate`; the function is in sampler.py."""
-    if name == "generate":
-        from sampler import generate
-
-        return generate
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -14,21 +14,27 @@
 The clips and dual clips are the published run's; 0.28 is DAPO's Clip-Higher. The dual clip is
 PPO's (1912.09729); neither 2402.03300 nor 2503.14476 has one. The token mean of GRPO is verl's and
 the release's; 2402.03300 averages each sequence first.
-Denominators are those of the whole batch, over all ranks and packs (D9), so neither the loss nor
-its gradient depends on how the batch was cut. GSPO has no dual clip, and its KL is a mean over
-sequences as its loss is (D11). With one optimiser step per batch of rollouts the ratio
-is exactly 1 and no clip acts. That is the published setting.
+
+Denominators are those of the whole batch, over all ranks and packs (D9). So neither the loss nor
+its gradient depends on how the batch was cut. GSPO has no dual clip, and its KL penalty is a mean
+over sequences as its loss is (D11).
+
+With one optimiser step per batch of rollouts the ratio is exactly 1 and no clip acts. That is the
+published setting.
 """
 
 import math
+from dataclasses import dataclass
 
 import torch
 
-from data import Group, make_packs
-from model import all_sum, even_packs, token_logprobs, world_size
+from data import Group, Pack
+from model import token_logprobs
+from support.metrics import Loss, Max, Mean, Min
+from support.ranks import all_sum
 
 # What the published runs set for each algorithm; a dual clip of 0 is none. A flag of the same name
-# overrides it.
+# overrides it. For the weight decay of DAPO and GSPO the release has two values, 0.1 and 0.01.
 ALGORITHMS = {
     "grpo": dict(epsilon=0.2, epsilon_high=0.2, dual_clip=3.0, warmup_steps=0.0, weight_decay=0.01),
     "dapo": dict(
@@ -105,84 +111,134 @@ def kl_k3(logp: torch.Tensor, ref_logp: torch.Tensor) -> torch.Tensor:
     return d.exp() - d - 1
 
 
-def rescore(policy, groups: list[Group], processor, config) -> float:
-    """Before the first of several steps of a batch: puts the log-probabilities of the training's
-    own forward in place of those recorded while sampling. In bfloat16 the two differ by more than
-    GSPO's range, and a ratio should tell only what the steps have moved. Every rank calls it.
-    -> the largest difference."""
-    device, gap = next(policy.parameters()).device, 0.0
-    for pack in even_packs(make_packs(groups, config.max_tokens_per_pack), processor):
-        with torch.no_grad():
-            logp, _ = token_logprobs(policy, pack.to(device), config.temperature)
-        for (g, i), scored in zip(pack.members, logp.cpu().split(pack.lengths)):
-            gap = max(gap, (scored - groups[g].logprobs[i]).abs().max().item())
-            groups[g].logprobs[i] = scored
-    return gap
+@dataclass
+class Objective:
+    """What `policy_backward` minimises: the loss of an algorithm, at a sampling temperature."""
+
+    algorithm: str  # grpo, dapo or gspo
+    clip_low: float
+    clip_high: float
+    dual_clip: float = 0.0  # 0: none
+    temperature: float = 1.0  # of the rollouts
+    beta: float = 0.0  # weight of the KL to a reference (17)
+    # One optimiser step is made per batch of rollouts, so nothing has moved since sampling: the new
+    # log-probabilities, detached, are the old ones too.
+    on_policy: bool = True
 
 
 def policy_backward(
     policy,
+    packs: list[Pack],
     groups: list[Group],
     advantage: torch.Tensor,
-    processor,
-    config,
-    algorithm: str,
-    clips: tuple[float, float, float],
-    on_policy: bool,
+    objective: Objective,
     reference=None,
-) -> tuple[dict, dict]:
-    """Adds the gradient of the policy loss over `groups`, B branches in all, advantage (B,).
+) -> dict:
+    """Adds the gradient of the policy loss (14) to (17) over `groups`, whose `packs` are those of
+    `model.rank_packs`. advantage (P, N): of the N branches of each of the P groups. `reference` is
+    the policy of the KL term, where there is one. Every rank calls it.
 
-    `clips` are clip_low, clip_high and dual_clip; `config` has temperature, max_tokens_per_pack
-    and, with a `reference` policy, beta. With `on_policy` the new log-probabilities, detached, are
-    the old ones too: one step is made per batch, so nothing has moved since sampling. Else those
-    that `groups` hold are, see `rescore`.
-    -> (means, peaks) for the log: name -> (sum, count), name -> extreme, of this rank."""
+    The old log-probabilities are those that `groups` hold, unless the objective is on policy.
+    -> metrics."""
     device = next(policy.parameters()).device
-    place = {}  # (group, branch) -> its place in `advantage`
-    for g, group in enumerate(groups):
-        place |= {(g, i): len(place) + i for i in range(len(group.branches))}
     recorded = [logp for group in groups for logp in group.logprobs]
     # The denominators of (16), over all ranks.
     num_tokens, num_sequences = all_sum([sum(map(len, recorded)), len(recorded)]).tolist()
-    counts = max(num_tokens, 1), max(num_sequences, 1)
-    names = ["entropy", "clipped_low", "clipped_high", "kl_old", *(["kl_ref"] if reference else [])]
-    sums = dict.fromkeys(names, 0.0)
-    peaks = {"ratio_max": -math.inf, "ratio_min": math.inf}
-    peaks |= {"sampled_scored_gap": 0.0} if on_policy else {}
-    total, tokens = 0.0, 0
+    counts = dict(num_tokens=max(num_tokens, 1), num_sequences=max(num_sequences, 1))
+    total, tokens, measured = 0.0, 0, Measured()
 
-    for pack in even_packs(make_packs(groups, config.max_tokens_per_pack), processor):
+    for pack in packs:
         pack = pack.to(device)
-        members = [place[member] for member in pack.members]
-        logp, entropy = token_logprobs(policy, pack, config.temperature)
-        known = torch.cat([torch.zeros(0), *(recorded[i] for i in members)]).to(device)
-        old_logp = logp.detach() if on_policy else known
+        mask = pack.mask
+        # The advantage of each branch in the pack, and its log-probabilities while sampling.
+        members = torch.tensor(pack.members, dtype=torch.long).view(-1, 2)
+        a = advantage[members[:, 0], members[:, 1]].to(device)
+        sampled = [groups[g].logprobs[i] for g, i in pack.members]
+        sampled = torch.cat([torch.zeros(0), *sampled]).to(device)
+        # New log-probabilities and old ones; the loss; its gradient.
+        logp, entropy = token_logprobs(policy, pack, objective.temperature)
+        old_logp = logp.detach() if objective.on_policy else sampled
         new, old = pack.padded(logp), pack.padded(old_logp)
-        a, mask = advantage[members].to(device), pack.mask
-        loss = policy_loss(new, old, a, mask, algorithm, *clips, *counts)
+        loss = policy_loss(
+            logp=new,
+            old_logp=old,
+            advantage=a,
+            mask=mask,
+            algorithm=objective.algorithm,
+            clip_low=objective.clip_low,
+            clip_high=objective.clip_high,
+            dual_clip=objective.dual_clip,
+            **counts,
+        )
         if reference is not None:
             with torch.no_grad():
-                ref_logp, _ = token_logprobs(reference, pack, config.temperature)
+                ref_logp, _ = token_logprobs(reference, pack, objective.temperature)
             kl = kl_k3(logp, ref_logp)
-            loss = loss + config.beta * aggregate(pack.padded(kl), mask, algorithm, *counts)
-            sums["kl_ref"] += kl.sum().item()
+            penalty = aggregate(pack.padded(kl), mask, objective.algorithm, **counts)
+            loss = loss + objective.beta * penalty
+            measured.kl_ref += kl.sum().item()
         loss.backward()
 
         total += loss.item()
-        sums["entropy"] += entropy.sum().item()
         tokens += len(logp)
+        measured.entropy += entropy.sum().item()
         if len(logp):
-            with torch.no_grad():
-                r = importance_ratio(new, old, mask, algorithm)[mask]
-            sign = a[:, None].expand_as(mask)[mask]
-            sums["clipped_low"] += ((r < 1 - clips[0]) & (sign < 0)).sum().item()
-            sums["clipped_high"] += ((r > 1 + clips[1]) & (sign > 0)).sum().item()
-            sums["kl_old"] += kl_k3(logp.detach(), old_logp).sum().item()
-            peaks["ratio_max"] = max(peaks["ratio_max"], r.max().item())
-            peaks["ratio_min"] = min(peaks["ratio_min"], r.min().item())
-            if on_policy:
-                gap = (logp.detach() - known).abs().max().item()
-                peaks["sampled_scored_gap"] = max(peaks["sampled_scored_gap"], gap)
-    means = {name: (value, tokens) for name, value in sums.items()}
-    return means | {"loss": (total, 1 / world_size() if num_sequences else 0)}, peaks
+            measured.add_ratios(new.detach(), old, a, mask, objective)
+            measured.kl_old += kl_k3(logp.detach(), old_logp).sum().item()
+        if len(logp) and objective.on_policy:
+            gap = (logp.detach() - sampled).abs().max().item()
+            measured.sampled_scored_gap = max(measured.sampled_scored_gap, gap)
+
+    metrics = {
+        "loss": Loss(total, updates=1 if num_sequences else 0),
+        "entropy": Mean(measured.entropy, tokens),
+        "clipped_low": Mean(measured.clipped_low, tokens),
+        "clipped_high": Mean(measured.clipped_high, tokens),
+        "kl_old": Mean(measured.kl_old, tokens),
+        "ratio_max": Max(measured.ratio_max),
+        "ratio_min": Min(measured.ratio_min),
+    }
+    if reference is not None:
+        metrics["kl_ref"] = Mean(measured.kl_ref, tokens)  # over tokens, in GSPO too
+    if objective.on_policy:
+        metrics["sampled_scored_gap"] = Max(measured.sampled_scored_gap)
+    return metrics
+
+
+@dataclass
+class Measured:
+    """What is measured of an update beside its loss: sums over tokens, and extremes."""
+
+    entropy: float = 0.0
+    clipped_low: float = 0.0
+    clipped_high: float = 0.0
+    kl_old: float = 0.0
+    kl_ref: float = 0.0
+    ratio_max: float = -math.inf
+    ratio_min: float = math.inf
+    sampled_scored_gap: float = 0.0
+
+    def add_ratios(self, logp, old_logp, advantage, mask, objective: Objective) -> None:
+        """Counts the tokens that the clip acts on: those whose advantage pushes the ratio further
+        out."""
+        r = importance_ratio(logp, old_logp, mask, objective.algorithm)[mask]
+        sign = advantage[:, None].expand_as(mask)[mask]
+        self.clipped_low += ((r < 1 - objective.clip_low) & (sign < 0)).sum().item()
+        self.clipped_high += ((r > 1 + objective.clip_high) & (sign > 0)).sum().item()
+        self.ratio_max = max(self.ratio_max, r.max().item())
+        self.ratio_min = min(self.ratio_min, r.min().item())
+
+
+@torch.no_grad()
+def rescore(policy, packs: list[Pack], groups: list[Group], temperature: float) -> float:
+    """Before the first of several steps on a batch: replaces the log-probabilities that were
+    recorded while sampling by those of the training's own forward. In bfloat16 the two differ by
+    more than GSPO's clip range, and a ratio should tell only what the steps have moved. Every rank
+    calls it. -> the largest difference."""
+    device, gap = next(policy.parameters()).device, 0.0
+    for pack in packs:
+        logp, _ = token_logprobs(policy, pack.to(device), temperature)
+        for (g, i), scored in zip(pack.members, logp.cpu().split(pack.lengths)):
+            gap = max(gap, (scored - groups[g].logprobs[i]).abs().max().item())
+            groups[g].logprobs[i] = scored
+    return gap

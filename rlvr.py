@@ -14,65 +14,76 @@ then the ratio leaves 1 and the clips act.
     python rlvr.py                                                  the embedded world of digits
 """
 
-import math
 from dataclasses import dataclass, field
-from functools import partial
+from functools import reduce
+from typing import ClassVar, Literal
 
 import torch
 
-from checkpoint import load_policy, save_policy
-from data import SYSTEM_PROMPT, Group, decode, parse_response
-from model import all_max, all_sum, learning_rate_at, optimizer_step, world_size
-from policy_gradient import ALGORITHMS, group_advantage, policy_backward, rescore
-from policy_gradient import policy_loss  # noqa: F401, others know it as rlvr.policy_loss
-from rows import Example, RowError, UserError, load_data
-from run import Count, Natural, Positive, Run, RunConfig, Schedule, Share, Weight, add, main
-from run import start_verifier
-from sampler import generate, sampling_flags
-from verifier import verify
+from data import SYSTEM_PROMPT, Encoded, Group, decode, parse_response
+from model import load_policy, rank_packs
+from policy_gradient import ALGORITHMS, Objective, group_advantage, policy_backward, rescore
+from sampler import Sampling, generate
+from support.errors import RowError, UserError
+from support.flags import Count, Natural, NonNegative, Positive, RunConfig, Schedule, Share
+from support.huggingface import save_policy
+from support.metrics import Max, Mean, add
+from support.optimizer import adamw, learning_rate_at, optimizer_step
+from support.ranks import all_max, all_sum, world_size
+from support.rows import Example, load_data
+from support.run import Run, main, start_verifier
+from support.verifier import verify
 
 ACCURACY, FORMAT = 0.8, 0.2  # paper: 0.8, 0.2
 
 
 @dataclass
 class RLVRConfig(RunConfig):
+    stage: ClassVar[str] = "rlvr"
     ckpt: str = "prism-vlm/Qwen3-VL-4B-Instruct-SFT-PRISM"  # the aligned policy, or any other
     data: list[str] = field(  # prompts with a ground truth; paper: 2K
         default_factory=lambda: [
             "hf://datasets/prism-vlm/rl_dataset/rl_training_data_filtered_2k.parquet"
         ]
     )
-    output_dir: str = "out/rlvr"
-    system_prompt: str = SYSTEM_PROMPT  # of rows without one, or a file that holds it
-    algorithm: str = "grpo"  # grpo, dapo, gspo
-    learning_rate: Weight = 1e-6  # paper: 1e-6
-    lr_scheduler_type: Schedule = "constant"  # paper: constant
-    warmup_steps: Weight | None = None  # paper: by algorithm, see ALGORITHMS
-    weight_decay: Weight | None = None  # paper: by algorithm (its README: 0.01)
+    output_dir: str = "out/rlvr"  # the run's directory, and the policy at its end
+    system_prompt: str = SYSTEM_PROMPT  # text, or a file with it, for rows without a system turn
+    algorithm: Literal["grpo", "dapo", "gspo"] = "grpo"  # paper: all three
+    learning_rate: NonNegative = 1e-6  # at its peak; paper: 1e-6
+    lr_scheduler_type: Schedule = "constant"  # schedule of the learning rate; paper: constant
+    warmup_steps: NonNegative | None = None  # paper: grpo 0, dapo 10 steps, gspo 0.05 of the run
+    weight_decay: NonNegative | None = None  # of AdamW; paper: grpo 0.01, dapo and gspo 0.1
     max_steps: Count = 1500  # batches of rollouts; paper: 1500
-    prompts_per_step: Count = 32  # paper: 32, over all ranks
-    num_generations: Count = 16  # paper: 16 rollouts a prompt
-    temperature: Positive = 1.0  # paper: 1.0
-    max_prompt_length: Count = 2048  # paper: 2048
-    max_completion_length: Count = 8192  # paper: 8192
-    epsilon: Share | None = None  # clip low; paper: by algorithm
-    epsilon_high: Weight | None = None  # clip high; None: the algorithm's, not --epsilon as in TRL
-    dual_clip: Weight | None = None  # paper: by algorithm; 0: none
-    beta: Weight = 0.0  # of the k3 KL to the starting policy; not stated, off here
+    prompts_per_step: Count = 32  # over all ranks; paper: 32
+    num_generations: Count = 16  # rollouts a prompt; paper: 16
+    temperature: Positive = 1.0  # of sampling; paper: 1.0
+    max_prompt_length: Count = 2048  # longest prompt in tokens; paper: 2048
+    max_completion_length: Count = 8192  # longest rollout in tokens; paper: 8192
+    epsilon: Share | None = None  # clip low; paper: grpo, dapo 0.2, gspo 0.0003
+    epsilon_high: NonNegative | None = None  # clip high; paper: grpo 0.2, dapo 0.28, gspo 0.0004
+    dual_clip: NonNegative | None = None  # 0 is none; paper: grpo 3, dapo 10, gspo none
+    beta: NonNegative = 0.0  # weight of the k3 KL to the starting policy; paper: not stated
     num_minibatches: Count = 1  # optimiser steps per pass over a batch; paper: 1
     num_iterations: Count = 1  # passes over a batch of rollouts; paper: 1
-    max_gen_batches: Count = 10  # DAPO: sampled batches before giving up; paper: 10
+    max_gen_batches: Count = 10  # DAPO: batches sampled before giving up; paper: 10
     gen_batch_factor: Count = 3  # DAPO: prompts sampled at a time, in batches; paper: 96 / 32
     overlong_buffer: Natural = 4096  # DAPO: tokens over which the penalty grows to 1; paper: 4096
-    max_grad_norm: Positive = 1.0  # not stated
-    max_rollout_rows: Count | None = 32  # rows sampled at a time, others wait; None: all
+    max_grad_norm: Positive = 1.0  # gradients are clipped to this norm; paper: not stated
+    max_rollout_rows: Count | None = 32  # rows sampled at a time, others wait; none: all
 
 
-def reward(response_text: str, ground_truth) -> float:
-    """(13). A broken format earns nothing, whatever it says. `ground_truth` is an accepted answer
-    or a list of them. Takes along: ACCURACY, FORMAT, data.parse_response, verifier.verify."""
+def reward(response_text: str, ground_truth) -> tuple[float, bool]:
+    """(13) -> (what a response earns, whether its answer is right). A broken format earns nothing
+    and is not right, whatever it says. `ground_truth` is an accepted answer or a list of them.
+
+    To train on a reward of your own, replace this function. Accuracy, spread and dynamic sampling
+    follow the second value.
+    Takes along: ACCURACY, FORMAT, data.parse_response, support.verifier.verify."""
     response = parse_response(response_text)
-    return 0.0 if response is None else ACCURACY * verify(response.answer, ground_truth) + FORMAT
+    if response is None:
+        return 0.0, False
+    correct = verify(response.answer, ground_truth)
+    return ACCURACY * correct + FORMAT, correct
 
 
 def overlong_penalty(length: torch.Tensor, limit: int, buffer: int) -> torch.Tensor:
@@ -107,10 +118,10 @@ class Rollouts:
     example: Example
     group: Group
     texts: list[str]
+    reward: torch.Tensor  # (N,) (13), in DAPO with (18)
     accuracy: torch.Tensor  # (N,) 1 where the answer is right
     valid: torch.Tensor  # (N,) 1 where the format is whole
     length: torch.Tensor  # (N,) tokens
-    reward: torch.Tensor  # (N,) (13), in DAPO with (18)
 
 
 def column(rollouts: list[Rollouts], name: str) -> torch.Tensor:
@@ -124,39 +135,63 @@ def train() -> None:
     settle_algorithm(config)
     start_verifier()
     examples = load_data(config.data, ("answer",), config.system_prompt, config.image_dir)
-    policy, processor = load_policy("--ckpt", config.ckpt, run.device, config)
+    policy, processor = load_policy(config.ckpt, run.device, config)
     policy.train()
-    reference = load_policy("--ckpt", config.ckpt, run.device, config)[0] if config.beta else None
-    decay = config.weight_decay
-    optimizer = torch.optim.AdamW(policy.parameters(), weight_decay=decay, fused=True)
-
-    dapo, wanted = config.algorithm == "dapo", config.prompts_per_step
-    batch_size = wanted * (config.gen_batch_factor if dapo else 1)
-    sampling = sampling_flags(config)
+    reference = None
+    if config.beta:
+        reference, _ = load_policy(config.ckpt, run.device, config)
+    optimizer = adamw(policy, config.weight_decay)
+    modules = {"policy": (policy, optimizer)}
 
     def encode(example, prompt):
+        """A row as (row, prompt x)."""
         if not any(verify(answer, answer) for answer in example.answer):
             raise RowError(f"the ground truth {example.answer} is one that no answer can match")
         return example, prompt
 
+    dapo, wanted = config.algorithm == "dapo", config.prompts_per_step
+    batch_size = wanted * (config.gen_batch_factor if dapo else 1)
+    limits = dict(max_prompt_length=config.max_prompt_length, max_pixels=config.max_pixels)
+    stream = run.batches(Encoded(examples, processor, encode, **limits), batch_size)
+    sampling = Sampling.of(config)
+    objective = Objective(
+        algorithm=config.algorithm,
+        clip_low=config.epsilon,
+        clip_high=config.epsilon_high,
+        dual_clip=config.dual_clip,
+        temperature=config.temperature,
+        beta=config.beta,
+        on_policy=config.num_minibatches * config.num_iterations == 1,
+    )
+
     def sample(batch: list, draw: int) -> list[Rollouts]:
-        """Rollouts y ~ pi(x) of one batch of prompts, and their rewards (13), (18). `draw` keys the
-        random numbers: 1000 of them belong to a step, one to each batch sampled in it."""
+        """Rollouts y ~ pi(x) of one batch of prompts, and their rewards. `draw` keys the random
+        numbers: 1000 of them belong to a step, one to each batch that is sampled in it."""
         with run.phase("rollout"):
-            groups = generate(policy, [prompt for _, prompt in batch], step=draw, **sampling)
-        out = []
+            groups = generate(policy, [prompt for _, prompt in batch], sampling, step=draw)
+        rollouts = []
         with run.phase("reward"):
             for (example, _), group in zip(batch, groups):
                 texts = [decode(processor, branch) for branch in group.branches]
-                earned = torch.tensor([reward(text, example.answer) for text in texts])
-                accuracy = (earned > FORMAT).float()  # more than the format alone earns
-                valid = torch.tensor([float(parse_response(text) is not None) for text in texts])
+                # The reward (13), and in DAPO the penalty for overlong responses (18).
+                earned = [reward(text, example.answer) for text in texts]
+                rewards = torch.tensor([value for value, _ in earned])
                 length = torch.tensor([float(len(branch)) for branch in group.branches])
                 if dapo:
                     limit, buffer = config.max_completion_length, config.overlong_buffer
-                    earned = earned + overlong_penalty(length, limit, buffer)
-                out.append(Rollouts(example, group, texts, accuracy, valid, length, earned))
-        return out
+                    rewards = rewards + overlong_penalty(length, limit, buffer)
+                rollouts.append(
+                    Rollouts(
+                        example=example,
+                        group=group,
+                        texts=texts,
+                        reward=rewards,
+                        accuracy=torch.tensor([float(correct) for _, correct in earned]),
+                        valid=torch.tensor([float(parse_response(t) is not None) for t in texts]),
+                        length=length,
+                    )
+                )
+        return rollouts
 
     def dynamic_sampling(step: int) -> tuple[list[Rollouts], list[Rollouts], int]:
         """(19) -> (prompts kept, all prompts sampled, number of batches)."""
@@ -167,7 +202,9 @@ def train() -> None:
             places = [rolled.group.prompt.index % batch_size for rolled in new]
             useful = spread(column(new, "accuracy"))
             chosen, more = select_groups(useful, places, wanted - count)
-            kept, sampled, count = kept + [new[i] for i in chosen], sampled + new, count + more
+            kept += [new[i] for i in chosen]
+            sampled += new
+            count += more
             if count == wanted:
                 return kept, sampled, number + 1
         raise UserError(
@@ -176,51 +213,83 @@ def train() -> None:
             f"harder data, or more --max_gen_batches"
         )
 
-    stream = run.batches(examples, processor, encode, batch_size)
-    objective = dict(
-        algorithm=config.algorithm,
-        clips=(config.epsilon, config.epsilon_high, config.dual_clip),
-        on_policy=config.num_minibatches * config.num_iterations == 1,
-        reference=reference,
-    )
-    modules = {"policy": (policy, optimizer)}
+    def save(path: str) -> None:
+        save_policy(policy, path)
 
-    for step in run.steps(config.max_steps, modules, partial(save_policy, policy, processor)):
-        # Prompts x, N rollouts y ~ pi(x) each, and their rewards.
+    for step in run.steps(config.max_steps, modules, save):
+        # Draw prompts x, sample N rollouts y ~ pi(x) of each, and reward them (13).
         if dapo:
             rollouts, sampled, gen_batches = dynamic_sampling(step)
         else:
             rollouts = sampled = sample(next(stream), step * 1000)
             gen_batches = 1
-        # Advantages (10).
+
+        # Normalise the rewards of each prompt's rollouts to advantages (10).
         advantage = group_advantage(column(rollouts, "reward"))
-        # The policy gradient (14) to (16), and a step of the optimiser, for each minibatch.
-        updates, norms, rate = [], [], learning_rate_at(step, config.max_steps, config)
+
+        # Cut the batch into minibatches, drawn anew in each pass over it.
         generator = torch.Generator().manual_seed(config.seed * 1_000_003 + step)
-        batches = []  # one after the other, those of each pass over the batch
+        minibatches = []  # (groups, their packs, their advantages)
         for _ in range(config.num_iterations):
             shuffled = torch.randperm(len(rollouts), generator=generator)
             for part in shuffled.tensor_split(config.num_minibatches):
-                batches.append(([rollouts[i].group for i in part], advantage[part].flatten()))
-        with run.phase("update"):
-            for groups, _ in [] if objective["on_policy"] else batches[: config.num_minibatches]:
-                gap = rescore(policy, groups, processor, config)
-                updates.append(({}, {"sampled_scored_gap": gap}))
-            for groups, a in batches:
-                updates.append(policy_backward(policy, groups, a, processor, config, **objective))
-                norms.append(optimizer_step(policy, optimizer, rate, config.max_grad_norm))
+                groups = [rollouts[i].group for i in part]
+                packs = rank_packs(groups, processor, config.max_tokens_per_pack)
+                minibatches.append((groups, packs, advantage[part]))
 
-        # Where rows were left out, the last minibatches may be of nothing, and their norms 0.
-        last = next((norm for norm in reversed(norms) if norm), 0.0)
-        grad_norm = next((norm for norm in norms if not math.isfinite(norm)), last)
-        values = {"grad_norm": grad_norm, "learning_rate": rate, "gen_batches": gen_batches}
-        log_step(run, step, rollouts, sampled, advantage, updates, values)
+        rate = learning_rate_at(step, config.max_steps, config)
+        updates, grad_norms = [], []
+        with run.phase("update"):
+            # Several steps on one batch: the old log-probabilities are those of the training's
+            # own forward before the first step.
+            if not objective.on_policy:
+                for groups, packs, _ in minibatches[: config.num_minibatches]:
+                    gap = rescore(policy, packs, groups, config.temperature)
+                    updates.append({"sampled_scored_gap": Max(gap)})
+            # Add the clipped policy gradient (14) to (17) of each minibatch, and step.
+            for groups, packs, a in minibatches:
+                updates.append(policy_backward(policy, packs, groups, a, objective, reference))
+                grad_norms.append(optimizer_step(policy, optimizer, rate, config.max_grad_norm))
+
+        # Log the step, and the rollouts of the first prompt.
+        grad_norm = float(torch.tensor(grad_norms).max())  # of the minibatches, NaN if any is
+        length, useful = column(sampled, "length"), spread(column(sampled, "accuracy"))
+        metrics = {
+            **reduce(add, updates),
+            "accuracy": mean_of(column(sampled, "accuracy")),
+            "reward": mean_of(column(sampled, "reward")),
+            "format_valid": mean_of(column(sampled, "valid")),
+            "response_length": mean_of(length),
+            "groups_with_spread": mean_of(useful),
+            "grad_norm": grad_norm,
+            "learning_rate": rate,
+            "gen_batches": gen_batches,
+        }
+        prompt_tokens = sum(len(rolled.group.prompt.input_ids) for rolled in rollouts)
+        tokens = float(length.sum()) + prompt_tokens
+        run.log(step, metrics, grad_norms=[grad_norm], tokens=int(tokens))
+        if rollouts:
+            first = rollouts[0]
+            run.log_rollouts(
+                step,
+                first.example,
+                first.texts,
+                reward=first.reward,
+                accuracy=first.accuracy,
+                valid=first.valid,
+                length=first.length,
+                advantage=advantage[0],
+            )
+
+
+def mean_of(values: torch.Tensor) -> Mean:
+    """The mean of all values, over the ranks."""
+    return Mean(float(values.sum()), values.numel())
 
 
 def settle_algorithm(config: RLVRConfig) -> None:
-    """Fills in what the algorithm sets and no flag has set. UserError for what is unknown."""
-    if config.algorithm not in ALGORITHMS:
-        raise UserError(f"--algorithm {config.algorithm}: choose one of {', '.join(ALGORITHMS)}")
+    """Fills in what the algorithm sets and no flag has set. UserError for flags that contradict
+    each other."""
     for name, value in ALGORITHMS[config.algorithm].items():
         if getattr(config, name) is None:
             setattr(config, name, value)
@@ -235,28 +304,6 @@ def settle_algorithm(config: RLVRConfig) -> None:
             f"--overlong_buffer {config.overlong_buffer}: must be less than "
             f"--max_completion_length {config.max_completion_length}, or every length costs"
         )
-
-
-def log_step(run, step, rollouts, sampled, advantage, updates, values) -> None:
-    """The step's line in metrics.jsonl, and the first prompt's rollouts in rollouts.jsonl."""
-    measures = {name: column(sampled, name) for name in ("accuracy", "reward")}
-    measures |= {"format_valid": column(sampled, "valid")}
-    measures |= {"response_length": column(sampled, "length")}
-    measures |= {"groups_with_spread": spread(column(sampled, "accuracy"))}
-    means = {name: (float(x.sum()), x.numel()) for name, x in measures.items()}
-    peaks = {}
-    for more, extremes in updates:
-        means = add(means, more)
-        for name, value in extremes.items():
-            best = min if name.endswith("_min") else max
-            peaks[name] = best(value, peaks.get(name, value))
-    prompts = sum(len(rolled.group.prompt.input_ids) for rolled in rollouts)
-    sums = {"tokens": means["response_length"][0] + prompts}
-    run.log(step, means, sums, peaks, values)
-    if rollouts:
-        first = rollouts[0]
-        columns = {n: getattr(first, n) for n in ("reward", "accuracy", "valid", "length")}
-        run.log_rollouts(step, first.example, first.texts, advantage=advantage[0], **columns)
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ on a CPU, with a recorder in the graph's place and their own `varlen_attn`.
 import hashlib
 import warnings
 from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
@@ -24,8 +25,10 @@ import torch.nn.functional as F
 from torch.nn.attention.varlen import AuxRequest, varlen_attn
 
 from data import Group, Prompt, make_packs
-from model import gathered, has_varlen, model_inputs, positions
-from rows import UserError
+from model import has_varlen, model_inputs, positions
+from support.errors import UserError
+from support.fit import PROMPT_TOKENS
+from support.ranks import gathered
 
 
 class RowCache:
@@ -34,7 +37,7 @@ class RowCache:
 
     All rows of a prompt attend to its keys together. A row's own keys stand in its slot, whose room
     grows up to `limit` tokens. The outputs of both are merged by their logsumexps.
-    Takes along: attend_first, first_keys, _starts."""
+    Takes along: attend_first, first_keys, _starts, model.has_varlen."""
 
     def __init__(self, collected: list, lengths: list[int], n: int, slots: int, limit: int, fixed):
         """`collected` are the keys and values (K, T, D) of each layer for the T tokens of all
@@ -141,7 +144,7 @@ class RowCache:
 def first_keys(read: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
     """What lets `attend_first` read the first `read` (n,) of the keys (.., L, D): their numbers,
     or without ragged attention a bias (n, 1, L) that is -inf at the others."""
-    if has_varlen(keys, "seqused_k"):
+    if has_varlen(keys):
         return read.int()
     hidden = torch.arange(keys.shape[-2], device=keys.device) >= read[:, None]
     bias = torch.zeros(hidden.shape, dtype=keys.dtype, device=keys.device)
@@ -151,7 +154,7 @@ def first_keys(read: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
 def attend_first(read, q, k, v, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention of queries (n, m, D) to the first of the keys and values (n, L, D). `read` is from
     `first_keys`. -> output (n, m, D), logsumexp of the scores (n, m, 1) in float32."""
-    if has_varlen(q, "seqused_k"):
+    if has_varlen(q):
         lengths = q.shape[1], k.shape[1]
         starts = (_starts(len(q), length, q.device) for length in lengths)
         tokens = (x.flatten(0, 1)[:, None] for x in (q, k, v))
@@ -175,10 +178,12 @@ class Rows:
     With fixed shapes, a step that comes for the second time since a tensor has moved is recorded
     as a CUDA graph, and replayed until the next one moves. The weights must stay where they are."""
 
-    def __init__(self, policy, cache: RowCache, first, following, random, limit, temperature):
+    def __init__(self, policy, cache: RowCache, first, following, random, temperature: float):
+        """`first` (P, V): the logits of each prompt's first response token; `following` (P,): that
+        token's position; `random` (R + 1, limit): the random numbers of each row."""
         self.policy, self.cache, self.first, self.following = policy, cache, first, following
-        self.random, self.limit, self.temperature = random, limit, temperature
-        device, count = first.device, len(first) * cache.n
+        self.random, self.limit, self.temperature = random, cache.limit, temperature
+        device, count, limit = first.device, len(first) * cache.n, cache.limit
         self.forbidden, self.ends = policy.forbidden.to(device), policy.stop_ids.to(device)
         # Of each row; line R is for what idle slots say.
         self.tokens = torch.zeros(count + 1, limit, dtype=torch.long, device=device)
@@ -268,48 +273,52 @@ def uniforms(seed: int, step: int, prompt: int, row: int, count: int) -> torch.T
     return torch.rand(count, generator=generator)
 
 
-def sampling_flags(config) -> dict:
-    """What `generate` takes of a stage's flags."""
-    names = "num_generations max_completion_length temperature seed max_rollout_rows".split()
-    return {name: getattr(config, name) for name in names}
+@dataclass
+class Sampling:
+    """How rollouts are sampled."""
+
+    num_generations: int  # N branches of each prompt
+    max_completion_length: int  # tokens after which a branch is cut off
+    temperature: float = 1.0  # 0: greedy
+    seed: int = 0
+    max_rollout_rows: int | None = None  # rows sampled at a time, others wait; None: all
+    fixed: bool | None = None  # fixed shapes, for CUDA graphs; None: on a GPU
+
+    @classmethod
+    def of(cls, config) -> "Sampling":
+        """From the flags of a stage."""
+        return cls(
+            num_generations=config.num_generations,
+            max_completion_length=config.max_completion_length,
+            temperature=config.temperature,
+            seed=config.seed,
+            max_rollout_rows=config.max_rollout_rows,
+        )
 
 
-def generate(
-    policy,
-    prompts: list[Prompt],
-    num_generations: int,
-    max_completion_length: int,
-    temperature: float = 1.0,
-    seed: int = 0,
-    step: int = 0,
-    max_rollout_rows: int | None = None,
-    fixed: bool | None = None,
-) -> list[Group]:
-    """Samples `num_generations` branches for each prompt (temperature 0: greedy) and records their
-    log-probabilities. A branch ends with an end of sequence, or without one where it has reached
-    `max_completion_length` tokens.
+def generate(policy, prompts: list[Prompt], sampling: Sampling, step: int = 0) -> list[Group]:
+    """Samples `num_generations` branches for each prompt and records their log-probabilities. A
+    branch ends with an end of sequence, or without one where it has reached
+    `max_completion_length` tokens. `step` keys the random numbers, as `sampling.seed` does.
 
     There is no top-k and no top-p, so what is sampled is what `token_logprobs` scores. The ids in
-    `policy.forbidden` are left out of both; those in `policy.stop_ids` end a branch.
-    `max_rollout_rows` bounds the rows alive at once, the others wait. `fixed` shapes are for a GPU,
-    where they are the default. Every rank calls this, also one without prompts. UserError where
-    the policy's logits are not finite, RuntimeError where it has no `stop_ids`.
-    Takes along: PROMPT_TOKENS, _parts, _generate, RowCache, Rows, uniforms, data.make_packs,
-    model.adapt, model.gathered, model.has_varlen, model.model_inputs, rows.UserError."""
+    `policy.forbidden` are left out of both; those in `policy.stop_ids` end a branch. Every rank
+    calls this, also one without prompts. UserError where the policy's logits are not finite,
+    RuntimeError where it has no `stop_ids`.
+    Takes along: Sampling, _parts, _generate, RowCache, Rows, uniforms, data.make_packs,
+    model.adapt, model.has_varlen, model.model_inputs, support.ranks.gathered,
+    support.errors.UserError, support.fit.PROMPT_TOKENS."""
     if not hasattr(policy, "stop_ids"):
         raise RuntimeError("set policy.stop_ids first: a tensor of the ids that end a response")
     was_training = policy.training
     policy.eval()
+    groups = []
     # A step is many small operations: inference_mode is a tenth faster than no_grad.
     with gathered(policy), torch.inference_mode():
-        limits = num_generations, max_completion_length, max_rollout_rows
-        rest = *limits, temperature, seed, step, fixed
-        groups = [g for part in _parts(prompts) for g in _generate(policy, part, *rest)]
+        for part in _parts(prompts):
+            groups += _generate(policy, part, sampling, step)
     policy.train(was_training)
     return groups
-
-
-PROMPT_TOKENS = 2**17  # sampled from at a time, each prompt as long as the longest
 
 
 def _parts(prompts: list[Prompt]) -> Iterator[list[Prompt]]:
@@ -326,9 +335,11 @@ def _parts(prompts: list[Prompt]) -> Iterator[list[Prompt]]:
         yield part
 
 
-def _generate(policy, prompts, n, limit, max_rows, temperature, seed, step, fixed) -> list[Group]:
-    # The prompts, once each: their keys and values, and the logits of the first tokens.
+def _generate(policy, prompts: list[Prompt], sampling: Sampling, step: int) -> list[Group]:
+    n, limit = sampling.num_generations, sampling.max_completion_length
     device = next(policy.parameters()).device
+    fixed = device.type == "cuda" if sampling.fixed is None else sampling.fixed
+    # The prompts, once each: their keys and values, and the logits of the first tokens.
     pack = make_packs([Group(prompt, []) for prompt in prompts])[0].to(device)
     lengths = [segment.prompt for segment in pack.segments]
     collected = []
@@ -337,16 +348,18 @@ def _generate(policy, prompts, n, limit, max_rows, temperature, seed, step, fixe
     if not first.isfinite().all():
         raise UserError("the policy's logits are not finite: its weights hold NaN or infinity")
     following = torch.tensor([prompt.next_position for prompt in prompts], device=device)
-    keys = [(seed, step, prompt.index, row) for prompt in prompts for row in range(n)]
-    random = torch.zeros(len(keys) + 1, limit)
-    for i, key in enumerate(keys if temperature > 0 else []):
-        random[i] = uniforms(*key, limit)
+    count = len(prompts) * n  # rows
+    random = torch.zeros(count + 1, limit)
+    if sampling.temperature > 0:
+        for i, prompt in enumerate(prompts):
+            for row in range(n):
+                random[i * n + row] = uniforms(sampling.seed, step, prompt.index, row, limit)
 
-    fixed = device.type == "cuda" if fixed is None else fixed
-    slots = min(len(keys), max_rows or len(keys))
-    cache = RowCache(collected, lengths, n, slots, limit, fixed)
-    rows = Rows(policy, cache, first, following, random.to(device), limit, temperature)
-    waiting = torch.arange(len(keys), device=device)
+    slots = min(count, sampling.max_rollout_rows or count)
+    cache = RowCache(collected, lengths, n=n, slots=slots, limit=limit, fixed=fixed)
+    random = random.to(device)
+    rows = Rows(policy, cache, first, following, random, temperature=sampling.temperature)
+    waiting = torch.arange(count, device=device)
     while True:
         idle = rows.idle()
         if len(idle) and len(waiting):

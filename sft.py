@@ -17,37 +17,42 @@ D6  A row that is too long is left out whole, counted and named; the published r
 
 import math
 from dataclasses import dataclass, field
-from functools import partial
+from typing import ClassVar
 
 import torch
 
-from checkpoint import load_policy, save_policy
-from data import Group, encode_response, make_packs
-from model import all_max, all_sum, even_packs, learning_rate_at, optimizer_step
-from model import token_logprobs, world_size
-from rows import Unfit, load_data
-from run import Count, Positive, Run, RunConfig, Schedule, Weight, main
+from data import Encoded, Group, encode_response
+from model import load_policy, rank_packs, token_logprobs
+from support.errors import Unfit
+from support.flags import Count, NonNegative, Positive, RunConfig, Schedule
+from support.huggingface import save_policy
+from support.metrics import Loss, Mean
+from support.optimizer import adamw, learning_rate_at, optimizer_step
+from support.ranks import all_max, all_sum, world_size
+from support.rows import load_data
+from support.run import Run, main
 
 
 @dataclass
 class SFTConfig(RunConfig):
+    stage: ClassVar[str] = "sft"
     model: str = "Qwen/Qwen3-VL-4B-Instruct"  # a Hugging Face directory or hub id; paper: 4B, 8B
-    data: list[str] = field(  # files or hub ids, one after the other; paper: 1.26M + 113K rows
+    data: list[str] = field(  # demonstrations, one source after the other; paper: 1.26M + 113K
         default_factory=lambda: ["prism-vlm/gemini_public_mmr1", "prism-vlm/gemini_distill"]
     )
-    output_dir: str = "out/sft"
-    system_prompt: str | None = None  # of rows without one; later stages have data.SYSTEM_PROMPT
-    learning_rate: Weight = 1e-5  # paper: 1e-5
-    lr_scheduler_type: Schedule = "cosine"  # paper: cosine
-    warmup_steps: Weight = 0.1  # paper: 0.1 of the run; from 1 on, a number of steps
-    weight_decay: Weight = 0.0  # not stated
-    num_train_epochs: Positive = 1.0  # paper: 1
-    max_steps: int = -1  # where positive, in place of the epochs
-    per_device_train_batch_size: Count = 2  # paper: 2
-    gradient_accumulation_steps: Count = 1  # not stated; multiplies the batch
-    max_grad_norm: Positive = 1.0  # not stated
-    max_length: Count = 8192  # paper: 8192; longer rows are left out, not cut (D6)
-    save_steps: Count = 5000  # 17 times in the published run
+    output_dir: str = "out/sft"  # the run's directory, and the policy at its end
+    system_prompt: str | None = None  # text, or a file with it, for rows without a system turn
+    learning_rate: NonNegative = 1e-5  # at its peak; paper: 1e-5
+    lr_scheduler_type: Schedule = "cosine"  # schedule of the learning rate; paper: cosine
+    warmup_steps: NonNegative = 0.1  # steps, or below 1 a share of the run; paper: 0.1
+    weight_decay: NonNegative = 0.0  # of AdamW; paper: not stated
+    num_train_epochs: Positive = 1.0  # passes over the data; paper: 1
+    max_steps: int = -1  # where positive, the length of the run in place of the epochs
+    per_device_train_batch_size: Count = 2  # rows a rank; paper: 2
+    gradient_accumulation_steps: Count = 1  # multiplies the batch; paper: not stated
+    max_grad_norm: Positive = 1.0  # gradients are clipped to this norm; paper: not stated
+    max_length: Count = 8192  # longest row in tokens; longer ones are left out (D6); paper: 8192
+    save_steps: Count = 5000  # steps between checkpoints for --resume
 
 
 def sft_loss(logp: torch.Tensor, num_tokens: float) -> torch.Tensor:
@@ -60,10 +65,10 @@ def train() -> None:
     run = Run(SFTConfig)
     config = run.config
     examples = load_data(config.data, ("response",), config.system_prompt, config.image_dir)
-    policy, processor = load_policy("--model", config.model, run.device, config)
+    policy, processor = load_policy(config.model, run.device, config)
     policy.train()
-    decay = config.weight_decay
-    optimizer = torch.optim.AdamW(policy.parameters(), weight_decay=decay, fused=True)
+    optimizer = adamw(policy, config.weight_decay)
+    modules = {"policy": (policy, optimizer)}
 
     def encode(example, prompt) -> Group:
         """A demonstration as a prompt with one branch."""
@@ -77,18 +82,24 @@ def train() -> None:
     batch_size *= world_size()
     total = math.ceil(len(examples) * config.num_train_epochs) if config.max_steps <= 0 else None
     max_steps = config.max_steps if config.max_steps > 0 else math.ceil(total / batch_size)
-    stream = run.batches(examples, processor, encode, batch_size, total)
-    modules = {"policy": (policy, optimizer)}
+    rows = Encoded(examples, processor, encode, max_pixels=config.max_pixels)
+    stream = run.batches(rows, batch_size, total)
 
-    for step in run.steps(max_steps, modules, partial(save_policy, policy, processor)):
-        # A batch of demonstrations (x, y), cut into packs: the longest first leave least room.
+    def save(path: str) -> None:
+        save_policy(policy, path)
+
+    for step in run.steps(max_steps, modules, save):
+        # Draw demonstrations (x, y) and cut them into packs. The longest go first, since they leave
+        # least room.
         with run.phase("data"):
             groups = sorted(next(stream), key=lambda group: -group.num_tokens)
-            packs = even_packs(make_packs(groups, config.max_tokens_per_pack), processor)
-        # M, the response tokens of all ranks.
+            packs = rank_packs(groups, processor, config.max_tokens_per_pack)
+
+        # Count M, the response tokens of all ranks.
         tokens = sum(len(group.branches[0]) for group in groups)
         num_tokens = float(all_sum([tokens])[0])
-        # The loss (1) pack by pack; gradients add up.
+
+        # Add the gradient of the loss (1), pack by pack.
         loss = entropy = 0.0
         with run.phase("update"):
             for pack in packs:
@@ -97,21 +108,26 @@ def train() -> None:
                 pack_loss.backward()
                 loss += pack_loss.item()
                 entropy += pack_entropy.sum().item()
-            # One step of the optimiser.
+
+            # Make one step of the optimiser.
             rate = learning_rate_at(step, max_steps, config)
             grad_norm = optimizer_step(policy, optimizer, rate, config.max_grad_norm)
-        means = {
-            "loss": (loss, 1 / world_size() if num_tokens else 0),
-            "entropy": (entropy, tokens),
-            "response_length": (tokens, len(groups)),
+
+        # Log the step. Ranks wait for the one with the longest pack: that is `idle_share`.
+        all_tokens = sum(group.num_tokens for group in groups)
+        sizes = [pack.input_ids.numel() for pack in packs]
+        longest = float(all_max([0, *sizes]).sum())
+        metrics = {
+            "loss": Loss(loss, updates=1 if num_tokens else 0),
+            "entropy": Mean(entropy, tokens),
+            "response_length": Mean(tokens, len(groups)),
+            "padding_share": Mean(sum(sizes) - all_tokens, sum(sizes)),  # of blank packs
+            "idle_share": Mean(longest - sum(sizes), longest),
+            "packs": len(packs),
+            "grad_norm": grad_norm,
+            "learning_rate": rate,
         }
-        all_tokens, sizes = sum(g.num_tokens for g in groups), [p.input_ids.numel() for p in packs]
-        longest = float(all_max([0, *sizes]).sum())  # ranks wait for the one with the longest pack
-        blanks = sum(sizes) - all_tokens  # that even_packs has added
-        means["padding_share"] = blanks, sum(sizes)
-        means["idle_share"] = longest - sum(sizes), longest
-        values = {"grad_norm": grad_norm, "learning_rate": rate, "packs": len(packs)}
-        run.log(step, means, sums={"tokens": all_tokens}, values=values)
+        run.log(step, metrics, grad_norms=[grad_norm], tokens=all_tokens)
 
 
 if __name__ == "__main__":

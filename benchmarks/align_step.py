@@ -28,12 +28,12 @@ from rollout import arguments, ratio, repeated
 from transformers import AutoModelForImageTextToText
 from views import ROLLOUTS, build, make_comparison, one_by_one, pairs_of, set_up
 
-from align import AlignConfig, alignment_advantage, game_advantage
-from checkpoint import load_policy
+from align import AlignConfig, alignment_advantage
 from discriminator import discriminator_loss, judge
-from model import optimizer_step
-from policy_gradient import policy_loss, policy_backward
-from sampler import generate
+from model import load_policy, rank_packs
+from policy_gradient import Objective, policy_backward, policy_loss
+from sampler import Sampling, generate
+from support.optimizer import optimizer_step
 
 PROMPTS, LIMIT = 4, 256
 # Of the vocabulary ends a response. With these weights that makes responses of about 92 tokens.
@@ -57,7 +57,7 @@ def main() -> None:
         path = os.path.join(folder, "model")
         discriminator, processor = build(path, args)
         comparisons = [make_comparison(processor, seed) for seed in range(PROMPTS)]
-        policy, _ = load_policy("--ckpt", path)
+        policy, _ = load_policy(path)
         plain_policy = AutoModelForImageTextToText.from_pretrained(path, dtype=torch.float32)
     ends = list(range(300, 300 + round(policy.config.text_config.vocab_size * ENDS)))
     policy.stop_ids = torch.tensor(ends)
@@ -72,20 +72,23 @@ def main() -> None:
         for name in policies
     }
     config = AlignConfig()
-    clips = config.epsilon, config.epsilon, None
+    clips = config.epsilon, config.epsilon, 0.0
+    objective = Objective("grpo", *clips)
     prompts = [comparison.prompt for comparison in comparisons]
     valid = torch.ones(PROMPTS, ROLLOUTS, dtype=torch.bool)
 
     def ours(step: int, clock: Clock) -> torch.Tensor:
         """The lengths of what was sampled."""
-        groups = generate(policy, prompts, ROLLOUTS, LIMIT, step=step)
+        groups = generate(policy, prompts, Sampling(ROLLOUTS, LIMIT), step=step)
         clock("rollout")
         budget = config.max_tokens_per_pack
         judged = judge(judges["ours"], comparisons, processor, budget, backward=True)
         optimizer_step(judges["ours"], steppers["ours"][1], 1e-6, 1.0)
         clock("judge")
-        advantage = game_advantage(judged, config).flatten()
-        policy_backward(policy, groups, advantage, processor, config, "grpo", clips, on_policy=True)
+        scores = judged.perception, judged.reasoning
+        advantage = alignment_advantage(*scores, judged.valid)
+        packs = rank_packs(groups, processor, budget)
+        policy_backward(policy, packs, groups, advantage, objective)
         optimizer_step(policy, steppers["ours"][0], 1e-6, 1.0)
         clock("update")
         return torch.tensor([len(branch) for group in groups for branch in group.branches])

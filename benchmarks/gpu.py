@@ -26,15 +26,16 @@ from transformers import AutoModelForImageTextToText, Qwen3VLConfig
 from transformers.utils import logging
 from views import WORDS
 
-import digits
-import fit
-from checkpoint import load_processor
 from data import Group, Response, make_packs
 from discriminator import Comparison, Discriminator, judge, upcycle
-from model import adapt, join_ranks, optimizer_step, shard, token_logprobs
-from policy_gradient import group_advantage, policy_backward
-from sampler import generate
+from model import adapt, rank_packs, token_logprobs
+from policy_gradient import Objective, group_advantage, policy_backward
+from sampler import Sampling, generate
 from sft import sft_loss
+from support import digits, fit
+from support.huggingface import load_processor
+from support.optimizer import optimizer_step
+from support.ranks import join_ranks, shard
 
 VISION = dict(depth=24, hidden_size=1024, num_heads=16, intermediate_size=4096)
 VISION |= dict(num_position_embeddings=2304, deepstack_visual_indexes=[5, 11, 17])
@@ -171,7 +172,7 @@ def decode(shape, clock, device, copied) -> None:
     for rows in (16, 64) if clock.gpu else (8, 16):
 
         def run(limit, rows=rows):
-            generate(policy, prompts, rows // PROMPTS, limit, max_rollout_rows=rows)
+            generate(policy, prompts, Sampling(rows // PROMPTS, limit, max_rollout_rows=rows))
 
         run(short)
         turns = [clock(run, long) - clock(run, short) for _ in range(3)]
@@ -211,7 +212,6 @@ def rl_step(shape, clock, device, processor, judged_by=None) -> None:
     """A step of stage 3 or, with the shape of a discriminator, of stage 2."""
     vocab, limit = SHAPES[shape][6], 256 if clock.gpu else 8
     policy, optimizer, name = trained(make(shape, device), device)
-    config = argparse.Namespace(temperature=1.0, max_tokens_per_pack=16384, beta=0.0)
     parts, peaks = {}, []
     if judged_by:
         backbone = make(judged_by, device, seed=1).base_model
@@ -221,7 +221,8 @@ def rl_step(shape, clock, device, processor, judged_by=None) -> None:
     batch = comparisons(vocab)
     for repeat in range(2):  # the first warms up
         prompts = [c.prompt for c in batch]
-        parts["rollout"] = clock(generate, policy, prompts, ROLLOUTS, limit, step=repeat)
+        sampling = Sampling(ROLLOUTS, limit)
+        parts["rollout"] = clock(generate, policy, prompts, sampling, step=repeat)
         groups, memory = clock.result, [clock.memory]
         if judged_by:
 
@@ -234,9 +235,9 @@ def rl_step(shape, clock, device, processor, judged_by=None) -> None:
         rewards = torch.rand(PROMPTS, ROLLOUTS, generator=torch.Generator().manual_seed(0))
         advantage = group_advantage(rewards)
 
-        def update(groups=groups, advantage=advantage.flatten()):
-            objective = dict(algorithm="grpo", clips=(0.2, 0.2, None), on_policy=True)
-            policy_backward(policy, groups, advantage, processor, config, **objective)
+        def update(groups=groups, advantage=advantage):
+            packs = rank_packs(groups, processor, 16384)
+            policy_backward(policy, packs, groups, advantage, Objective("grpo", 0.2, 0.2))
             optimizer_step(policy, optimizer, 1e-6, 1.0)
 
         parts["update"] = clock(update)
@@ -251,7 +252,7 @@ def parity(clock, device, processor) -> None:
     on_cpu = make("tiny", "cpu").eval()
     policy = shard(copy.deepcopy(on_cpu).to(device), device)
     prompts = [prompt(i, PROMPT) for i in range(2)]
-    groups = generate(policy, prompts, 4, 40)
+    groups = generate(policy, prompts, Sampling(4, 40))
     (pack,) = make_packs(groups)
     sampled = torch.cat([groups[g].logprobs[i] for g, i in pack.members])
     with torch.no_grad():
@@ -298,7 +299,7 @@ def ratios(shape, clock, device, processor) -> None:
         plain.generate(**inputs, do_sample=True, pad_token_id=0, **limits)
 
     def ours():
-        generate(policy, some, ROLLOUTS, limit, max_rollout_rows=None)
+        generate(policy, some, Sampling(ROLLOUTS, limit))
 
     sides = {
         "update, packs over repeated prompts, 302 + 92 tokens a row": (

@@ -30,8 +30,8 @@ from rollout import arguments, ratio
 from transformers import GenerationConfig
 from views import SIDE, WORDS
 
-import digits
-from checkpoint import load_processor
+from support import digits
+from support.huggingface import load_processor
 
 ROOT = Path(__file__).resolve().parent.parent
 PROMPTS, ROLLOUTS, LIMIT, STEPS = 4, 16, 256, 4

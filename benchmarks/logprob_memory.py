@@ -24,13 +24,16 @@ import time
 import torch
 from rollout import ratio
 
-from model import CHUNK, LogProbs
+from model import LogProbs
+from support.fit import LOGIT_ROWS
 
 NONE = torch.zeros(0, dtype=torch.long)
 
 
 def chunked(hidden, weight, targets):
-    return LogProbs.apply(hidden, weight, torch.arange(len(targets)), targets, 1.0, NONE, CHUNK)[0]
+    return LogProbs.apply(
+        hidden, weight, torch.arange(len(targets)), targets, 1.0, NONE, LOGIT_ROWS
+    )[0]
 
 
 def full(hidden, weight, targets):

@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from data import Prompt, mrope_positions
 from model import adapt
-from sampler import generate
+from sampler import Sampling, generate
 
 IMAGE, VIDEO, START, END = 1, 2, 3, 4  # token ids of the made-up vocabulary
 PATCH, MERGE = 16, 2
@@ -149,7 +149,7 @@ def main() -> None:
     seconds = {"ours": [], "Hugging Face": []}
     for repeat in range(args.repeats + 1):  # the first warms up
         times = [time.perf_counter()]
-        groups = generate(ours, prompts, 16, 256, seed=repeat)
+        groups = generate(ours, prompts, Sampling(16, 256, seed=repeat))
         times.append(time.perf_counter())
         lengths = torch.tensor([len(branch) for group in groups for branch in group.branches])
         hugging_face(repeat, lengths)

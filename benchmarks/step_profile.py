@@ -20,15 +20,15 @@ from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import digits
-from checkpoint import load_policy
 from data import decode, encode_prompts, parse_response
 from discriminator import Comparison, judge, load_discriminator
-from model import optimizer_step
-from policy_gradient import group_advantage, policy_backward
+from model import load_policy, rank_packs
+from policy_gradient import Objective, group_advantage, policy_backward
 from rlvr import RLVRConfig, reward, settle_algorithm
-from rows import load_data
-from sampler import generate
+from sampler import Sampling, generate
+from support import digits
+from support.optimizer import optimizer_step
+from support.rows import load_data
 
 
 def peak() -> float:
@@ -50,8 +50,9 @@ def main() -> None:
     config = RLVRConfig(**digits.SETTINGS["rlvr"])
     settle_algorithm(config)
     clips = config.epsilon, config.epsilon_high, config.dual_clip
-    policy, processor = load_policy("--demo", f"{args.demo}/sft")
-    discriminator, _ = load_discriminator("--demo", f"{args.demo}/discriminator")
+    objective = Objective(config.algorithm, *clips)
+    policy, processor = load_policy(f"{args.demo}/sft")
+    discriminator, _ = load_discriminator(f"{args.demo}/discriminator")
     examples = load_data(digits.build()["prompts"])
     optimizers = {
         model: torch.optim.AdamW(model.parameters(), lr=1e-6) for model in (policy, discriminator)
@@ -65,14 +66,14 @@ def main() -> None:
 
     def rollout(step):
         limit = config.max_completion_length
-        groups = state["groups"] = generate(policy, state["prompts"], n, limit, step=step)
+        groups = state["groups"] = generate(policy, state["prompts"], Sampling(n, limit), step=step)
         state["texts"] = [[decode(processor, b) for b in group.branches] for group in groups]
         state["tokens"] = sum(len(b) for group in groups for b in group.branches)
 
     def rewarding(step):
         pairs = zip(state["rows"], state["texts"])
-        rewards = [[reward(text, row.answer) for text in texts] for row, texts in pairs]
-        state["advantage"] = group_advantage(torch.tensor(rewards)).flatten()
+        rewards = [[reward(text, row.answer)[0] for text in texts] for row, texts in pairs]
+        state["advantage"] = group_advantage(torch.tensor(rewards))
 
     def judging(step):
         triples = zip(state["prompts"], state["rows"], state["texts"])
@@ -84,10 +85,8 @@ def main() -> None:
         optimizer_step(discriminator, optimizers[discriminator], 1e-6, 1.0)
 
     def update(step):
-        sampled = state["groups"], state["advantage"]
-        policy_backward(
-            policy, *sampled, processor, config, config.algorithm, clips, on_policy=True
-        )
+        packs = rank_packs(state["groups"], processor, config.max_tokens_per_pack)
+        policy_backward(policy, packs, state["groups"], state["advantage"], objective)
         optimizer_step(policy, optimizers[policy], 1e-6, 1.0)
 
     phases = {

@@ -32,10 +32,9 @@ matplotlib.use("svg")
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import digits  # noqa: E402
-import report  # noqa: E402
-from digits import read_rows  # noqa: E402
-from run import write_json  # noqa: E402
+from support import digits, report  # noqa: E402
+from support.digits import read_rows  # noqa: E402
+from support.resuming import write_json  # noqa: E402
 
 OUT, RESULTS = ROOT / "out/study", ROOT / "benchmarks/results"
 SUPERVISED = 24  # responses that the alignment has
@@ -323,17 +322,16 @@ def kl_from_base(seed: int, folder: Path, data: str) -> float:
     """KL(policy | base) in nats a response, on samples of the policy."""
     import torch
 
-    from checkpoint import load_policy
     from data import encode_prompts, make_packs
-    from model import token_logprobs
-    from rows import load_data
-    from sampler import generate
+    from model import load_policy, token_logprobs
+    from sampler import Sampling, generate
+    from support.rows import load_data
 
     torch.set_num_threads(1)
-    policy, processor = load_policy("--ckpt", str(folder))
-    base, _ = load_policy("--ckpt", str(run(seed, "base")))
+    policy, processor = load_policy(str(folder))
+    base, _ = load_policy(str(run(seed, "base")))
     prompts = encode_prompts(processor, load_data(data)[:100])
-    groups, total = generate(policy, prompts, 1, 96, seed=seed), 0.0
+    groups, total = generate(policy, prompts, Sampling(1, 96, seed=seed)), 0.0
     with torch.no_grad():
         for pack in make_packs(groups, 8192):
             ours, theirs = (token_logprobs(model, pack)[0] for model in (policy, base))
@@ -674,7 +672,7 @@ def main() -> None:
     with ThreadPoolExecutor(args.processes) as pool:
         list(pool.map(work, jobs))
     bar.close()
-    written = ["benchmarks/STUDY.md", "README.md", "docs/study.svg", "out/study/report.html"]
+    written = ["benchmarks/STUDY.md", "docs/handbook.md", "docs/study.svg", "out/study/report.html"]
     for document in written[:2]:
         write(ROOT / document)
     picture(ROOT / written[2])

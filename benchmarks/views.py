@@ -33,11 +33,11 @@ import torch
 from PIL import Image
 from rollout import arguments, ratio
 
-import digits
 from data import Response, encode_prompts, encode_views
 from discriminator import Comparison, discriminator_loss, load_discriminator, view_packs
 from model import adapt
-from rows import Example
+from support import digits
+from support.rows import Example
 
 ROLLOUTS, PROMPT_TOKENS, CAPTION_TOKENS, REASONING_TOKENS = 16, 302, 42, 60
 SIDE = 224  # pixels, 14 x 14 image tokens
@@ -66,7 +66,7 @@ def build(path: str, args) -> tuple:
         initializer_range=0.04,
     )
     digits.build_model(Path(path), digits.train_tokenizer(texts, 200), world)
-    return load_discriminator("--model", path, dropout=0.0)
+    return load_discriminator(path, dropout=0.0)
 
 
 def response(rng: random.Random, caption: int, think: int) -> Response:

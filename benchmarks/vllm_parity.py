@@ -92,11 +92,11 @@ class Engine:
 
 
 def parity(args, folder: Path) -> None:
-    import digits
-    from checkpoint import load_policy
     from data import encode_prompts
-    from rows import load_data
-    from sampler import generate
+    from model import load_policy
+    from sampler import Sampling, generate
+    from support import digits
+    from support.rows import load_data
 
     shape = dict(head_dim=64, hidden_size=128, intermediate_size=256)
     rows = dict(pretrain_rows=2000, sft_rows=100, prompt_rows=100, validation_rows=40, test_rows=40)
@@ -110,11 +110,14 @@ def parity(args, folder: Path) -> None:
     if not (sft / "model.safetensors").exists():
         env = dict(os.environ, TQDM_DISABLE="1")
         subprocess.run([sys.executable, *words], cwd=ROOT, check=True, env=env)
-    policy, processor = load_policy("--ckpt", str(sft))
-    print("saved in", policy.saved_as)
+    policy, processor = load_policy(str(sft))
+    print("saved in", policy.source.dtype)
     examples = list(load_data([paths["validation"]]))
     prompts = encode_prompts(processor, examples)
-    ours = [group.branches[0].tolist() for group in generate(policy, prompts, 1, 96, temperature=0)]
+    ours = [
+        group.branches[0].tolist()
+        for group in generate(policy, prompts, Sampling(1, 96, temperature=0))
+    ]
     engine = Engine(args, sft)
     out = engine.ask(processor, examples, prompts, [[96]] * 40, temperature=0, exact=False)
     engine.close()
@@ -127,11 +130,11 @@ def speed(args, folder: Path) -> None:
     import torch
     from PIL import Image
 
-    import digits
-    from checkpoint import load_policy
     from data import encode_prompts
-    from rows import Example
-    from sampler import generate
+    from model import load_policy
+    from sampler import Sampling, generate
+    from support import digits
+    from support.rows import Example
 
     words = "the image shows some digits side by side and a question about them".split()
     tokenizer = digits.train_tokenizer([" ".join(words)] * 3, 200)
@@ -141,7 +144,7 @@ def speed(args, folder: Path) -> None:
         path = folder / f"{hidden}"
         world = digits.World(**shape, **heads, initializer_range=0.02)
         digits.build_model(path, tokenizer, world)
-        policy, processor = load_policy("--ckpt", str(path))
+        policy, processor = load_policy(str(path))
         policy.stop_ids = torch.arange(100, 106)  # about 1 of 92 tokens
         size = sum(p.numel() for p in policy.parameters()) / 1e6
         engine = Engine(args, path)
@@ -158,7 +161,7 @@ def speed(args, folder: Path) -> None:
                 examples.append(Example(4 * turn + i, f"row {i}", chat, [str(image)]))
             start = time.perf_counter()
             prompts = encode_prompts(processor, examples)
-            groups = generate(policy, prompts, 16, 256, temperature=1.0, step=turn)
+            groups = generate(policy, prompts, Sampling(16, 256), step=turn)
             seconds = time.perf_counter() - start
             lengths = [[len(branch) for branch in group.branches] for group in groups]
             answers = engine.ask(processor, examples, prompts, lengths, temperature=1.0, exact=True)

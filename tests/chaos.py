@@ -211,6 +211,13 @@ def flags_of(script: str, world: dict, trained: str, discriminator: str) -> tupl
     return ("--ckpt", trained, *data, *rate, *tiny)
 
 
+def with_data(words, data) -> list:
+    """The words of a run, on other data: a run is given --data once."""
+    words = [*words]
+    words[words.index("--data") + 1] = data
+    return words
+
+
 def numbers(path) -> list[dict]:
     """metrics.jsonl without what a clock says."""
     clock = ("time/", "peak_memory", "tokens_per_second")
@@ -275,11 +282,11 @@ FAULTS = (
 ODD = ("no images", "rows left out", "one row", "nothing valid")  # how ranks come to differ
 
 
-def odd_flags(script: str, kind: str, world: dict, folder: Path) -> tuple:
-    """What makes ranks differ: half of the rows have no image, half of them are bad, there is one
-    row for all ranks, or the policy answers in no format."""
+def odd_flags(base: tuple, script: str, kind: str, world: dict) -> tuple:
+    """The flags of a run whose ranks differ: half of the rows have no image, half of them are bad,
+    there is one row for all ranks, or the policy answers in no format."""
     if kind == "nothing valid" and script in ("align.py", "rlvr.py"):
-        return ("--ckpt", world["init"])
+        return (*base, "--ckpt", world["init"])
     path = Path(world["sft" if script == "sft.py" else "prompts"])
     rows = [json.loads(line) for line in open(path)]
     for row in rows[::2] if kind != "one row" else []:
@@ -292,7 +299,8 @@ def odd_flags(script: str, kind: str, world: dict, folder: Path) -> tuple:
     data.write_text("\n".join(text))
     alone = script == "discriminator.py" and kind == "one row"
     more = ("--validation_share", 0) if alone else ()
-    return ("--data", data, "--max_bad_fraction", 1, "--image_dir", path.parent, *more)
+    more = ("--max_bad_fraction", 1, "--image_dir", path.parent, *more)
+    return (*with_data(base, data), *more)
 
 
 def in_a_save(out: Path) -> bool:
@@ -439,7 +447,7 @@ def chaos(nursery: Nursery, folder: Path, prepared: tuple, tries: int, seed: int
         base, odd = flags_of(script, *prepared), None
         if fault.endswith("differ"):
             odd = rng.choice(ODD)
-            base = (*base, *odd_flags(script, odd, prepared[0], folder))
+            base = odd_flags(base, script, odd, prepared[0])
         if (script, ranks, odd) not in reference:
             whole = folder / f"{script}-{ranks}-{odd}"
             reference[script, ranks, odd] = whole
@@ -562,8 +570,8 @@ def answers(rng: random.Random):
 
 def judgements(rng: random.Random):
     """Pairs of an answer and a ground truth for verify."""
+    from support.verifier import verify
     from tests.test_verifier import mutated
-    from verifier import verify
 
     while True:
         pair = mutated(rng), mutated(rng)
@@ -585,7 +593,8 @@ def tables(rng: random.Random, folder: Path, processor):
     import pyarrow.parquet
 
     from data import Encoded
-    from rows import RowError, UserError, load_data
+    from support.errors import RowError, UserError
+    from support.rows import load_data
     from tests import test_rows as wild
 
     layouts = [wild.SHAREGPT, wild.OLDER, wild.PLAIN, wild.VERL, wild.PAIR, wild.PARTS]
@@ -656,12 +665,11 @@ def packs(rng: random.Random, path: str, data: str):
     from transformers import AutoModelForImageTextToText
 
     from data import Group, encode_prompts, make_packs
-    from checkpoint import load_policy
-    from model import token_logprobs
-    from rows import Example, load_data
+    from model import load_policy, token_logprobs
+    from support.rows import Example, load_data
     from tests.test_model import reference_logprobs
 
-    policy, processor = load_policy("--model", path)
+    policy, processor = load_policy(path)
     reference = AutoModelForImageTextToText.from_pretrained(path, dtype=torch.float64)
     asked = [[{"role": "user", "content": [{"type": "text", "text": "a" * n}]}] for n in (1, 9, 60)]
     examples = [*load_data(data)[:30], *(Example(0, "text", chat, []) for chat in asked)]
@@ -701,7 +709,7 @@ def fuzz(folder: Path, world: dict, count: int, seed: int, only: str = "") -> bo
     import datasets
     import torch
 
-    from checkpoint import load_processor
+    from support.huggingface import load_processor
     from tests.test_verifier import processor_time
 
     datasets.config.HF_DATASETS_CACHE = str(folder / "cache")
@@ -745,7 +753,7 @@ def main() -> None:
     args = parser.parse_args()
     if args.serve:
         return serve()
-    import digits
+    from support import digits
     from tests.conftest import WORLD
 
     nursery, good = Nursery(), True

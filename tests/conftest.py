@@ -57,7 +57,7 @@ def nursery():
 @pytest.fixture(scope="session")
 def world(tmp_path_factory) -> dict[str, str]:
     """Name -> path of a small digits world."""
-    import digits
+    from support import digits
 
     return digits.build(tmp_path_factory.mktemp("digits") / "world", digits.World(**WORLD))
 

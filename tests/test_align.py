@@ -5,7 +5,6 @@ The models are tiny, with random weights everywhere (norms and biases too), so t
 right by being 0 or 1.
 """
 
-import dataclasses
 import inspect
 import io
 import math
@@ -30,17 +29,15 @@ from transformers.models.qwen3_vl_moe.modeling_qwen3_vl_moe import (
     load_balancing_loss_func,
 )
 
-import digits
-from align import AlignConfig, alignment_advantage, debias, fill_invalid, game_advantage
-from checkpoint import load_processor, save_processor
-from data import Group, Prompt, Response, encode_prompts, encode_views, make_packs, mrope_positions
+from align import AlignConfig, alignment_advantage, debias, fill_invalid
+from data import Group, Prompt, Response, encode_prompts, encode_views, make_packs
+from data import mrope_positions, parse_response
 from discriminator import (
     VIEWS,
     Comparison,
     Discriminator,
     DiscriminatorConfig,
     Experts,
-    Judgement,
     Router,
     SparseMLP,
     balance_loss,
@@ -49,14 +46,17 @@ from discriminator import (
     judge,
     load_discriminator,
     pair_loss,
-    save_discriminator,
     upcycle,
     view_of_tokens,
     view_packs,
 )
 from model import PackAttention
-from rows import Example, UserError
-from tests.conftest import ROOT
+from support import digits
+from support.errors import UserError
+from support.huggingface import load_processor, processor_files, save_discriminator, write_files
+from support.metrics import Loss, Mean
+from support.rows import Example
+from tests.conftest import ROOT, fails, launch, lines
 
 repeatable = settings(derandomize=True, deadline=None, database=None, max_examples=50)
 
@@ -212,34 +212,63 @@ def test_debias(rows, beta):
     assert torch.equal(debias(score, length, 0.0), score)
 
 
-def judgement(scores, valid, lengths) -> Judgement:
-    """A Judgement of given scores and lengths, (2, P, N) each, perception first."""
-    (perception, reasoning), nothing = scores, torch.zeros_like(scores[0])
-    return Judgement(perception, reasoning, valid, nothing, nothing, lengths, {}, {})
+def debiased_advantage(scores, valid, lengths, betas, **weights) -> torch.Tensor:
+    """(12), (9), (10), (11), as a step of the game puts them together. scores, lengths: (P, N) of
+    each view, perception first."""
+    views = [debias(*view) for view in zip(scores, lengths, betas, strict=True)]
+    return alignment_advantage(*views, valid, **weights)
 
 
-def test_game_advantage_by_hand():
+def test_debiased_advantage_by_hand():
     """Lengths 0, 1, 3 and 7 weigh 0, 1, 2 and 3 times log 2. Perception, beta 1 / log 2: 5, 5, 5,
     and the invalid one 4. Reasoning, beta -0.5 / log 2: 2, 1, 3, and the invalid one 0."""
-    config = AlignConfig(
-        alpha=0.25,
-        format_penalty=2.0,
-        length_beta_perception=1 / math.log(2),
-        length_beta_reasoning=-0.5 / math.log(2),
-    )
     scores = torch.tensor([[[5.0, 6.0, 8.0, 0.0]], [[2.0, 0.0, 1.5, 0.0]]]).double()
     lengths = torch.tensor([[[0.0, 1.0, 7.0, 0.0]], [[0.0, 3.0, 7.0, 0.0]]]).double()
     valid = torch.tensor([[True, True, True, False]])
-    got = game_advantage(judgement(scores, valid, lengths), config)
+    betas = 1 / math.log(2), -0.5 / math.log(2)
+    got = debiased_advantage(scores, valid, lengths, betas, alpha=0.25, format_penalty=2.0)
     p_std, r_std = math.sqrt((3 * 0.25**2 + 0.75**2) / 3), math.sqrt(5 / 3)
     p = [0.25 / (p_std + 1e-6)] * 3 + [-0.75 / (p_std + 1e-6)]
     r = [x / (r_std + 1e-6) for x in (0.5, -0.5, 1.5, -1.5)]
     expected = [0.25 * a + 0.75 * b - c for a, b, c in zip(p, r, (0, 0, 0, 2))]
     close(got, [expected])
     # Off by default: then lengths are not looked at.
-    plain = game_advantage(judgement(scores, valid, lengths * 100), AlignConfig())
+    config = AlignConfig()
+    off = config.length_beta_perception, config.length_beta_reasoning
+    plain = debiased_advantage(scores, valid, lengths * 100, off)
     close(plain, alignment_advantage(*scores, valid))
     assert (got - plain).abs().max() > 0.3
+
+
+@pytest.mark.parametrize("flags", [{}, dict(alpha=0.3, format_penalty=2.5, betas=(1.3, 0.5))])
+def test_a_run_rewards_as_its_flags_say(world, trained, tmp_path, flags):
+    """The advantages that a run writes down, against plain Python on the scores and texts beside
+    them: (12), (9), (10), (11), with the default flags and with others."""
+    alpha, penalty = flags.get("alpha", 0.5), flags.get("format_penalty", 1.5)
+    betas = flags.get("betas", (0.0, 0.0))
+    given_ = ["--alpha", alpha, "--format_penalty", penalty]
+    given_ += ["--length_beta_perception", betas[0], "--length_beta_reasoning", betas[1]]
+    models = ["--ckpt", trained, "--discriminator", world["init"], "--data", world["prompts"]]
+    size = ["--max_steps", 3, "--prompts_per_step", 1, "--num_generations", 6]
+    size += ["--max_completion_length", 60, "--output_dir", tmp_path / "out"]
+    launch("align.py", *models, *size, *(given_ if flags else ()))
+    processor = load_processor(world["init"])
+    rollouts = lines(tmp_path / "out" / "rollouts.jsonl")
+    seen = set()
+    for step in (1, 2, 3):
+        group = [row for row in rollouts if row["step"] == step]
+        responses = [parse_response(row["response"]) for row in group]
+        valid = [response is not None for response in responses]
+        assert len(group) == 6 and [row["valid"] for row in group] == valid
+        seen |= set(valid)
+        sizes = [encode_views(processor, r) if r else ([], []) for r in responses]
+        views = [
+            [row[name] - beta * math.log(1 + len(size[view])) for row, size in zip(group, sizes)]
+            for view, (name, beta) in enumerate(zip(VIEWS, betas))
+        ]
+        expected = reference_advantage(*([view] for view in views), [valid], alpha, penalty)
+        close([[row["advantage"] for row in group]], expected, 1e-4)
+    assert seen == {True, False}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -463,7 +492,7 @@ def dense(tmp_path_factory) -> str:
 def randomised(dense: str, kind: str = "learned"):
     """An upcycled discriminator whose experts, routers and heads are really different from one
     another."""
-    discriminator, processor = load_discriminator("--model", dense, kind, dropout=0.0)
+    discriminator, processor = load_discriminator(dense, kind, dropout=0.0)
     generator = torch.Generator().manual_seed(2)
     with torch.no_grad():
         for name, parameter in discriminator.named_parameters():
@@ -483,7 +512,7 @@ def sparse(dense, tmp_path_factory):
     """(discriminator, processor, the directory that it was saved to)."""
     discriminator, processor = randomised(dense)
     path = str(tmp_path_factory.mktemp("models") / "sparse")
-    save_discriminator(discriminator, processor, path)
+    save_discriminator(discriminator, path)
     return discriminator, processor, path
 
 
@@ -533,9 +562,18 @@ def sides(judged) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.stack(teacher, -1), torch.stack([judged.perception, judged.reasoning], -1)
 
 
+def view_lengths(judged) -> torch.Tensor:
+    """(2, P, N): tokens of the students' views."""
+    return torch.stack([judged.perception_length, judged.reasoning_length])
+
+
+def expert_shares(judged) -> dict:
+    return {name: x for name, x in judged.metrics.items() if name.startswith("expert_share")}
+
+
 def invalid_is_zero(judged) -> None:
     """Where there is no score stands 0, in all fields."""
-    for scores in (*sides(judged), judged.length.permute(1, 2, 0)):
+    for scores in (*sides(judged), view_lengths(judged).permute(1, 2, 0)):
         assert scores.isfinite().all() and (scores[~judged.valid] == 0).all()
 
 
@@ -544,7 +582,8 @@ def told_apart(view_packs, comparisons) -> torch.Tensor:
     most = max(len(c.students) for c in comparisons)
     out = torch.zeros(2, len(comparisons), most, dtype=torch.bool)
     for v in view_packs:
-        out[:, v.students[0], v.students[1]] = (v.pairs[:, :2] != v.pairs[:, 2:]).T
+        p, n = v.students.T
+        out[:, p, n] = (v.pairs[:, :2] != v.pairs[:, 2:]).T
     return out
 
 
@@ -672,7 +711,7 @@ def test_judge_gives_the_papers_scores_loss_and_gradient(sparse, reference):
         differs = [bool(t != s) for t, s in zip(teacher, mine)]
         assert told_apart(packs, pairs)[:, p, n].tolist() == differs
         views = encode_views(processor, pairs[p].students[n])
-        assert judged.length[:, p, n].tolist() == [len(view) for view in views]
+        assert view_lengths(judged)[:, p, n].tolist() == [len(view) for view in views]
     for view, name in enumerate(VIEWS):
         of_view = [[float(side[view].detach()) for side in row] for row in rows.values()]
         sums = {
@@ -681,13 +720,13 @@ def test_judge_gives_the_papers_scores_loss_and_gradient(sparse, reference):
             "score_gap": sum(t - s for t, s in of_view),
         }
         for mean, expected in sums.items():
-            total, count = judged.means[f"{mean}_{name}"]
-            close(float(total), expected, 1e-4)
-            assert count == len(rows)
+            measured = judged.metrics[f"{mean}_{name}"]
+            close(float(measured.total), expected, 1e-4)
+            assert isinstance(measured, Mean) and measured.count == len(rows)
         apart = [t > s for t, s in of_view if t != s]
-        right, count = judged.means[f"pair_accuracy_{name}"]
-        assert 0 < len(apart) < len(rows) and (right, count) == (sum(apart), len(apart))
-    close(judged.means["discriminator_loss"][0], loss.item(), 1e-4)
+        accuracy = judged.metrics[f"pair_accuracy_{name}"]
+        assert 0 < len(apart) < len(rows) and accuracy == Mean(sum(apart), len(apart))
+    close(judged.metrics["discriminator_loss"].value, loss.item(), 1e-4)
     theirs = {name: p.grad for name, p in reference.named_parameters()} | {
         "score.weight": head.grad
     }
@@ -703,7 +742,7 @@ def test_judge_gives_the_papers_scores_loss_and_gradient(sparse, reference):
     for view, name in enumerate(VIEWS):
         count = sum(n for v, n in tokens if v == view)
         assert (chosen[:, view].sum(-1) == 2 * count).all()
-        close(judged.expert_shares[f"expert_share_{name}"], chosen[:, view] / (2 * count), 5.1e-5)
+        close(judged.metrics[f"expert_share_{name}"], chosen[:, view] / (2 * count), 5.1e-5)
     discriminator.zero_grad()
 
 
@@ -738,11 +777,16 @@ def test_judge_does_not_depend_on_how_views_are_packed(sparse):
         for mine, theirs in zip(sides(judged), sides(first)):
             torch.testing.assert_close(mine, theirs, atol=1e-4, rtol=1e-4)
         invalid_is_zero(judged)
-        assert torch.equal(judged.valid, first.valid) and torch.equal(judged.length, first.length)
+        assert torch.equal(judged.valid, first.valid)
+        assert torch.equal(view_lengths(judged), view_lengths(first))
         for name in VIEWS:  # as many pairs that can be told apart
-            counts = [j.means[f"pair_accuracy_{name}"][1] for j in (judged, first)]
+            counts = [j.metrics[f"pair_accuracy_{name}"].count for j in (judged, first)]
             assert counts[0] == counts[1] > 0
-        close(judged.means["discriminator_loss"][0], first.means["discriminator_loss"][0], 1e-5)
+        close(
+            judged.metrics["discriminator_loss"].value,
+            first.metrics["discriminator_loss"].value,
+            1e-5,
+        )
         for name in gradient:
             assert (gradient[name] - other[name]).norm() <= 1e-3 * gradient[name].norm() + 1e-7, (
                 name
@@ -774,8 +818,8 @@ def test_balance_of_several_packs_is_their_mean_over_tokens(sparse):
         judge(discriminator, pairs, processor, 250, balance_coef=b, backward=False)
         for b in (0.0, 0.7)
     ]
-    close(judgements[0].means["balance_loss"][0], expected, 1e-5)
-    losses = [judged.means["discriminator_loss"][0] for judged in judgements]
+    close(judgements[0].metrics["balance_loss"].value, expected, 1e-5)
+    losses = [judged.metrics["discriminator_loss"].value for judged in judgements]
     close(losses[1] - losses[0], 0.7 * expected, 1e-5)
 
 
@@ -788,7 +832,10 @@ def test_dropout_enters_the_loss_and_not_the_rewards(sparse):
     discriminator.dropout.p = 0.0
     for a, b in zip(sides(clean), sides(dropped)):
         assert torch.equal(a, b) and (a[clean.valid] != 0).all()
-    assert abs(clean.means["discriminator_loss"][0] - dropped.means["discriminator_loss"][0]) > 1e-3
+    assert (
+        abs(clean.metrics["discriminator_loss"].value - dropped.metrics["discriminator_loss"].value)
+        > 1e-3
+    )
 
 
 def test_judge_without_backward_leaves_no_gradient(sparse):
@@ -806,8 +853,8 @@ def test_judge_without_a_valid_student(sparse):
     assert judged.valid.tolist() == [[False, False]]
     invalid_is_zero(judged)
     assert (
-        tuple(map(float, judged.means["pair_accuracy_perception"])) == (0, 0)
-        and judged.means["discriminator_loss"][1] == 0
+        judged.metrics["pair_accuracy_perception"] == Mean(0, 0)
+        and judged.metrics["discriminator_loss"].updates == 0
     )
     assert all(p.grad is None or (p.grad == 0).all() for p in discriminator.parameters())
 
@@ -816,9 +863,13 @@ def test_judge_of_no_prompts(sparse):
     """A rank whose rows were all left out takes part with nothing, its advantages included."""
     discriminator, processor, _ = sparse
     judged = judge(discriminator, [], processor, 1000, backward=True)
-    assert judged.valid.shape[0] == judged.perception.shape[0] == judged.length.shape[1] == 0
-    assert judged.means["discriminator_loss"] == (0, 0) and judged.expert_shares == {}
-    assert game_advantage(judged, AlignConfig()).flatten().shape == (0,)
+    lengths = view_lengths(judged)
+    assert judged.valid.shape[0] == judged.perception.shape[0] == lengths.shape[1] == 0
+    assert judged.metrics["discriminator_loss"] == Loss(0, updates=0)
+    assert expert_shares(judged) == {}
+    scores = judged.perception, judged.reasoning
+    advantage = debiased_advantage(scores, judged.valid, lengths, (0.0, 0.0))
+    assert advantage.flatten().shape == (0,)
 
 
 def test_lengths_debias_the_advantages_of_judged_rollouts(sparse):
@@ -830,20 +881,16 @@ def test_lengths_debias_the_advantages_of_judged_rollouts(sparse):
     pairs[2].students += [TEACHER, None]
     judged = judge(discriminator, pairs, processor, 300, backward=False)
     valid = [[student is not None for student in c.students] for c in pairs]
-    assert judged.valid.tolist() == valid and judged.length.shape == (2, 3, 4)
+    assert judged.valid.tolist() == valid and view_lengths(judged).shape == (2, 3, 4)
     lengths = [
         [[float(len(view)) for view in encode_views(processor, s)] if s else [0.0, 0.0] for s in c]
         for c in (comparison.students for comparison in pairs)
     ]
-    close(judged.length, torch.tensor(lengths).permute(2, 0, 1))
-    plain = game_advantage(judged, AlignConfig())
+    close(view_lengths(judged), torch.tensor(lengths).permute(2, 0, 1))
+    given_ = (judged.perception, judged.reasoning), judged.valid, view_lengths(judged)
+    plain = debiased_advantage(*given_, (0.0, 0.0))
     for betas in ((0.0, 0.0), (0.7, 0.0), (0.0, -0.4), (1.3, 0.5)):
-        config = AlignConfig(
-            alpha=0.4,
-            format_penalty=2.5,
-            length_beta_perception=betas[0],
-            length_beta_reasoning=betas[1],
-        )
+        weights = dict(alpha=0.4, format_penalty=2.5)
         views = [
             [
                 [s - beta * math.log(1 + n[view]) for s, n in zip(*row)]
@@ -851,13 +898,11 @@ def test_lengths_debias_the_advantages_of_judged_rollouts(sparse):
             ]
             for view, (scores, beta) in enumerate(zip((judged.perception, judged.reasoning), betas))
         ]
-        got = game_advantage(judged, config)
+        got = debiased_advantage(*given_, betas, **weights)
         close(got, reference_advantage(*views, valid, 0.4, 2.5), 1e-5)
         if any(betas):
-            unweighted = dataclasses.replace(
-                config, length_beta_perception=0.0, length_beta_reasoning=0.0
-            )
-            assert (got - game_advantage(judged, unweighted)).abs().max() > 0.05
+            unweighted = debiased_advantage(*given_, (0.0, 0.0), **weights)
+            assert (got - unweighted).abs().max() > 0.05
     close(
         plain,
         reference_advantage(
@@ -883,7 +928,7 @@ def test_equal_texts_score_exactly_alike(sparse):
     assert torch.equal(teacher[0, 0], student[0, 0])
     assert told_apart(view_packs(same, processor, 1000), same)[:, 0].tolist() == [[False, True]] * 2
     for name in VIEWS:  # of the two pairs one can be told apart
-        assert judged.means[f"pair_accuracy_{name}"][1] == 1
+        assert judged.metrics[f"pair_accuracy_{name}"].count == 1
 
 
 def test_scores_are_clamped_and_dropout_is_for_the_loss_alone(sparse):
@@ -944,7 +989,7 @@ def test_dedicated_experts_serve_their_view_alone(dense):
             for view in (-1, 0, 1)
         }
         assert taken == {-1: {0, 1, 2, 3}, 0: {0, 1}, 1: {2, 3}}
-    shares = judge(discriminator, pairs, processor, 100_000, backward=False).expert_shares
+    shares = expert_shares(judge(discriminator, pairs, processor, 100_000, backward=False))
     perception, reasoning = (torch.tensor(shares[f"expert_share_{name}"]) for name in VIEWS)
     assert perception.shape == reasoning.shape == (2, 4)
     assert (perception[:, 2:] == 0).all() and (reasoning[:, :2] == 0).all()
@@ -953,7 +998,7 @@ def test_dedicated_experts_serve_their_view_alone(dense):
 
 def test_text_only_discriminator_never_sees_the_image(dense, tmp_path):
     discriminator, processor = randomised(dense, "text")
-    save_discriminator(discriminator, processor, str(tmp_path / "text"))
+    save_discriminator(discriminator, str(tmp_path / "text"))
     theirs = opened(tmp_path / "text")
     pairs = comparisons(processor)[:1]
     teacher, _ = sides(judge(discriminator, pairs, processor, 1000, backward=False))
@@ -1094,12 +1139,10 @@ def test_transformers_opens_what_is_saved(sparse):
 @pytest.mark.parametrize("kind", ["learned", "dedicated", "dense", "text"])
 def test_round_trip_is_exact(dense, tmp_path, kind):
     discriminator, processor = randomised(dense, kind)
-    save_discriminator(discriminator, processor, str(tmp_path / "one"))
-    again, _ = load_discriminator(
-        "--model", str(tmp_path / "one"), seed=9
-    )  # the directory knows what it is
-    save_discriminator(again, processor, str(tmp_path / "two"))
-    twice, _ = load_discriminator("--model", str(tmp_path / "two"), seed=10)
+    save_discriminator(discriminator, str(tmp_path / "one"))
+    again, _ = load_discriminator(str(tmp_path / "one"), seed=9)  # the directory knows what it is
+    save_discriminator(again, str(tmp_path / "two"))
+    twice, _ = load_discriminator(str(tmp_path / "two"), seed=10)
     expected = discriminator.state_dict()
     assert len(discriminator.sparse) == (0 if kind == "dense" else 2)
     for other in (again, twice):
@@ -1115,11 +1158,11 @@ def test_round_trip_is_exact(dense, tmp_path, kind):
 def test_a_single_headed_checkpoint_fills_both_heads(sparse, tmp_path, name):
     """As the released ones are: one row, read by both views."""
     discriminator, processor, _ = sparse
-    save_discriminator(discriminator, processor, str(tmp_path))
+    save_discriminator(discriminator, str(tmp_path))
     weights = load_file(tmp_path / "model.safetensors")
     row = weights.pop("score.weight")[1:2].clone()
     save_file(weights | {name: row}, tmp_path / "model.safetensors", {"format": "pt"})
-    again, _ = load_discriminator("--model", str(tmp_path))
+    again, _ = load_discriminator(str(tmp_path))
     assert torch.equal(again.score.weight, row.expand(2, -1))
     assert torch.equal(
         again.model.language_model.layers[1].mlp.experts.down_proj,
@@ -1133,13 +1176,13 @@ def test_the_released_layout(world, tmp_path):
     tests/released/make.py."""
     released = ROOT / "tests" / "released"
     shutil.copytree(released, tmp_path / "d")
-    save_processor(load_processor(world["init"]), tmp_path / "d")
+    write_files(tmp_path / "d", processor_files(world["init"]))
     (tmp_path / "d" / "expected.safetensors").unlink()
     stored, expected = (load_file(released / f"{n}.safetensors") for n in ("model", "expected"))
     experts = "model.language_model.layers.0.mlp.experts."
     assert stored[experts + "gate_up_proj"].shape == (4, 8, 12)  # (E, h, 2i)
     assert stored[experts + "down_proj"].shape == (4, 6, 8)  # (E, i, h)
-    discriminator, processor = load_discriminator("--model", str(tmp_path / "d"))
+    discriminator, processor = load_discriminator(str(tmp_path / "d"))
     discriminator.eval()
     prompt, grid = expected["prompt"], expected["image_grid_thw"]
     positions = mrope_positions(prompt, grid, 40, 2)
@@ -1152,32 +1195,31 @@ def test_the_released_layout(world, tmp_path):
     assert expected["scores"].abs().max() < 10 and hidden.std() > 0.1
     for some in scores:
         torch.testing.assert_close(some, expected["scores"], atol=1e-4, rtol=1e-5)
-    save_discriminator(discriminator, processor, str(tmp_path / "again"))
+    save_discriminator(discriminator, str(tmp_path / "again"))
     again = load_file(tmp_path / "again" / "model.safetensors")
     assert {tensor.dtype for tensor in again.values()} == {torch.bfloat16}
 
 
 def test_a_fresh_head_is_drawn_as_in_the_paper(dense):
-    heads = torch.cat(
-        [load_discriminator("--model", dense, seed=seed)[0].score.weight for seed in range(3)]
-    )
+    heads = torch.cat([load_discriminator(dense, seed=seed)[0].score.weight for seed in range(3)])
     assert heads.shape == (6, 48) and abs(heads.std() / 0.02 - 1) < 0.2
     assert len({tuple(row.tolist()) for row in heads}) == 6  # a head a view, and a seed a pair
-    assert Discriminator(load_discriminator("--model", dense)[0].model, "learned").dropout.p == 0.1
+    assert Discriminator(load_discriminator(dense)[0].model, "learned").dropout.p == 0.1
 
 
 def test_a_wrong_kind_is_refused(dense, sparse, tmp_path):
-    with pytest.raises(UserError, match="learned, dedicated, dense, text"):
-        load_discriminator("--model", dense, "both")
+    said = fails("discriminator.py", "--model", dense, "--experts", "both")
+    assert "--experts: invalid choice: 'both'" in said
+    assert all(f"'{kind}'" in said for kind in ("learned", "dedicated", "dense", "text"))
     # experts that are there cannot be had as "dense": what would run is not what was asked for
     discriminator, processor, _ = sparse
-    save_discriminator(discriminator, processor, str(tmp_path))
+    save_discriminator(discriminator, str(tmp_path))
     weights = load_file(tmp_path / "model.safetensors")
     weights.pop("score.weight")
     save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
     assert AutoConfig.from_pretrained(tmp_path).model_type == "qwen3_vl_moe"
     with pytest.raises(UserError, match="dense"):
-        load_discriminator("--model", str(tmp_path), "dense")
+        load_discriminator(str(tmp_path), "dense")
 
 
 # --------------------------------------------------------------------------------------------------

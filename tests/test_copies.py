@@ -12,23 +12,42 @@ import shutil
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
 
 import pytest
 import torch
 
 from align import alignment_advantage
-from checkpoint import load_policy
 from data import Group, encode_prompts, encode_response, make_packs, parse_response
 from discriminator import discriminator_loss, load_discriminator
-from model import token_logprobs
+from model import load_policy, token_logprobs
 from policy_gradient import policy_loss
-from rows import load_data
-from sampler import generate
+from rlvr import reward
+from sampler import Sampling, generate
+from support.rows import load_data
 from tests.conftest import ROOT
 
 # In the order of the imports, which is the order of the copies.
-FILES = ("rows", "data", "model", "sampler", "policy_gradient", "discriminator", "align", "rlvr")
-TREES = {name: ast.parse((ROOT / f"{name}.py").read_text()) for name in FILES}
+FILES = (
+    "support.ranks",
+    "support.errors",
+    "support.fit",
+    "support.verifier",
+    "data",
+    "model",
+    "sampler",
+    "policy_gradient",
+    "discriminator",
+    "align",
+    "rlvr",
+)
+
+
+def source(module: str) -> Path:
+    return ROOT / f"{module.replace('.', '/')}.py"
+
+
+TREES = {name: ast.parse(source(name).read_text()) for name in FILES}
 
 
 def definitions(file: str) -> dict[str, ast.stmt]:
@@ -42,40 +61,73 @@ def definitions(file: str) -> dict[str, ast.stmt]:
     return found
 
 
-def takes_along(file: str, name: str) -> list[tuple[str, str]]:
-    """What a definition's docstring lists, as (file, name)."""
+def split(path: str, file: str = "") -> tuple[str, str]:
+    """A path, "support.errors.UserError", as (file, name). A name without a file is in `file`."""
+    module, _, name = path.rpartition(".")
+    return module or file, name
+
+
+def listed(file: str, name: str) -> str:
+    """What stands behind "Takes along:" in a definition's docstring."""
     node = definitions(file)[name]
     text = ast.get_docstring(node) if hasattr(node, "body") else None
     match = re.search(r"Takes along:\s*(.*?)\.\s*$", text or "", re.DOTALL)
-    listed = re.sub(r"\s+", " ", match[1]).split(", ") if match else []
-    return [tuple(entry.split(".")) if "." in entry else (file, entry) for entry in listed]
+    return re.sub(r"\s+", " ", match[1]) if match else ""
 
 
-def copied(*pieces: str) -> str:
-    """The source of some pieces, "file.name", with all that they take along."""
-    wanted, queue = set(), [tuple(piece.split(".")) for piece in pieces]
+def whole_files(file: str, name: str) -> list[Path]:
+    """The files that a definition takes along whole: "all of a.py and b.py", which stand beside."""
+    text = listed(file, name)
+    names = re.findall(r"\w+\.py", text) if text.startswith("all of ") else []
+    return [source(file).with_name(name) for name in names]
+
+
+def takes_along(file: str, name: str) -> list[tuple[str, str]]:
+    """The single definitions that a definition takes along, as (file, name)."""
+    text = listed(file, name)
+    single = text and not whole_files(file, name)
+    return [split(path, file) for path in text.split(", ")] if single else []
+
+
+def with_all(*pieces: str) -> set[tuple[str, str]]:
+    """Some pieces, "file.name", with all that they take along, as (file, name)."""
+    wanted, queue = set(), [split(piece) for piece in pieces]
     while queue:
         entry = queue.pop()
         if entry not in wanted:
             wanted.add(entry)
             queue += takes_along(*entry)
+    return wanted
+
+
+def is_foreign(node: ast.stmt) -> bool:
+    """Whether a statement imports something that is not the project's own."""
+    if isinstance(node, ast.ImportFrom):
+        return node.module != "support" and not source(node.module).exists()
+    return isinstance(node, ast.Import)
+
+
+def copied(*pieces: str) -> str:
+    """The source of some pieces with all that they take along. What is in a file that is copied
+    whole is imported from there."""
+    wanted = with_all(*pieces)
     out = []
     for file in FILES:
-        nodes = {
-            id(definitions(file)[name]): definitions(file)[name] for f, name in wanted if f == file
-        }
+        names = [name for f, name in wanted if f == file]
+        apart = [name for name in names if whole_files(file, name)]
+        out += [f"from {file.split('.')[-1]} import {name}" for name in apart]
+        nodes = {id(definitions(file)[name]) for name in names if name not in apart}
         if nodes:
-            for node in TREES[file].body:
-                foreign = isinstance(node, ast.Import) or (
-                    isinstance(node, ast.ImportFrom) and not (ROOT / f"{node.module}.py").exists()
-                )
-                if foreign or id(node) in nodes:
-                    out.append(ast.unparse(node))
+            own = [node for node in TREES[file].body if is_foreign(node) or id(node) in nodes]
+            out += [ast.unparse(node) for node in own]
     return "\n\n".join(out)
 
 
 def run(tmp_path, pieces: tuple[str, ...], driver: str, **inputs):
     """Runs `driver` behind the copied pieces; it finds `inputs` and leaves its result in `out`."""
+    for entry in with_all(*pieces):
+        for file in whole_files(*entry):
+            shutil.copy(file, tmp_path)
     torch.save(inputs, tmp_path / "inputs.pt")
     code = "\n\n".join(
         [
@@ -86,9 +138,9 @@ def run(tmp_path, pieces: tuple[str, ...], driver: str, **inputs):
             "torch.save(out, 'out.pt')",
         ]
     )
-    (tmp_path / "copy.py").write_text(code)
+    (tmp_path / "copied.py").write_text(code)
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
-    command = [sys.executable, "-P", "copy.py"]
+    command = [sys.executable, "copied.py"]
     done = subprocess.run(
         command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300
     )
@@ -103,7 +155,7 @@ def plain(group: Group) -> dict:
 
 @pytest.fixture(scope="module")
 def groups(world):
-    policy, processor = load_policy("--model", world["init"])
+    policy, processor = load_policy(world["init"])
     examples = load_data(world["prompts"])[:2]
     prompts = encode_prompts(processor, examples)
     texts = ["<caption>a</caption>", "a longer branch, of more words", ""]
@@ -135,10 +187,10 @@ def test_policy_losses(tmp_path):
     assert torch.equal(torch.stack(out), torch.stack(expected)) and out[0] != out[2]
 
 
-def test_reward_and_format(tmp_path):
-    """The verifier is two files, copied whole; the reward takes the format along."""
+def test_verifier(tmp_path):
+    """The verifier is two files, copied whole."""
     for name in ("verifier.py", "verifier_child.py"):
-        shutil.copy(ROOT / name, tmp_path)
+        shutil.copy(ROOT / "support" / name, tmp_path)
     (tmp_path / "main.py").write_text(
         "from verifier import verify\n"
         "said = [(r'\\frac{1}{2}', '0.5'), ('x+1', '1+x'), ('3.14', r'\\pi')]\n"
@@ -147,9 +199,18 @@ def test_reward_and_format(tmp_path):
     command = [sys.executable, "main.py"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert done.stdout.strip() == "[True, True, False]", done.stderr
-    text = "<caption>c</caption> <think>t</think>\n<answer>a</answer>"
+
+
+def test_reward_and_format(tmp_path):
+    """The reward takes the format along, and the files of the verifier."""
+    text = "<caption>c</caption> <think>t</think>\n<answer>x+1</answer>"
     out = run(tmp_path, ("data.parse_response",), f"out = vars(parse_response({text!r}))")
-    assert out == vars(parse_response(text)) == {"caption": "c", "think": "t", "answer": "a"}
+    assert out == vars(parse_response(text)) == {"caption": "c", "think": "t", "answer": "x+1"}
+    said = [(text, "1+x"), (text, "2+x"), (text, ["2+x", "1+x"]), (text[1:], "1+x")]
+    driver = "out = [reward(*pair) for pair in inputs['said']]"
+    out = run(tmp_path, ("rlvr.reward",), driver, said=said)
+    assert out == [reward(*pair) for pair in said]
+    assert out == [(1.0, True), (0.2, False), (1.0, True), (0.0, False)]
 
 
 PACKS = """
@@ -193,24 +254,26 @@ def test_generate(world, groups, tmp_path):
     policy, _, given = groups
     body = """
     try:
-        generate(adapt(policy), [], 3, 12)
+        generate(adapt(policy), [], Sampling(3, 12))
     except RuntimeError as error:
         assert "set policy.stop_ids" in str(error)
     policy.stop_ids = inputs["ends"]
-    sampled = generate(policy, [group.prompt for group in groups], 3, 12, 1.1, 4, 7)
+    sampling = Sampling(3, 12, temperature=1.1, seed=4)
+    sampled = generate(policy, [group.prompt for group in groups], sampling, step=7)
     out = [branch for group in sampled for branch in group.branches + group.logprobs]
     """
     inputs = dict(path=world["init"], groups=[plain(g) for g in given], ends=policy.stop_ids)
     body = textwrap.dedent(body).replace("\n", "\n    ")
     out = run(tmp_path, ("sampler.generate",), PACKS.format(body=body), **inputs)
-    sampled = generate(policy, [group.prompt for group in given], 3, 12, 1.1, 4, 7)
+    sampling = Sampling(3, 12, temperature=1.1, seed=4)
+    sampled = generate(policy, [group.prompt for group in given], sampling, step=7)
     expected = [x for group in sampled for x in group.branches + group.logprobs]
     assert len(out) == 12 and all(torch.equal(a, b) for a, b in zip(out, expected))
 
 
 def test_discriminator_with_its_losses(world, groups, tmp_path):
     """Experts and upcycling, the two scores, the pair loss and the balance loss."""
-    discriminator, _ = load_discriminator("--model", world["init"], seed=3)
+    discriminator, _ = load_discriminator(world["init"], seed=3)
     discriminator.eval()
     body = """
     backbone = adapt(policy).base_model

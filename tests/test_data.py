@@ -14,10 +14,22 @@ from hypothesis import strategies as st
 from PIL import Image
 from transformers import CLIPImageProcessorPil
 
-from checkpoint import load_processor, save_processor
-from data import Encoded, Group, Prompt, Response, batches, decode, encode_prompts, encode_response
-from data import encode_views, epoch_rows, make_packs, parse_response
-from rows import Example, RowError, Unfit, UserError, load_data
+from data import (
+    Encoded,
+    Group,
+    Prompt,
+    Response,
+    decode,
+    encode_prompts,
+    encode_response,
+    encode_views,
+    make_packs,
+    parse_response,
+)
+from support.errors import RowError, Unfit, UserError
+from support.huggingface import load_processor, processor_files, write_files
+from support.loader import batches, epoch_rows
+from support.rows import Example, load_data
 
 QUICK = settings(deadline=None, database=None, derandomize=True)
 
@@ -137,12 +149,13 @@ def test_a_written_processor_has_the_published_files(world, processor):
     """Every file of the published layout, and they agree with each other."""
     names = {"preprocessor_config.json", "video_preprocessor_config.json", "tokenizer.json"}
     names |= {"tokenizer_config.json", "vocab.json", "chat_template.json", "merges.txt"}
-    assert set(processor.files) == names
-    read = {k: json.loads(v) for k, v in processor.files.items() if k.endswith(".json")}
+    files = processor_files(world["init"])
+    assert set(files) == names
+    read = {k: json.loads(v) for k, v in files.items() if k.endswith(".json")}
     model = read["tokenizer.json"]["model"]
     assert read["vocab.json"] == model["vocab"]
     assert list(read["vocab.json"].values()) == list(range(len(model["vocab"])))
-    first, *merges, last = processor.files["merges.txt"].decode().split("\n")
+    first, *merges, last = files["merges.txt"].decode().split("\n")
     assert (first, last) == ("#version: 0.2", "")
     assert [m.split(" ") for m in merges] == [list(m) for m in model["merges"]]
     config = read["tokenizer_config.json"]
@@ -162,14 +175,15 @@ def test_a_written_processor_has_the_published_files(world, processor):
 
 
 def test_processor_saved_and_loaded_is_the_same(world, processor, tmp_path):
-    save_processor(processor, tmp_path / "p")
+    files = processor_files(world["init"])
+    write_files(tmp_path / "p", files)
     again = load_processor(tmp_path / "p")
     rows = load_data(world["validation"])[:3]
     for a, b in zip(encode_prompts(processor, rows), encode_prompts(again, rows)):
         for name in ("input_ids", "position_ids", "pixel_values", "image_grid_thw"):
             assert torch.equal(getattr(a, name), getattr(b, name))
     assert again.chat_template == processor.chat_template
-    assert again.files == processor.files  # byte for byte
+    assert processor_files(tmp_path / "p") == files  # byte for byte
 
 
 def test_encoding_in_batches_equals_one_by_one(world, processor):
@@ -306,11 +320,12 @@ def test_max_pixels_is_the_processors_own_resizing(world, tmp_path):
     for i, size in enumerate(sizes):
         Image.effect_noise(size, 50).save(tmp_path / f"{i}.jpg")
         rows.append(Example(i, "r", chat, [str(tmp_path / f"{i}.jpg")]))
-    limited, without, files = (load_processor(world["init"]) for _ in range(3))
-    image = json.loads(files.files["preprocessor_config.json"])
+    limited, without = (load_processor(world["init"]) for _ in range(2))
+    files = processor_files(world["init"])
+    image = json.loads(files["preprocessor_config.json"])
     image["size"] = {"shortest_edge": 256, "longest_edge": 4096}
-    files.files["preprocessor_config.json"] = json.dumps(image).encode()
-    save_processor(files, tmp_path / "p")
+    files["preprocessor_config.json"] = json.dumps(image).encode()
+    write_files(tmp_path / "p", files)
     encoded = Encoded(rows, limited, lambda example, prompt: prompt, max_pixels=4096)
     for (_, prompt), expected, more in zip(
         encoded[list(enumerate(range(4)))],
@@ -321,7 +336,6 @@ def test_max_pixels_is_the_processors_own_resizing(world, tmp_path):
         assert torch.equal(prompt.input_ids, expected.input_ids)
         tokens = [int((p.input_ids == limited.image_token_id).sum()) for p in (prompt, more)]
         assert tokens == [[16, 256], [9, 186], [2, 2], [2, 2]][prompt.index]
-    assert limited.files == without.files  # what is saved with a model is as it was
     few = Encoded(rows, limited, lambda example, prompt: prompt, max_pixels=1)
     assert [len(p.pixel_values) for _, p in few[list(enumerate(range(4)))]] == [4, 4, 4, 4]
     other = SimpleNamespace(image_processor=CLIPImageProcessorPil())

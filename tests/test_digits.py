@@ -2,15 +2,16 @@
 
 import random
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
 
-import digits
 from data import parse_response
 from eval import read_response
-from tests.conftest import WORLD, lines
-from verifier import verify
+from support import digits
+from support.verifier import verify
+from tests.conftest import WORLD, launch, lines
 
 UNTAGGED = digits.SETTINGS["eval"]["untagged"]
 
@@ -91,6 +92,21 @@ def test_what_each_set_holds(world):
     images = [row["image"] for name in plain for row in rows[name]]
     images += [row["images"][0] for row in rows["sft"]]
     assert len(images) == len(set(images))
+
+
+def test_the_command_builds_this_world_and_says_what_comes_next(world, tmp_path):
+    """What it shows is what it built. It trains nothing: there is no base yet."""
+    out = tmp_path / "world"
+    words = ("-m", "support.digits", "--out", out)
+    flags = [word for name, value in WORLD.items() for word in (f"--{name}", value)]
+    shown = launch(*words, *flags, real=True).stdout
+    for name in ("pretrain.jsonl", "sft.jsonl", "prompts.jsonl", "test.jsonl", "init/config.json"):
+        assert (out / name).read_bytes() == (Path(world["init"]).parent / name).read_bytes()
+    assert f"prompts {WORLD['prompt_rows']}, questions {WORLD['question_rows']}" in shown
+    base = f"python sft.py --model {out}/init --data digits --output_dir {out}/base"
+    assert shown.splitlines()[-1] == f"next, the base: {base}" and not (out / "base").exists()
+    other = launch(*words, *flags, "--noise", 0.5, real=True, check=False)
+    assert other.returncode == 1 and other.stderr.startswith(f"error: {out} holds a world that")
 
 
 def test_scans_are_shared_by_no_two_splits():

@@ -32,10 +32,17 @@ from transformers import (
 )
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-import digits
-from checkpoint import load_policy, load_processor, save_policy, save_processor
-from data import Group, Prompt, Response, decode, encode_prompts, encode_response, encode_views
-from data import make_packs, parse_response
+from data import (
+    Group,
+    Prompt,
+    Response,
+    decode,
+    encode_prompts,
+    encode_response,
+    encode_views,
+    make_packs,
+    parse_response,
+)
 from discriminator import (
     VIEWS,
     Comparison,
@@ -43,13 +50,22 @@ from discriminator import (
     SparseMLP,
     judge,
     load_discriminator,
-    save_discriminator,
     upcycle,
     view_packs,
 )
-from model import adapt, learning_rate_at, optimizer_step, token_logprobs
-from rows import Example, UserError, load_data
-from sampler import generate
+from model import adapt, load_policy, token_logprobs
+from sampler import Sampling, generate
+from support import digits
+from support.errors import UserError
+from support.huggingface import (
+    load_processor,
+    processor_files,
+    save_discriminator,
+    save_policy,
+    write_files,
+)
+from support.optimizer import learning_rate_at, optimizer_step
+from support.rows import Example, load_data
 from tests.conftest import fails, launch, lines
 
 KINDS = ("learned", "dedicated", "dense", "text")
@@ -72,7 +88,7 @@ def written(r: Response) -> str:
 def build(world, kind: str = "learned", dropout: float = 0.0):
     """A discriminator of random weights whose experts, routers and heads really differ from one
     another."""
-    discriminator, processor = load_discriminator("--model", world["init"], kind, dropout)
+    discriminator, processor = load_discriminator(world["init"], kind, dropout)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for name, parameter in discriminator.named_parameters():
@@ -113,7 +129,7 @@ def both_scores(discriminator, processor, comparisons, max_tokens=None):
     packs = view_packs(comparisons, processor, max_tokens, discriminator.kind == "text")
     with torch.no_grad():
         for v in packs:
-            comparison, student = v.students
+            comparison, student = v.students.T
             scores = discriminator(v.pack, v.views)
             out[:, first[comparison] + student] = scores[:, v.pairs]
     return out, len(packs)
@@ -123,6 +139,11 @@ def sides(judged) -> tuple[torch.Tensor, torch.Tensor]:
     """(P, N, 2) twice: perception and reasoning scores of the supervision, and of the students."""
     teacher = judged.teacher_perception, judged.teacher_reasoning
     return torch.stack(teacher, -1), torch.stack([judged.perception, judged.reasoning], -1)
+
+
+def lengths(judged) -> torch.Tensor:
+    """(P, N, 2): the tokens of the students' perception and reasoning."""
+    return torch.stack([judged.perception_length, judged.reasoning_length], -1)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -372,7 +393,7 @@ def test_the_gradient_does_not_depend_on_the_cut(world, prompts, kind):
         gradients.append(
             torch.cat([p.grad.flatten() for p in discriminator.parameters() if p.grad is not None])
         )
-        losses.append(judged.means["discriminator_loss"][0])
+        losses.append(judged.metrics["discriminator_loss"].value)
     assert gradients[0].norm() > 0.1
     for gradient, loss in zip(gradients[1:], losses[1:]):
         assert (gradient - gradients[0]).norm() < 1e-5 * gradients[0].norm()
@@ -414,9 +435,10 @@ def test_dense_has_no_experts_and_upcycling_without_noise_is_dense(world, prompt
     assert all(len(block.chosen.unique()) == 4 for block in dense.sparse)
     torch.testing.assert_close(scores, expected, atol=1e-5, rtol=0)
     judged = judge(dense, comparisons, processor, 1000, backward=False)
-    assert "balance_loss" in judged.means
-    assert set(judged.expert_shares) == {f"expert_share_{name}" for name in VIEWS}
-    for shares in judged.expert_shares.values():
+    assert "balance_loss" in judged.metrics
+    shares_of = {k: v for k, v in judged.metrics.items() if k.startswith("expert_share")}
+    assert set(shares_of) == {f"expert_share_{name}" for name in VIEWS}
+    for shares in shares_of.values():
         assert torch.tensor(shares).shape == (2, 4)
         assert (torch.tensor(shares).sum(-1) - 1).abs().max() < 3e-4
 
@@ -543,7 +565,7 @@ def test_a_model_without_gated_mlps_is_one_line(world, tmp_path):
         LlavaConfig(text_config=text, vision_config=vision, image_token_index=5)
     )
     model.save_pretrained(tmp_path / "phi")
-    save_processor(load_processor(world["init"]), tmp_path / "phi")
+    write_files(tmp_path / "phi", processor_files(world["init"]))
     rows, _ = pair_rows(world)
     data = tmp_path / "pairs.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -558,7 +580,7 @@ def test_a_model_without_gated_mlps_is_one_line(world, tmp_path):
         "--output_dir",
         tmp_path / "d",
     )
-    assert "--model" in said and "PhiMLP" in said and "fc1" in said  # what was found
+    assert f"{tmp_path / 'phi'}: " in said and "PhiMLP" in said and "fc1" in said  # what was found
     assert "gate_proj" in said and "up_proj" in said and "down_proj" in said  # what was expected
 
 
@@ -575,10 +597,10 @@ def test_a_prompt_without_a_valid_rollout_adds_nothing(learned, prompts):
         results.append((judged, [p.grad.clone() for p in discriminator.parameters()]))
     (one, g1), (two, g2) = results
     assert all(torch.equal(a, b) for a, b in zip(g1, g2))
-    assert one.means == two.means and one.expert_shares == two.expert_shares
+    assert one.metrics == two.metrics and "expert_share_perception" in one.metrics
     assert one.valid.tolist() == [[True, False]]
     assert two.valid.tolist() == [[False, False], [True, False], [False, False]]
-    for a, b in zip((*sides(one), *one.length[..., None]), (*sides(two), *two.length[..., None])):
+    for a, b in zip((*sides(one), lengths(one)), (*sides(two), lengths(two))):
         assert torch.equal(b[1], a[0]) and (a[0, 0] != 0).all()
         assert (b[~two.valid] == 0).all()
 
@@ -735,7 +757,7 @@ def test_a_model_without_adapt_is_an_error_that_names_it(world, prompts, learned
         with pytest.raises(RuntimeError, match=r"adapt\(model\)"):
             token_logprobs(theirs, v.pack)
     assert adapt(theirs) is theirs
-    ours, _ = load_policy("--ckpt", world["init"])
+    ours, _ = load_policy(world["init"])
     with torch.no_grad():
         assert discriminator(v.pack, v.views).isfinite().all()
         for a, b in zip(token_logprobs(theirs, v.pack), token_logprobs(ours.eval(), v.pack)):
@@ -782,7 +804,7 @@ def qwen2_5_vl(world, path) -> None:
     model = Qwen2_5_VLForConditionalGeneration(config)
     model.generation_config = GenerationConfig(eos_token_id=processor.tokenizer.eos_token_id)
     model.save_pretrained(path)
-    save_processor(processor, path)
+    write_files(path, processor_files(world["init"]))
 
 
 def llava(world, path) -> None:
@@ -850,7 +872,7 @@ def by_itself(model, prompt, ids):
 
 def test_another_model_as_policy(world, other_model, tmp_path):
     """Packed scores and greedy samples are transformers' own, and a saved policy is the same."""
-    policy, processor = load_policy("--ckpt", other_model)
+    policy, processor = load_policy(other_model)
     theirs = AutoModelForImageTextToText.from_pretrained(other_model).eval()
     rows = load_data(world["prompts"])[:3]
     text = Example(
@@ -878,7 +900,7 @@ def test_another_model_as_policy(world, other_model, tmp_path):
                 logits[:, policy.forbidden] = -torch.inf
                 expected = logits.log_softmax(-1).gather(1, groups[g].branches[i][:, None])[:, 0]
                 torch.testing.assert_close(logp, expected, atol=1e-5, rtol=0)
-    sampled = generate(policy, prompts, 1, 12, temperature=0.0)
+    sampled = generate(policy, prompts, Sampling(1, 12, temperature=0.0))
     for prompt, group in zip(prompts, sampled):
         out = theirs.generate(
             **by_itself(theirs, prompt, prompt.input_ids[None]),
@@ -887,8 +909,8 @@ def test_another_model_as_policy(world, other_model, tmp_path):
             suppress_tokens=policy.forbidden.tolist(),
         )
         assert out[0, len(prompt.input_ids) :].tolist() == group.branches[0].tolist()
-    save_policy(policy, processor, str(tmp_path / "saved"))
-    again, its_processor = load_policy("--ckpt", str(tmp_path / "saved"))
+    save_policy(policy, str(tmp_path / "saved"))
+    again, its_processor = load_policy(str(tmp_path / "saved"))
     assert all(
         torch.equal(a, b) for a, b in zip(policy.state_dict().values(), again.state_dict().values())
     )
@@ -902,7 +924,7 @@ def test_another_model_as_policy(world, other_model, tmp_path):
 def test_another_model_as_discriminator(world, other_model, tmp_path, kind):
     """Upcycled, packed and one by one the same, its image seen, saved and loaded the same, and
     refused as a policy."""
-    discriminator, processor = load_discriminator("--model", other_model, kind)
+    discriminator, processor = load_discriminator(other_model, kind)
     discriminator.eval()
     assert len(discriminator.sparse) == (0 if kind == "dense" else 2)
     prompts = encode_prompts(processor, load_data(world["prompts"])[:2])
@@ -918,23 +940,21 @@ def test_another_model_as_discriminator(world, other_model, tmp_path, kind):
     assert torch.equal(teacher[0, 0], teacher[1, 0]) == (
         kind == "text" and rows_ask_the_same(prompts)
     )
-    save_discriminator(discriminator, processor, str(tmp_path / "d"))
-    again, its_processor = load_discriminator("--model", str(tmp_path / "d"))
+    save_discriminator(discriminator, str(tmp_path / "d"))
+    again, its_processor = load_discriminator(str(tmp_path / "d"))
     assert again.kind == kind
     repeated = judge(again.eval(), whole, its_processor, 4096, backward=False)
     assert torch.equal(sides(repeated)[1], student) and torch.equal(repeated.valid, judged.valid)
-    with pytest.raises(UserError, match="discriminator"):
-        load_policy("--ckpt", str(tmp_path / "d"))
+    with pytest.raises(UserError, match="a discriminator, without"):
+        load_policy(str(tmp_path / "d"))
     with pytest.raises(UserError, match=f"--experts {kind}"):
-        load_discriminator(
-            "--model", str(tmp_path / "d"), "learned" if kind != "learned" else "dedicated"
-        )
+        load_discriminator(str(tmp_path / "d"), "learned" if kind != "learned" else "dedicated")
 
 
 def test_whose_prompts_it_can_take(world, tmp_path):
     """A policy's prompts serve a discriminator whose processor differs in how large an image may
     be, as that of the released one does. Other patches, pixels or ids are refused."""
-    ours = load_discriminator("--model", world["init"])[1]
+    ours = load_discriminator(world["init"])[1]
     for name, change in {
         "size": {"max_pixels": 313600, "do_resize": False},
         "mean": {"image_mean": [0.4, 0.4, 0.4]},
@@ -953,11 +973,13 @@ def test_whose_prompts_it_can_take(world, tmp_path):
             vocab["a"], vocab["b"] = vocab["b"], vocab["a"]
             file.write_text(json.dumps(tokenizer))
         if name == "size":
-            theirs = load_discriminator("--d", str(path), policy_processor=ours)[1]
+            theirs = load_discriminator(str(path), policy_processor=ours)[1]
             assert str(theirs.image_processor) != str(ours.image_processor)
         else:
-            with pytest.raises(UserError, match="--d .* is not the policy's; prompts are encoded"):
-                load_discriminator("--d", str(path), policy_processor=ours)
+            with pytest.raises(
+                UserError, match=f"{path}: .* is not the policy's; prompts are encoded"
+            ):
+                load_discriminator(str(path), policy_processor=ours)
 
 
 def test_a_discriminator_for_images_of_another_size_is_refused(world, tmp_path):
@@ -968,9 +990,9 @@ def test_a_discriminator_for_images_of_another_size_is_refused(world, tmp_path):
     if not file.exists():
         file = tmp_path / "48/processor_config.json"
     file.write_text(file.read_text().replace("32", "48"))
-    ours = load_discriminator("--model", str(tmp_path / "32"))[1]
-    with pytest.raises(UserError, match="is not the policy's; prompts are encoded"):
-        load_discriminator("--d", str(tmp_path / "48"), policy_processor=ours)
+    ours = load_discriminator(str(tmp_path / "32"))[1]
+    with pytest.raises(UserError, match="48: .* is not the policy's; prompts are encoded"):
+        load_discriminator(str(tmp_path / "48"), policy_processor=ours)
     flags = ["--model", world["init"], "--policy", tmp_path / "32", "--data", world["curated"]]
     said = fails("discriminator.py", *flags, "--output_dir", tmp_path / "out")
     assert "is not the policy's" in said
@@ -1001,7 +1023,7 @@ def test_windows_are_refused(world, tmp_path):
     }
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(UserError, match="sliding_attention"):
-        load_policy("--ckpt", str(tmp_path))
+        load_policy(str(tmp_path))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1069,7 +1091,7 @@ def trained_judge(tmp_path_factory):
         "--per_device_train_batch_size",
         32,
     )
-    discriminator, processor = load_discriminator("--model", str(policy))
+    discriminator, processor = load_discriminator(str(policy))
     start = time.perf_counter()
     optimizer = torch.optim.AdamW(discriminator.parameters(), lr=1e-3, weight_decay=0.01)
     rng = random.Random(0)
@@ -1116,8 +1138,8 @@ def test_a_trained_discriminator_keeps_causes_apart(trained_judge):
         # The other view does not contain what was spoiled: not a small effect but none.
         assert torch.equal(exact[:, spared, view], wrong[:, spared, view])
     for name in ("perception", "reasoning"):
-        right, count = judged.means[f"pair_accuracy_{name}"]
-        assert count == 2 * len(held) and right / count > 0.9
+        right = judged.metrics[f"pair_accuracy_{name}"]
+        assert right.count == 2 * len(held) and right.total / right.count > 0.9
 
     # Nor by being computed once: beside other texts, in another pack, on the other side, the spared
     # view scores the same.
@@ -1148,6 +1170,6 @@ def test_a_trained_discriminator_looks_at_the_image(trained_judge):
         for c, d in zip(held, held[1:] + held[:1])
     ]
     judged = judge(discriminator, moved, processor, 4000, backward=False)
-    right, count = judged.means["pair_accuracy_perception"]
-    print(f"with other images: pair accuracy {right / count:.3f}")
-    assert right / count < 0.7
+    right = judged.metrics["pair_accuracy_perception"]
+    print(f"with other images: pair accuracy {right.total / right.count:.3f}")
+    assert right.total / right.count < 0.7

@@ -12,11 +12,11 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from checkpoint import load_processor
 from data import encode_prompts
 from discriminator import load_discriminator
-from model import shard
-from rows import load_data
+from support.huggingface import load_processor
+from support.ranks import shard
+from support.rows import load_data
 from tests.chaos import free_port
 from tests.conftest import ROOT, launch
 from tests.test_discriminator import llava, qwen2_5_vl
@@ -179,7 +179,7 @@ def test_a_frozen_vision_tower_stays_as_it_is(world, tmp_path):
     before, after = (load_file(f"{x}/model.safetensors") for x in (world["init"], tmp_path / "out"))
     moved = {name for name, weight in before.items() if not torch.equal(weight, after[name])}
     assert moved == {name for name in before if ".visual." not in name}
-    discriminator, _ = load_discriminator("--model", world["init"])
+    discriminator, _ = load_discriminator(world["init"])
     shard(discriminator, torch.device("cpu"), SimpleNamespace(freeze_vision=True))
     frozen = {name for name, p in discriminator.named_parameters() if not p.requires_grad}
     assert frozen == {name for name, _ in discriminator.named_parameters() if ".visual." in name}
@@ -188,18 +188,19 @@ def test_a_frozen_vision_tower_stays_as_it_is(world, tmp_path):
 AGAIN = """
 import sys
 import torch
-from checkpoint import load_policy
+from model import load_policy
 from data import encode_prompts, make_packs
-from model import join_ranks, rank, token_logprobs
-from rows import load_data
-from run import main
-from sampler import generate
+from support.ranks import join_ranks, rank
+from model import token_logprobs
+from support.rows import load_data
+from support.run import main
+from sampler import Sampling, generate
 
 def stage():
-    policy, processor = load_policy("--ckpt", sys.argv[1], join_ranks())
+    policy, processor = load_policy(sys.argv[1], join_ranks())
     prompts = [encode_prompts(processor, [row])[0] for row in load_data(sys.argv[2])[:2]]
     for seed in (1, 2):
-        groups = generate(policy, [prompts[rank()]], 3, 20, seed=seed)
+        groups = generate(policy, [prompts[rank()]], Sampling(3, 20, seed=seed))
         logp, _ = token_logprobs(policy, make_packs(groups)[0])
         logp.sum().backward()
         torch.testing.assert_close(logp.detach(), torch.cat(groups[0].logprobs), atol=1e-4, rtol=0)

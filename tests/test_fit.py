@@ -22,17 +22,17 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForImageTextToText, Qwen3VLConfig
 
-import fit
 from align import AlignConfig
-from checkpoint import load_processor
 from data import Group, Prompt, encode_prompts, make_packs
 from discriminator import Discriminator, DiscriminatorConfig, upcycle
-from model import LogProbs, PackAttention, _ragged, adapt, blocks, recompute, token_logprobs
-from model import vision_tower
+from model import LogProbs, PackAttention, _ragged, adapt, token_logprobs
 from rlvr import RLVRConfig
-from rows import Example
-from sampler import generate
+from sampler import Sampling, generate
 from sft import SFTConfig
+from support import fit
+from support.huggingface import load_processor
+from support.ranks import blocks, recompute, vision_tower
+from support.rows import Example
 from tests.conftest import ROOT, launch
 
 
@@ -140,7 +140,7 @@ def compare(m, counted, measured, tokens: int, keys: int, layers: int) -> None:
 def test_activations(small, checkpointing, branches):
     path, policy, processor = small
     pack, tokens, keys, share = packed(processor, 2, 160, branches)
-    m = fit.read_model("--model", path)
+    m = fit.read_model(path)
     counted = fit.activations(m, tokens, keys, checkpointing, share)
     measured = passes(policy, lambda: token_logprobs(policy, pack)[0], checkpointing)
     compare(m, counted, measured, tokens, keys, 0 if checkpointing else 6)
@@ -149,15 +149,15 @@ def test_activations(small, checkpointing, branches):
 def test_head(small):
     """With many more rows than the hidden state is wide, a chunk of logits is what counts."""
     path, policy, _ = small
-    rows, words, width = fit.CHUNK, 20_000, 16
+    rows, words, width = fit.LOGIT_ROWS, 20_000, 16
     hidden = torch.randn(rows, width, dtype=torch.bfloat16, requires_grad=True)
     weight = torch.randn(words, width, dtype=torch.bfloat16, requires_grad=True)
-    asked = torch.arange(rows), torch.arange(rows), 1.0, policy.forbidden, fit.CHUNK
+    asked = torch.arange(rows), torch.arange(rows), 1.0, policy.forbidden, fit.LOGIT_ROWS
     with Live():
         logp = LogProbs.apply(hidden, weight, *asked)[0].sum()
     with Live() as live:
         logp.backward()
-    m = replace(fit.read_model("--model", path), words=words, h=width)
+    m = replace(fit.read_model(path), words=words, h=width)
     counted = fit.training(m, 1, 1, 1, True, policy=True)[0]["head"]
     assert counted == pytest.approx(live.peak, rel=0.1)
 
@@ -188,7 +188,7 @@ def test_sharded_on_eight_gpus(checkpointing):
                 fully_shard(part, mesh=mesh, mp_policy=half)
                 part.set_gradient_divide_factor(1.0)
                 part.set_force_sum_reduction_for_comms(True)
-            asked = pack.predictors, pack.targets, 1.0, policy.forbidden, fit.CHUNK
+            asked = pack.predictors, pack.targets, 1.0, policy.forbidden, fit.LOGIT_ROWS
             policy.lm_head.asked = asked
             inputs = dict(input_ids=pack.input_ids, position_ids=pack.position_ids, layout=layout)
             for _ in range(2):  # the second time there are gradients from the start
@@ -212,7 +212,7 @@ def test_discriminator(small):
     judge = adapt(judge).base_model
     upcycle(judge)
     judge = Discriminator(judge, "learned").bfloat16().train()
-    m = fit.read_model("--model", path, experts=4, head=False)
+    m = fit.read_model(path, experts=4, head=False)
     assert m.whole == pytest.approx(sum(p.numel() for p in judge.parameters()), rel=0.001)
     pack, tokens, keys, share = packed(processor, 2, 160, [150] * 8)
     views = torch.zeros(len(pack.members), dtype=torch.long)
@@ -227,10 +227,10 @@ def test_cache(small):
     path, policy, processor = small
     asked = prompts(processor, 2, 16)  # pixels are not counted
     length = len(asked[0].input_ids)
-    m = fit.read_model("--model", path)
+    m = fit.read_model(path)
     counted = fit.sampling(m, 2, length, 8, 200)
     with Live(policy) as live:
-        groups = generate(policy, asked, 8, 200, max_rollout_rows=8)
+        groups = generate(policy, asked, Sampling(8, 200, max_rollout_rows=8))
     assert [len(branch) for group in groups for branch in group.branches] == [200] * 16
     print(live.peak, counted)
     assert counted["cache"] + counted["head"] == pytest.approx(live.peak, rel=0.1)
@@ -248,11 +248,11 @@ def test_states(small):
         optimizer.step()
         moments = [x for state in optimizer.state.values() for x in state.values()]
         config = SFTConfig(model=path, freeze_vision=frozen)
-        ((_, parts), *_) = fit.phases(config, "sft", 1)
+        ((_, parts), *_) = fit.phases(config, 1)
         size = lambda tensors: sum(t.numel() * t.element_size() for t in tensors)
         assert parts["weights"] == pytest.approx(size(whole.parameters()), rel=0.1)
         assert parts["optimiser"] == pytest.approx(size(moments), rel=0.1)
-        ((_, four), *_) = fit.phases(config, "sft", 4)
+        ((_, four), *_) = fit.phases(config, 4)
         assert parts["optimiser"] == 4 * four["optimiser"]
 
 
@@ -286,7 +286,7 @@ def published(tmp_path_factory) -> dict[str, str]:
 
 
 def test_parameters_of_the_published_models(published):
-    sizes = {name: fit.read_model("--model", path).whole for name, path in published.items()}
+    sizes = {name: fit.read_model(path).whole for name, path in published.items()}
     # What the hub says of Qwen/Qwen3-VL-2B, 4B and 8B-Instruct.
     assert sizes == {"2B": 2_127_532_032, "4B": 4_437_815_808, "8B": 8_767_123_696}
 
@@ -302,14 +302,16 @@ def test_the_readmes_table(published):
         if size == "4B":
             runs.insert(1, DiscriminatorConfig(model=published["2B"], dry_run=8))
         for config in runs:
-            stage = type(config).__name__.removesuffix("Config").lower()
-            head, rule, *rows = fit.table(config, stage).splitlines()
+            stage = config.stage
+            head, rule, *rows = fit.table(config).splitlines()
             name = {"discriminator": "warm-up 2B x 4"}.get(stage, f"{stage} {size}")
             rows = [row for row in rows if "without" not in row or (stage, size) == ("sft", "4B")]
             lines += [row.replace(f"| {stage}, ", f"| {name}, ") for row in rows]
     expected = "\n".join([head, rule, *lines])
     print(expected)
-    table = (ROOT / "README.md").read_text().split("<!-- fit -->\n")[1].split("\n<!-- /fit")[0]
+    table = (
+        (ROOT / "docs/handbook.md").read_text().split("<!-- fit -->\n")[1].split("\n<!-- /fit")[0]
+    )
     assert table == expected
 
 

@@ -1,4 +1,4 @@
-"""The launch lines of the README's "On 8 GPUs", as they stand there, on two ranks and small."""
+"""The launch lines of the README, as they stand there, on two ranks and small."""
 
 import json
 import re
@@ -6,7 +6,7 @@ import shlex
 
 from tests.conftest import ROOT, launch
 
-TEXT = (ROOT / "README.md").read_text().split("\n## On 8 GPUs")[1]
+TEXT = (ROOT / "README.md").read_text()
 LINES = re.findall(r"^torchrun --nproc_per_node=8 (.+)$", TEXT, re.MULTILINE)
 SMALL = ("--max_steps", 1, "--max_completion_length", 16, "--num_generations", 2)
 SMALL += ("--prompts_per_step", 2, "--per_device_train_batch_size", 2)
@@ -14,7 +14,7 @@ SMALL += ("--prompts_per_step", 2, "--per_device_train_batch_size", 2)
 
 def pairs(world) -> str:
     """Warm-up pairs: both sides of each are demonstrations."""
-    from digits import read_rows
+    from support.digits import read_rows
 
     rows = read_rows(world["prompts"])
     path = world["prompts"].replace("prompts.jsonl", "pairs.jsonl")

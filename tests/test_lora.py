@@ -9,13 +9,13 @@ from safetensors.torch import load_file
 from torch.distributed.checkpoint import FileSystemReader
 from transformers import AutoModelForImageTextToText
 
-import fit
-from checkpoint import add_adapters, load_policy, save_policy
 from data import Group, encode_prompts, encode_response, make_packs
-from model import token_logprobs
-from rows import load_data
-from sampler import generate
+from model import load_policy, token_logprobs
+from sampler import Sampling, generate
 from sft import SFTConfig
+from support import fit
+from support.huggingface import add_adapters, save_policy
+from support.rows import load_data
 from tests.chaos import differences, flags_of
 from tests.conftest import fails, lines
 from tests.test_run import stopped_at
@@ -46,8 +46,8 @@ def test_only_the_linear_layers_of_the_language_model_learn(run, world):
     """What is saved has the names and dtypes of the source, and W changes by a matrix of low rank;
     so do those of --save_hf_steps. On two ranks, where A has three rows to share, all is the same.
     """
-    flags = ("--model", world["init"], "--data", world["sft"], "--lora_rank", 3, "--save_hf_steps")
-    flags += (5, "--learning_rate", 1e-2, "--max_steps", 8, "--max_tokens_per_pack", 300)
+    flags = ("--model", world["init"], "--lora_rank", 3, "--save_hf_steps", 5)
+    flags += ("--learning_rate", 1e-2, "--max_steps", 8, "--max_tokens_per_pack", 300)
     one = run("one", "sft.py", *flags, "--per_device_train_batch_size", 8)
     more = ("--freeze_vision", True, "--activation_checkpointing", True)
     two = run("two", "sft.py", *flags, *more, "--per_device_train_batch_size", 4, ranks=2)
@@ -73,15 +73,15 @@ def test_an_adapted_policy(world, trained, tmp_path):
     """At the start it says exactly what the base says; then, with any adapters, samples what it
     scores, has gradients of adapters only, and is saved as a model that says the same."""
     config = SimpleNamespace(lora_rank=4, seed=1)
-    policy, processor = load_policy("--ckpt", trained, config=config)
-    base, _ = load_policy("--ckpt", trained)
+    policy, processor = load_policy(trained, config=config)
+    base, _ = load_policy(trained)
     examples = load_data(world["prompts"])[:2]
     prompts = encode_prompts(processor, examples)
     responses = [encode_response(processor, example.response) for example in examples]
     (pack,) = make_packs([Group(p, responses) for p in prompts])
     asked = token_logprobs(base, pack)[0]
     assert torch.equal(token_logprobs(policy, pack)[0], asked)
-    again, _ = load_policy("--ckpt", trained, config=config)
+    again, _ = load_policy(trained, config=config)
     assert all(torch.equal(p, q) for p, q in zip(policy.parameters(), again.parameters()))
 
     torch.manual_seed(0)
@@ -95,13 +95,13 @@ def test_an_adapted_policy(world, trained, tmp_path):
     assert learns == {name for name, _ in policy.named_parameters() if ".lora_" in name}
     assert len(learns) == 2 * len(LINEAR) * policy.config.text_config.num_hidden_layers
 
-    groups = generate(policy, prompts, 3, 40)
+    groups = generate(policy, prompts, Sampling(3, 40))
     scored = token_logprobs(policy, make_packs(groups)[0])[0]
     sampled = torch.cat([logp for group in groups for logp in group.logprobs])
     assert (scored - sampled).abs().max() < 1e-4
 
-    save_policy(policy, processor, str(tmp_path))
-    merged, _ = load_policy("--ckpt", str(tmp_path))
+    save_policy(policy, str(tmp_path))
+    merged, _ = load_policy(str(tmp_path))
     assert (token_logprobs(merged, pack)[0] - said).abs().max() < 1e-4
     theirs, report = AutoModelForImageTextToText.from_pretrained(tmp_path, output_loading_info=True)
     assert not any(report.values())
@@ -141,11 +141,11 @@ def test_a_discriminator_has_none(world, trained, tmp_path):
 
 def test_adapters_are_counted(world):
     """What --dry_run takes for learning is what learns."""
-    policy, _ = load_policy("--model", world["init"])
+    policy, _ = load_policy(world["init"])
     before = sum(p.numel() for p in policy.parameters())
     add_adapters(policy, 5)
     learns = sum(p.numel() for p in policy.parameters() if p.requires_grad)
     config = SFTConfig(model=world["init"], lora_rank=5)
-    ((_, parts), *_) = fit.phases(config, "sft", 1)
+    ((_, parts), *_) = fit.phases(config, 1)
     assert parts["optimiser"] == 8 * learns
     assert parts["weights"] == 4 * (before + learns)

@@ -18,30 +18,21 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForImageTextToText, get_scheduler
 from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLTextRMSNorm
 
-from checkpoint import _hollow, load_policy, load_processor, read_config, save_policy
-from checkpoint import save_weights
-from data import Group, Prompt, encode_prompts, encode_response, make_packs
-from data import parse_response
+from data import Group, Prompt, encode_prompts, encode_response, make_packs, parse_response
 from discriminator import Comparison, judge, load_discriminator
-from model import (
-    LogProbs,
-    Norm,
-    Patches,
-    even_packs,
-    join_ranks,
-    learning_rate_at,
-    recompute,
-    shard,
-)
-from model import token_logprobs
-from rows import Example, UserError, load_data
-from run import Schedule
+from model import LogProbs, Norm, Patches, even_packs, load_policy, token_logprobs
+from support.errors import UserError
+from support.flags import Schedule
+from support.huggingface import _hollow, load_processor, read_config, save_policy, save_weights
+from support.optimizer import learning_rate_at
+from support.ranks import join_ranks, recompute, shard
+from support.rows import Example, load_data
 from tests.conftest import launch
 
 
 @pytest.fixture(scope="module")
 def policy_processor(world):
-    return load_policy("--model", world["init"])
+    return load_policy(world["init"])
 
 
 def example(index: int, images: int, text: str, size=(48, 16)) -> Example:
@@ -292,7 +283,7 @@ def test_gradients_are_summed_in_a_fixed_order(world, policy_processor):
         token_logprobs(policy, pack, 0.9)[0].sum().backward()
         policy.zero_grad()
         for kind in ("learned", "dedicated"):
-            discriminator, _ = load_discriminator("--model", world["init"], kind)
+            discriminator, _ = load_discriminator(world["init"], kind)
             responses = [parse_response(row.response) for row in rows]
             judge(
                 discriminator,
@@ -430,7 +421,7 @@ def assert_close_gradients(ours: dict, theirs: dict, tolerance: float) -> None:
 def test_packs_on(world, device, tolerance):
     sides = []
     for where in ("cpu", device):
-        policy, processor = load_policy("--model", world["init"])
+        policy, processor = load_policy(world["init"])
         policy = on(where, policy)
         (pack,) = make_packs(mixed_groups(processor))
         logp, entropy = token_logprobs(policy, pack.to(where), 0.9)
@@ -450,7 +441,7 @@ def test_judge_on(world, device, tolerance, kind):
     sides = []
     for where in ("cpu", device):
         torch.manual_seed(0)
-        discriminator, processor = load_discriminator("--model", world["init"], kind)
+        discriminator, processor = load_discriminator(world["init"], kind)
         discriminator = on(where, discriminator).eval()  # no noise in the router
         prompts = encode_prompts(processor, rows)
         comparison = Comparison(prompts[0], responses[0], responses[1:])
@@ -494,11 +485,11 @@ def changed(trained, path, weights, config=None) -> str:
 def test_weights_that_do_not_match_are_refused(trained, tmp_path, weights, named):
     """transformers would draw what is missing at random, and say it in a report that is muted."""
     path = changed(trained, tmp_path / "m", weights)
-    for load, flag in ((load_policy, "--ckpt"), (load_discriminator, "--discriminator")):
+    for load in (load_policy, load_discriminator):
         with pytest.raises(UserError) as error:
-            load(flag, path)
+            load(path)
         text = str(error.value)
-        assert text.startswith(f"{flag} {path}: ") and named in text and "\n" not in text
+        assert text.startswith(f"{path}: ") and named in text and "\n" not in text
 
 
 def test_a_head_of_its_own_is_kept(trained, tmp_path):
@@ -511,13 +502,13 @@ def test_a_head_of_its_own_is_kept(trained, tmp_path):
     path = changed(trained, tmp_path / "m", with_head)
     expected = load_file(tmp_path / "m" / "model.safetensors")["lm_head.weight"]
     try:
-        policy, processor = load_policy("--ckpt", path)
+        policy, processor = load_policy(path)
     except UserError as error:  # refused in one line is right too; dropped in silence is not
         assert "lm_head" in str(error)
         return
     assert torch.equal(policy.lm_head.weight, expected)
-    save_policy(policy, processor, str(tmp_path / "saved"))
-    again, _ = load_policy("--ckpt", str(tmp_path / "saved"))
+    save_policy(policy, str(tmp_path / "saved"))
+    again, _ = load_policy(str(tmp_path / "saved"))
     assert torch.equal(again.lm_head.weight, expected)
 
 
@@ -528,7 +519,7 @@ def test_a_lost_tie_is_refused(trained, tmp_path):
         content["tie_word_embeddings"] = content["text_config"]["tie_word_embeddings"] = False
 
     with pytest.raises(UserError, match="1 missing .lm_head.weight"):
-        load_policy("--ckpt", changed(trained, tmp_path / "m", lambda t: t, untie))
+        load_policy(changed(trained, tmp_path / "m", lambda t: t, untie))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -560,11 +551,12 @@ LOADED = """
 import sys
 import torch
 from transformers import AutoModelForImageTextToText
-from checkpoint import load_policy, save_policy
-from model import join_ranks, rank, world_size
+from model import load_policy
+from support.huggingface import save_policy
+from support.ranks import join_ranks, rank, world_size
 
 device = join_ranks()
-policy, processor = load_policy("--ckpt", sys.argv[1], device)
+policy, processor = load_policy(sys.argv[1], device)
 theirs = AutoModelForImageTextToText.from_pretrained(sys.argv[1], dtype=torch.float32)
 ours = {n: getattr(p, "full_tensor", lambda: p)() for n, p in policy.named_parameters()}
 ours |= dict(policy.named_buffers())
@@ -581,7 +573,7 @@ assert policy.generation_config.eos_token_id == theirs.generation_config.eos_tok
 if world_size() > 1:
     held = sum(p.to_local().numel() for p in policy.parameters())
     assert held < 0.6 * sum(p.numel() for p in theirs.parameters())
-save_policy(policy, processor, sys.argv[2])
+save_policy(policy, sys.argv[2])
 print(f"equal {rank()}", flush=True)
 """
 
@@ -595,7 +587,7 @@ def test_loading_by_shard(trained, tmp_path, ranks, source):
     if source != "ours":
         weights, config = (half, of_4_57) if source == "published" else (untied, of_4_57_untied)
         path = changed(trained, tmp_path / "m", weights, config)
-    assert _hollow(read_config("--ckpt", path), path) is not None
+    assert _hollow(read_config(path), path) is not None
     (tmp_path / "loaded.py").write_text(LOADED)
     saved = tmp_path / "saved"
     done = launch(tmp_path / "loaded.py", path, saved, ranks=ranks)
@@ -614,7 +606,7 @@ def test_loading_by_shard(trained, tmp_path, ranks, source):
 def test_weights_in_several_files(policy_processor, tmp_path):
     """With an index, as transformers reads them; a file that was left there is not read as well."""
     policy, processor = policy_processor
-    save_policy(policy, processor, str(tmp_path))
+    save_policy(policy, str(tmp_path))
     (tmp_path / "model.safetensors").unlink()
     save_weights(policy, str(tmp_path), torch.float32, "300KB")
     files = sorted(tmp_path.glob("*.safetensors"))
@@ -625,11 +617,11 @@ def test_weights_in_several_files(policy_processor, tmp_path):
     assert index["weight_map"].keys() == expected.keys()
     assert index["metadata"]["total_size"] == 4 * sum(p.numel() for p in expected.values())
     theirs = AutoModelForImageTextToText.from_pretrained(tmp_path)
-    ours, _ = load_policy("--ckpt", str(tmp_path))
+    ours, _ = load_policy(str(tmp_path))
     for model in (theirs, ours):
         assert all(torch.equal(p, expected[n]) for n, p in model.named_parameters())
     save_file({"lm_head.weight": torch.zeros(3)}, tmp_path / "other.safetensors")
-    again, _ = load_policy("--ckpt", str(tmp_path))
+    again, _ = load_policy(str(tmp_path))
     assert all(torch.equal(p, expected[n]) for n, p in again.named_parameters())
 
 

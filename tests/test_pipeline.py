@@ -4,27 +4,31 @@ import hashlib
 import http.server
 import json
 import os
+import shlex
 import shutil
 import signal
 import subprocess
 import sys
 import threading
 import time
+from dataclasses import asdict
+from pathlib import Path
 
 import pytest
 import torch
 from transformers import AutoModelForImageTextToText
 
-import digits
-import run
 from align import AlignConfig
-from checkpoint import load_processor
 from data import encode_prompts
 from discriminator import DiscriminatorConfig
 from eval import EvalConfig
 from rlvr import RLVRConfig
-from rows import UserError, load_data
 from sft import SFTConfig
+from support import digits
+from support.errors import UserError
+from support.flags import parse
+from support.huggingface import load_processor
+from support.rows import load_data
 from tests.conftest import ROOT, launch
 
 
@@ -178,7 +182,7 @@ def test_align_upcycles_a_dense_model(world, trained, tmp_path):
         4,
         *TINY,
     )
-    assert f"--discriminator {trained}: has no score head yet" in done.stderr
+    assert f"{trained}: has no score head yet" in done.stderr.splitlines()[0]
     (step,) = lines(out / "metrics.jsonl")
     assert step["grad_norm"] > 0 and step["d_grad_norm"] > 0 and "warmup" not in step
     assert step["d_learning_rate"] == 1e-6 and len(step["expert_share_perception"][0]) == 4
@@ -486,10 +490,10 @@ def test_bad_input_is_one_line(world, trained, tmp_path):
     full.mkdir()
     (full / "mine.txt").write_text("keep")
     ok = ("--data", world["prompts"], "--output_dir", tmp_path / "o")
-    assert "--ckpt /no/such" in fails(
-        "align.py", "--ckpt", "/no/such", "--discriminator", trained, *ok
-    )
-    assert f"--model {full}: no config.json" in fails("sft.py", "--model", full, *ok)
+    said = fails("align.py", "--ckpt", "/no/such", "--discriminator", trained, *ok)
+    assert said.startswith("error: /no/such: neither a Hugging Face directory nor a hub id")
+    said = fails("sft.py", "--model", full, *ok)
+    assert said.startswith(f"error: {full}: no config.json")
     assert "holds no rows" in fails(
         "rlvr.py", "--ckpt", trained, "--data", empty, "--output_dir", tmp_path / "o2"
     )
@@ -497,8 +501,9 @@ def test_bad_input_is_one_line(world, trained, tmp_path):
     said = fails("sft.py", "--model", trained, "--data", world["sft"], "--output_dir", full)
     assert "not empty" in said and "--resume" in said and os.listdir(full) == ["mine.txt"]
     assert not (tmp_path / "o").exists()  # what failed at the start left nothing behind
-    assert "--algorithm ppo" in fails("rlvr.py", "--ckpt", trained, "--algorithm", "ppo", *ok)
-    assert "--experts many" in fails(
+    said = fails("rlvr.py", "--ckpt", trained, "--algorithm", "ppo", *ok)
+    assert "--algorithm: invalid choice: 'ppo'" in said and "dapo" in said
+    assert "--experts: invalid choice: 'many'" in fails(
         "discriminator.py",
         "--model",
         trained,
@@ -546,8 +551,8 @@ def test_without_packages_that_a_run_may_do_without(world, trained, tmp_path):
     (tmp_path / "rows.parquet").write_bytes(b"")
     env = {"PYTHONPATH": f"{tmp_path}:{ROOT}"}
     ckpt, out = ("--ckpt", trained, "--data", world["prompts"]), ("--output_dir", tmp_path / "o")
-    code = "import align, data, discriminator, eval, report, rlvr, sft, sys; print(*sys.modules)"
-    loaded = launch("-c", code, **env).stdout.split()
+    code = "import align, data, discriminator, eval, rlvr, sft, support.report, sys"
+    loaded = launch("-c", f"{code}; print(*sys.modules)", **env).stdout.split()
     assert "transformers" in loaded and not set(hidden.split()) & set(loaded)
     for script in ("rlvr.py", "eval.py"):
         said = fails(script, *ckpt, *out, **env)
@@ -700,34 +705,53 @@ def test_a_rank_without_prompts_hangs_nobody(world, trained, discriminator, tmp_
 # The command line
 
 
-@pytest.fixture
-def command_line(world, monkeypatch, capsys):
-    """(stage's dataclass, *flags) -> (what run.parse makes of them, the lines that it says). The
-    embedded world is the tests' own, its base the model with random weights."""
-    monkeypatch.setattr(digits, "build", lambda *args: world)
-    monkeypatch.setattr(digits, "_made", lambda paths, name: paths["init"])
-    monkeypatch.setattr(sys.modules["__main__"], "__doc__", "A stage.")
+# What a stage starts from where nothing is given, and the command that makes each of these.
+STARTS = {
+    SFTConfig: {"model": "out/digits/base"},
+    DiscriminatorConfig: {"model": "out/digits/base", "policy": "out/sft"},
+    AlignConfig: {"ckpt": "out/sft", "discriminator": "out/discriminator"},
+    RLVRConfig: {"ckpt": "out/align"},
+    EvalConfig: {"ckpt": "out/rlvr"},
+}
+BASE = "python sft.py --model out/digits/init --data digits --output_dir out/digits/base"
+MADE_BY = {
+    "out/digits/base": BASE,
+    "out/sft": "python sft.py",
+    "out/discriminator": "python discriminator.py",
+    "out/align": "python align.py",
+    "out/rlvr": "python rlvr.py",
+}
+STAGES = list(STARTS)
+each_stage = pytest.mark.parametrize("stage", STAGES)
 
-    def read(config_class, *flags):
-        monkeypatch.setattr(sys, "argv", ["stage.py", *map(str, flags)])
-        config = run.parse(config_class)
+
+def made(world, path: str) -> None:
+    """What a stage of the embedded world would have left there, as far as a command line looks."""
+    os.makedirs(path)
+    shutil.copy(f"{world['init']}/config.json", path)
+
+
+@pytest.fixture
+def command_line(world, tmp_path, monkeypatch, capsys):
+    """(stage's dataclass, *words) -> (what flags.parse makes of them, the lines that it says). The
+    embedded world is the tests' own, and in this directory every stage has run."""
+    monkeypatch.setattr(digits, "build", lambda *args: world)
+    monkeypatch.setattr(sys.modules["__main__"], "__doc__", "A stage.")
+    monkeypatch.chdir(tmp_path)
+    for path in ("out/digits/init", *MADE_BY):
+        made(world, path)
+
+    def read(config_class, *words):
+        monkeypatch.setattr(sys, "argv", ["stage.py", *map(str, words)])
+        config = parse(config_class)
         return config, capsys.readouterr().err.splitlines()
 
     return read
 
 
-STAGES = [SFTConfig, DiscriminatorConfig, AlignConfig, RLVRConfig, EvalConfig]
-each_stage = pytest.mark.parametrize("stage", STAGES)
-
-
 def settings_of(config, stage) -> dict:
     """The fields that the embedded world has settings for."""
-    names = digits.SETTINGS[stage.__name__.removesuffix("Config").lower()]
-    return {name: getattr(config, name) for name in names}
-
-
-def own_settings(stage) -> dict:
-    return digits.SETTINGS[stage.__name__.removesuffix("Config").lower()]
+    return {name: getattr(config, name) for name in digits.SETTINGS[stage.stage]}
 
 
 def model_flag(stage) -> str:
@@ -735,36 +759,83 @@ def model_flag(stage) -> str:
 
 
 def split_of(stage) -> str:
-    return digits.SPLITS[stage.__name__.removesuffix("Config").lower()]
+    return digits.SPLITS[stage.stage]
 
 
 @each_stage
-@pytest.mark.parametrize("flags", [(), ("--data", "digits")])
-def test_with_nothing_given_a_stage_runs_on_the_embedded_world(command_line, world, stage, flags):
-    config, said = command_line(stage, *flags)
+@pytest.mark.parametrize("words", [(), ("--data", "digits")])
+def test_with_nothing_given_a_stage_runs_on_the_embedded_world(command_line, world, stage, words):
+    config, said = command_line(stage, *words)
     (line,) = said
     assert (
         "built-in handwritten digits" in line and config.data[0] in line and "its settings" in line
     )
     assert config.data == [world[split_of(stage)]]
-    assert getattr(config, model_flag(stage)[2:]) == world["init"]
-    assert settings_of(config, stage) == own_settings(stage) != settings_of(stage(), stage)
-    if stage is DiscriminatorConfig:
-        assert config.policy == world["init"]
-    if stage is AlignConfig:
-        assert config.discriminator == world["init"]
+    assert {name: getattr(config, name) for name in STARTS[stage]} == STARTS[stage]
+    assert settings_of(config, stage) == digits.SETTINGS[stage.stage]
+    assert settings_of(config, stage) != settings_of(stage(), stage)
+
+
+@each_stage
+def test_what_a_stage_lacks_is_said_with_the_command_that_makes_it(command_line, world, stage):
+    """No stage starts another one. What is named on the command line is not asked for."""
+    for name, path in STARTS[stage].items():
+        shutil.rmtree(path)
+        with pytest.raises(UserError) as error:
+            command_line(stage)
+        assert str(error.value) == f"{path} is not there yet; make it with: {MADE_BY[path]}"
+        config, _ = command_line(stage, f"--{name}", world["init"], "--data", "digits")
+        assert getattr(config, name) == world["init"]
+        made(world, path)
+    command_line(stage)
+
+
+def test_who_does_what_is_said_comes_through_the_whole_chain(command_line, world):
+    """From nothing to an evaluation. Each command writes where the next one looks."""
+    for path in MADE_BY:
+        shutil.rmtree(path)
+    scripts = {f"{stage.stage}.py": stage for stage in STAGES}
+    wanted, done = ["python eval.py"], []
+    while wanted:
+        _, script, *words = shlex.split(wanted[-1])
+        try:
+            config, _ = command_line(scripts[script], *words)
+        except UserError as error:
+            command = str(error).split("; make it with: ")[1]
+            assert command not in wanted + done
+            wanted.append(command)
+            continue
+        if script != "eval.py":
+            made(world, config.output_dir)
+        done.append(wanted.pop())
+    assert done == [*MADE_BY.values(), "python eval.py"]
+
+
+def test_alignment_without_an_sft_policy_is_one_line(world, tmp_path):
+    """As a user sees it. Nothing is started, and nothing written."""
+    built = shutil.copytree(Path(world["init"]).parent, tmp_path / "out" / "digits")
+    # Taken for the world of full size, it is not built anew.
+    (built / "world.json").write_text(json.dumps(asdict(digits.World())))
+    command, pipes = [sys.executable, ROOT / "align.py"], dict(capture_output=True, text=True)
+    done = subprocess.run(command, cwd=tmp_path, timeout=300, **pipes)
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr == "error: out/sft is not there yet; make it with: python sft.py\n"
+    assert os.listdir(tmp_path / "out") == ["digits"]
 
 
 @each_stage
 def test_its_own_model_on_its_data_has_its_settings(command_line, world, trained, stage):
-    """A policy that was trained from its base is its own, too. Flags that are given count."""
+    """A policy that was trained from its base is its own, too. Flags that are given count. SFT of
+    the model with random weights is the pretraining."""
     for model in (world["init"], trained):
         given = ("--max_completion_length", 7) if stage is not SFTConfig else ("--max_steps", 7)
         config, (line,) = command_line(stage, model_flag(stage), model, "--data", "digits", *given)
-        assert config.data == [world[split_of(stage)]] and "its settings" in line and model in line
+        pretrain = stage is SFTConfig and model == world["init"]
+        assert config.data == [world["pretrain" if pretrain else split_of(stage)]]
+        assert "its settings" in line and model in line
         assert getattr(config, model_flag(stage)[2:]) == model
-        expected = own_settings(stage) | {given[0][2:]: 7}
-        assert settings_of(config, stage) == {name: expected[name] for name in own_settings(stage)}
+        own = digits.SETTINGS["pretrain" if pretrain else stage.stage] | {given[0][2:]: given[1]}
+        assert {name: getattr(config, name) for name in own} == own
 
 
 @each_stage
@@ -808,14 +879,22 @@ def test_a_model_without_data_takes_the_published_data(command_line, world, stag
 
 @each_stage
 @pytest.mark.parametrize(
-    "flags",
+    "words",
     [("--max_step", 3), ("--learning-ratee", 1), ("--dat", "digits"), ("--seed_ 3",), ("rows",)],
 )
-def test_flags_that_do_not_exist_are_refused(command_line, stage, flags):
+def test_flags_that_do_not_exist_are_refused(command_line, stage, words):
     """Abbreviations and typos alike, before anything is built or read."""
-    with pytest.raises(UserError, match=f"{flags[0]}.*no such flag") as error:
-        command_line(stage, *flags)
+    with pytest.raises(UserError, match=f"{words[0]}.*no such flag") as error:
+        command_line(stage, *words)
     assert "\n" not in str(error.value)
+
+
+@each_stage
+@pytest.mark.parametrize("second", [("--data", "b.jsonl"), ("--data=b.jsonl",)])
+def test_data_given_twice_are_refused(command_line, stage, second):
+    """The second would silently replace the first."""
+    with pytest.raises(UserError, match="^--data is given twice; give it once, with all its"):
+        command_line(stage, "--data", "a.jsonl", *second)
 
 
 # --------------------------------------------------------------------------------------------------

@@ -15,12 +15,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import digits
-from checkpoint import load_policy
 from data import Group, encode_prompts, encode_response
-from policy_gradient import group_advantage, kl_k3, policy_loss, policy_backward, rescore
-from rlvr import RLVRConfig
-from rows import Example
+from model import load_policy, rank_packs
+from policy_gradient import Objective, group_advantage, kl_k3, policy_backward, policy_loss, rescore
+from support import digits
+from support.metrics import Mean
+from support.rows import Example
 
 NAMES = ("grpo", "dapo", "gspo")
 CLIPS = {
@@ -552,8 +552,8 @@ def tiny(tmp_path_factory):
     tokenizer = digits.train_tokenizer([text], 10)
     digits.build_model(path / "policy", tokenizer, digits.World(hidden_size=32))
     digits.build_model(path / "other", tokenizer, digits.World(hidden_size=32, seed=1))
-    policy, processor = load_policy("--ckpt", str(path / "policy"))
-    return policy, processor, load_policy("--ckpt", str(path / "other"))[0]
+    policy, processor = load_policy(str(path / "policy"))
+    return policy, processor, load_policy(str(path / "other"))[0]
 
 
 def rollouts(policy, processor, temperature: float):
@@ -641,20 +641,14 @@ def test_update_policy(tiny, algorithm, on_policy, max_tokens, beta):
     expected = {name: p.grad.clone() for name, p in policy.named_parameters() if p.grad is not None}
 
     policy.zero_grad()
-    config = RLVRConfig(temperature=0.7, max_tokens_per_pack=max_tokens, beta=beta)
-    means, peaks = policy_backward(
-        policy,
-        groups,
-        torch.tensor(advantage),
-        processor,
-        config,
-        algorithm,
-        (low, high, dual),
-        on_policy,
-        reference=other if beta else None,
+    objective = Objective(algorithm, low, high, dual, 0.7, beta, on_policy)
+    packs = rank_packs(groups, processor, max_tokens)
+    rows = torch.tensor([[*advantage[:3], 0.0], advantage[3:]])  # the first prompt has three
+    measured = policy_backward(
+        policy, packs, groups, rows, objective, reference=other if beta else None
     )
-    assert means["loss"][1] == 1  # one process: the sum over ranks is the loss
-    close(means["loss"][0], loss, 1e-5)
+    assert measured["loss"].updates == 1
+    close(measured["loss"].value, loss, 1e-5)
     for name, gradient in expected.items():
         got = dict(policy.named_parameters())[name].grad
         assert (got - gradient).norm() <= 1e-3 * gradient.norm() + 1e-7, name
@@ -667,25 +661,28 @@ def test_update_policy(tiny, algorithm, on_policy, max_tokens, beta):
         if algorithm == "gspo":
             differences = [statistics.fmean(differences)] * len(differences)
         ratios += [(math.exp(d), a) for d in differences]
-    assert {count for name, (_, count) in means.items() if name != "loss"} == {total}
-    clipped_low, clipped_high = means["clipped_low"][0], means["clipped_high"][0]
+    means = {name: value for name, value in measured.items() if isinstance(value, Mean)}
+    assert {mean.count for mean in means.values()} == {total}
+    clipped_low, clipped_high = means["clipped_low"].total, means["clipped_high"].total
     assert clipped_low == sum(r < 1 - low and a < 0 for r, a in ratios)
     assert clipped_high == sum(r > 1 + high and a > 0 for r, a in ratios)
     assert on_policy == (clipped_low + clipped_high == 0)
-    close([peaks["ratio_min"], peaks["ratio_max"]], [min(ratios)[0], max(ratios)[0]], 1e-5)
+    extremes = [measured["ratio_min"].value, measured["ratio_max"].value]
+    close(extremes, [min(ratios)[0], max(ratios)[0]], 1e-5)
     largest = max(abs(p - q) for a, b in zip(now, recorded) for p, q in zip(a, b.tolist()))
-    assert ("sampled_scored_gap" in peaks) == on_policy
-    close(peaks.get("sampled_scored_gap", largest), largest, 1e-4)
+    assert ("sampled_scored_gap" in measured) == on_policy
+    if on_policy:
+        close(measured["sampled_scored_gap"].value, largest, 1e-4)
     # Rescored, the old log-probabilities are the policy's own, and no ratio is left.
-    close(rescore(policy, groups, processor, config), largest, 1e-4)
+    close(rescore(policy, packs, groups, 0.7), largest, 1e-4)
     scored = [row.tolist() for group in groups for row in group.logprobs]
     for mine, own in zip(now, scored, strict=True):
         close(own, mine, 1e-4)
     moved = [p - q for mine, before in zip(now, old) for p, q in zip(mine, before)]
-    close(means["kl_old"][0], sum(math.exp(-d) - 1 + d for d in moved), 1e-4)
+    close(means["kl_old"].total, sum(math.exp(-d) - 1 + d for d in moved), 1e-4)
     assert ("kl_ref" in means) == bool(beta)
     if beta:
-        close(means["kl_ref"][0], kl, 1e-4)
+        close(means["kl_ref"].total, kl, 1e-4)
 
 
 # --------------------------------------------------------------------------------------------------

@@ -20,10 +20,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-import report
 from benchmarks import study
+from support import report
 
-ROOT = Path(report.__file__).parent
+ROOT = Path(report.__file__).parent.parent
 EVIL = "<script>window.evil = 1</script>\"><img src=x onerror='window.evil = 1'>&lt;b&gt;"
 RESPONSE = "<caption>Two digits.</caption>\n<think>1 + 1 = 2.</think>\n<answer>2</answer>"
 RESULT = {
@@ -173,10 +173,10 @@ def rollouts(steps=3, prompts=1, n=4, stage="align", images=(), words=12) -> lis
 
 @pytest.fixture
 def run(monkeypatch, capsys):
-    """run(DIR) -> what was printed to (stdout, stderr)."""
+    """run(DIR, ...) -> what was printed to (stdout, stderr)."""
 
-    def call(path):
-        monkeypatch.setattr(sys, "argv", ["report.py", str(path)])
+    def call(*words):
+        monkeypatch.setattr(sys, "argv", ["report.py", *map(str, words)])
         report.report()
         return capsys.readouterr()
 
@@ -393,7 +393,7 @@ VALUES = st.recursive(
 NAMES = (
     "step row where question images answer response supervision valid reward perception length "
     "loss time/step expert_share_perception validation_pairs rows_left_out run stage model_type "
-    "accuracy by_source data rows correct format_valid score_reasoning"
+    "accuracy by_source data rows correct format_valid score_reasoning command commit where"
 ).split()
 OBJECTS = st.dictionaries(st.sampled_from(NAMES), VALUES, max_size=len(NAMES))
 STEPPED = st.builds(lambda row, step: row | {"step": step}, OBJECTS, st.integers(0, 3))
@@ -468,7 +468,7 @@ def test_wrong_answers_with_question_and_image(tmp_path, run):
             for i in range(2, 42)
         ],
     )
-    run(tmp_path / "run")
+    run(tmp_path / "run", "--data", data)
     page = Page(tmp_path / "run" / "report.html")
     assert "Wrong answers, 12 of 20" in page.text
     (shelf,) = page.shelves
@@ -482,6 +482,131 @@ def test_wrong_answers_with_question_and_image(tmp_path, run):
     _, err = run(tmp_path / "run")
     assert "test.jsonl is gone" in err
     assert "is gone: wrong answers" in Page(tmp_path / "run" / "report.html").text
+
+
+def private(folder: Path) -> list[Path]:
+    """A row and a picture that no page may show."""
+    folder.mkdir()
+    jsonl(folder / "rows.jsonl", [{"question": "private question", "image": "picture.png"}])
+    Image.new("RGB", (20, 20), "red").save(folder / "picture.png")
+    return [folder / "rows.jsonl", folder / "picture.png"]
+
+
+def test_a_received_log_shows_no_private_file(tmp_path, run, monkeypatch):
+    """A log names files outside the run's data, by their paths, by `..` and by links."""
+    rows, picture = private(tmp_path / "private")
+    received, data = tmp_path / "received", tmp_path / "data"
+    make(received, steps(1, loss=1.0), RESULT, data=[str(data / "rows.jsonl"), "gone/rows.jsonl"])
+    data.mkdir()
+    jsonl(data / "rows.jsonl", [{"question": "own question", "image": str(picture)}])
+    (received / "linked.jsonl").symlink_to(rows)
+    (received / "linked.png").symlink_to(picture)
+    (tmp_path / "data_beside").mkdir()  # begins with the name of the data's folder
+    shutil.copy(picture, tmp_path / "data_beside" / "picture.png")
+    pictures = [picture, data / ".." / "private" / "picture.png", received / "linked.png"]
+    pictures += [tmp_path / "data_beside" / "picture.png", "private/picture.png"]
+    rolled = rollouts(1, n=1)[0] | {"images": list(map(str, pictures))}
+    jsonl(received / "rollouts.jsonl", [rolled])
+    places = [rows, data / ".." / "private" / "rows.jsonl", received / "linked.jsonl"]
+    places += ["private/rows.jsonl", data / "rows.jsonl"]
+    answer = {"response": RESPONSE, "correct": False}
+    jsonl(received / "generations.jsonl", [answer | {"where": f"{path}:1"} for path in places])
+    monkeypatch.chdir(tmp_path)
+    for allowed in (False, True):
+        _, err = run(received, *(["--data", tmp_path / "private"] if allowed else []))
+        page = Page(received / "report.html")
+        rolled, wrong = page.shelves
+        shown = [group["question"] for group in wrong["groups"]]
+        assert shown.count("own question") == 1
+        assert shown.count("private question") == (4 if allowed else 0)
+        told = f"{rows} is outside the run's data folders; --data FOLDER adds a folder"
+        assert (told in err) == (told in page.text) == (not allowed)
+        inside = [isinstance(image, int) for image in rolled["groups"][0]["images"]]
+        assert inside == ([True, True, True, False, True] if allowed else [False] * 5)
+        assert bool(page.images) == allowed
+
+
+def test_only_rows_and_pictures_are_shown(tmp_path, run, monkeypatch):
+    """Beside the data there are other files, and a picture may have any content."""
+    make(tmp_path, steps(1, loss=1.0))
+    (tmp_path / "secret.jsonl").write_text('"a secret"\n["a secret"]\na secret\n')
+    (tmp_path / "secret.txt").write_text("a secret\n" * 3)
+    Image.new("RGB", (20, 20), "red").save(tmp_path / "eps.png", "EPS")
+    formats = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
+    for name in formats:
+        Image.new("RGB", (20, 20), "red").save(tmp_path / f"{name}.data", name)
+    started = []
+    monkeypatch.setattr("PIL.EpsImagePlugin.Ghostscript", lambda *_, **__: started.append("gs"))
+    images = [str(tmp_path / f"{name}.data") for name in formats] + [str(tmp_path / "eps.png")]
+    jsonl(tmp_path / "rollouts.jsonl", [rollouts(1, n=1)[0] | {"images": images}])
+    places = [f"{tmp_path}/secret.{ending}:{i}" for ending in ("jsonl", "txt") for i in range(5)]
+    answers = [{"response": RESPONSE, "correct": False, "where": place} for place in places]
+    jsonl(tmp_path / "generations.jsonl", answers)
+    run(tmp_path)
+    page = Page(tmp_path / "report.html")
+    assert "a secret" not in page.source and len(page.images) == len(formats)
+    assert "cannot identify image" in page.shelves[0]["groups"][0]["images"][-1]
+    assert not started
+
+
+def test_without_docstrings(tmp_path):
+    """`python -OO` leaves out docstrings and asserts."""
+    make(tmp_path, steps(3, loss=1.0), RESULT)
+    words = [sys.executable, "-OO", "-m", "support.report", tmp_path]
+    done = subprocess.run(words, capture_output=True, text=True, cwd=ROOT)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert Page(tmp_path / "report.html").figure("Loss")
+    done = subprocess.run([*words[:-1], "--help"], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0 and "page of a run" in done.stdout
+
+
+def test_command_commit_and_the_way_back(tmp_path, run):
+    make(tmp_path / "sft", steps(2, loss=1.0), RESULT)
+    make(tmp_path / "align", steps(2, loss=1.0), RESULT, stage="align")
+    settings = json.loads((tmp_path / "sft" / "run.json").read_text())
+    told = {"command": f"sft.py --data '{EVIL}'", "commit": "0123abc"}
+    (tmp_path / "sft" / "run.json").write_text(json.dumps(settings | told))
+    run(tmp_path / "sft")
+    page = Page(tmp_path / "sft" / "report.html")
+    assert told["command"] in page.text and "0123abc" in page.text
+    assert ("a", {"href": "../report.html"}) not in page.elements  # nothing is there yet
+    for path in (tmp_path, tmp_path / "sft"):
+        run(path)
+        assert ("a", {"href": "../report.html"}) in Page(tmp_path / "sft" / "report.html").elements
+    text = Page(tmp_path / "align" / "report.html").text
+    assert "Command" not in text and "Commit" not in text
+    (tmp_path / "sft" / "run.json").write_text(json.dumps(settings | {"command": ["a", "b c"]}))
+    run(tmp_path / "sft", tmp_path / "align")
+    assert "a 'b c'" in Page(tmp_path / "sft" / "report.html").text
+
+
+def test_accuracy_has_an_interval(tmp_path, run):
+    """Wilson's, on both pages, but not on the terminal and in results.json."""
+    assert report.measured({"accuracy": 0.5, "rows": 100}, "accuracy") == pytest.approx(
+        (0.5, 0.4038, 0.5962), abs=1e-4
+    )
+    assert report.measured({"accuracy": 1.0, "rows": 10}, "accuracy") == pytest.approx(
+        (1.0, 0.7225, 1.0), abs=1e-4
+    )
+    for result in ({"accuracy": 0.5}, {"accuracy": 0.5, "rows": 0}, {"accuracy": 7.0, "rows": 4}):
+        assert report.measured(result, "accuracy") == result["accuracy"]
+    make(tmp_path / "sft", [], RESULT)
+    out, _ = run(tmp_path)
+    assert "[" not in out
+    assert json.loads((tmp_path / "results.json").read_text())[0]["accuracy"] == 0.5
+    for path in (tmp_path, tmp_path / "sft"):
+        assert "0.500 [0.150, 0.850]" in Page(path / "report.html").text
+    bars = Page(tmp_path / "report.html").figure("Accuracy and format")["lines"]
+    assert bars["accuracy"]["error_y"]["array"] == [pytest.approx(0.35, abs=1e-2)]
+    assert "error_y" not in bars["format_valid"]
+
+
+def test_terminal_codes_of_a_log_are_not_printed(tmp_path, run):
+    make(tmp_path, [], RESULT)
+    wrong = {"where": "\x1b[31m/x.jsonl:1", "response": RESPONSE, "correct": False}
+    jsonl(tmp_path / "generations.jsonl", [wrong])
+    _, err = run(tmp_path)
+    assert "?[31m/x.jsonl is gone" in err and "\x1b" not in err
 
 
 def test_comparison(tmp_path, run):
@@ -608,7 +733,7 @@ def test_killed_run(tmp_path, run):
 def test_bad_input_is_one_line_and_exit_code_2(tmp_path, prepare, told):
     path = prepare(tmp_path)
     done = subprocess.run(
-        [sys.executable, ROOT / "report.py", path], capture_output=True, text=True
+        [sys.executable, "-m", "support.report", path], capture_output=True, text=True, cwd=ROOT
     )
     assert done.returncode == 2 and done.stdout == ""
     assert (
@@ -617,7 +742,8 @@ def test_bad_input_is_one_line_and_exit_code_2(tmp_path, prepare, told):
 
 
 def test_starts_without_torch(tmp_path):
-    code = "import report, sys; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
+    heavy = "'torch' in sys.modules or 'transformers' in sys.modules"
+    code = f"import support.report, sys; sys.exit({heavy})"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
 
 
@@ -744,6 +870,51 @@ def test_browser_filters_and_keys(tmp_path, run, browser):
     for name in ("step", "valid", "least", "most"):
         browser.set(name, "")
     assert shown(browser) == ("question 1.0?", answers)
+    assert browser.complaints() == []
+
+
+def test_browser_orders_searches_and_judges(tmp_path, run, browser):
+    make(tmp_path, steps(4, loss=1.0), stage="rlvr", algorithm="grpo")
+    jsonl(tmp_path / "rollouts.jsonl", rollouts(4, prompts=2, stage="rlvr"))
+    run(tmp_path)
+    browser.open(tmp_path / "report.html")
+    answers = [f"ANSWER\n{b}" for b in (1, 2, 3)]
+    browser.set("order", "1")
+    assert shown(browser) == ("question 1.0?", answers[::-1])
+    browser.set("order", "-1")
+    assert shown(browser) == ("question 1.0?", answers)
+    judged = browser.text(".browser .card > :nth-child(2)")
+    assert judged == ["wrong", "wrong", "right", "wrong"]
+    browser.set("words", "BRANCH 3")
+    assert shown(browser) == ("question 1.0?", answers[2:])
+    assert "prompt 1 of 8, step 1; 8 rollouts in all" in browser.text(".controls")[0]
+    browser.set("words", "question 3.1")  # of the prompt: all its rollouts
+    assert shown(browser) == ("question 3.1?", answers)
+    assert "prompt 1 of 1, step 3; 4 rollouts in all" in browser.text(".controls")[0]
+    browser.press("ARROW_RIGHT", "[name=words]")
+    assert browser.complaints() == []
+
+
+def test_on_a_telephone(tmp_path, run, browser):
+    """390 pixels wide: labels of bars are horizontal and inside, legends take no plot its room."""
+    for name in ("base", "sft", "align", "sft_grpo", "align_grpo"):
+        lines = steps(9 if name == "sft" else 90, loss=1.0, entropy=[float(i) for i in range(90)])
+        make(tmp_path / name, lines, RESULT, stage="rlvr")
+    run(tmp_path)
+    size = {"width": 390, "height": 800, "deviceScaleFactor": 1, "mobile": True}
+    browser.driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+    try:
+        browser.open(tmp_path / "report.html")
+        browser.draw_all()
+        assert browser.run("return document.documentElement.scrollWidth") == 390
+        height = "e => e.getBoundingClientRect().height"
+        find = "return [...document.querySelectorAll(arguments[0])].map"
+        labels = browser.run(f"{find}({height})", ".bartext")
+        assert len(labels) == 10 and all(10 < label < 20 for label in labels)
+        plots = browser.run(f"{find}({height})", "figure .cartesianlayer .plotbg, .bglayer .bg")
+        assert len(plots) >= 4 and min(plots) > 150
+    finally:
+        browser.driver.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
     assert browser.complaints() == []
 
 

@@ -10,10 +10,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from policy_gradient import ALGORITHMS, group_advantage
-from rlvr import ACCURACY, FORMAT, RLVRConfig, Rollouts, column, overlong_penalty, reward
-from rlvr import select_groups, settle_algorithm, spread
-from rows import UserError
-from tests.conftest import launch
+from rlvr import (
+    ACCURACY,
+    FORMAT,
+    RLVRConfig,
+    Rollouts,
+    column,
+    overlong_penalty,
+    reward,
+    select_groups,
+    settle_algorithm,
+    spread,
+)
+from support.errors import UserError
+from tests.conftest import ROOT, fails, launch, lines
 from tests.test_policy_gradient import close, repeatable
 
 RIGHT = "<caption>c</caption><think>t</think><answer>42</answer>"
@@ -22,10 +32,10 @@ RIGHT = "<caption>c</caption><think>t</think><answer>42</answer>"
 def test_reward():
     """Format alone earns 0.2, a right answer in it 1, a right answer without it nothing."""
     assert (ACCURACY, FORMAT) == (0.8, 0.2)
-    assert reward(RIGHT, "42") == reward(RIGHT, ["7", "42"]) == pytest.approx(1.0)
-    assert reward(RIGHT, "43") == reward(RIGHT, ["41", "43"]) == 0.2
+    assert reward(RIGHT, "42") == reward(RIGHT, ["7", "42"]) == (1.0, True)
+    assert reward(RIGHT, "43") == reward(RIGHT, ["41", "43"]) == (0.2, False)
     for broken in ("42", RIGHT + "42", RIGHT.replace("<think>", ""), RIGHT * 2, ""):
-        assert reward(broken, "42") == 0.0
+        assert reward(broken, "42") == (0.0, False)
 
 
 def test_overlong_penalty_of_the_paper():
@@ -94,9 +104,9 @@ def test_select_groups_on_one_process():
 SELECT = """
 import json, sys
 import torch
-from model import join_ranks, rank
+from support.ranks import join_ranks, rank
 from rlvr import select_groups
-from run import main
+from support.run import main
 
 def stage():
     join_ranks()
@@ -134,7 +144,7 @@ def test_columns_of_rollouts():
         return Rollouts("example", "group", ["a", "b"], *measures)
 
     some = [rolled(3.0), rolled(5.0)]
-    for i, name in enumerate(("accuracy", "valid", "length", "reward"), 1):
+    for i, name in enumerate(("reward", "accuracy", "valid", "length"), 1):
         assert column(some, name).tolist() == [[3.0 * i, -3.0 * i], [5.0 * i, -5.0 * i]]
     nothing = column([], "reward")  # a rank without prompts
     assert nothing.numel() == 0 and group_advantage(nothing).numel() == 0
@@ -186,5 +196,28 @@ def test_more_minibatches_than_prompts_are_refused():
 
 
 def test_an_unknown_algorithm_is_one_line():
-    with pytest.raises(UserError, match="--algorithm ppo: choose one of grpo, dapo, gspo"):
-        settle_algorithm(RLVRConfig(algorithm="ppo"))
+    assert "invalid choice: 'ppo' (choose from" in fails("rlvr.py", "--algorithm", "ppo")
+
+
+def test_a_reward_of_ones_own_changes_neither_accuracy_nor_spread(world, trained, tmp_path):
+    """The edit that the README shows, made in a copy of the stage: the reward is halved, and what
+    is measured of accuracy stays. The rollouts of the first step are the same."""
+    text = (ROOT / "rlvr.py").read_text()
+    halved = text.replace(
+        "return ACCURACY * correct + FORMAT, correct",
+        """\
+return 0.5 * (ACCURACY * correct + FORMAT), correct""",
+    )
+    assert halved != text
+    measured = []
+    for name, content in (("plain", text), ("halved", halved)):
+        (tmp_path / f"{name}.py").write_text(content)
+        flags = ("--ckpt", trained, "--data", world["prompts"], "--max_steps", 1)
+        flags += ("--prompts_per_step", 8, "--num_generations", 4, "--max_completion_length", 64)
+        out = tmp_path / name
+        launch(str(tmp_path / f"{name}.py"), *flags, "--output_dir", out, real=True)
+        measured.append(lines(out / "metrics.jsonl")[0])
+    plain, halved = measured
+    for name in ("accuracy", "groups_with_spread", "format_valid", "response_length"):
+        assert plain[name] == halved[name], name
+    assert plain["reward"] > 0 and halved["reward"] == pytest.approx(plain["reward"] / 2)

@@ -14,10 +14,11 @@ import pytest
 from PIL import Image
 from pyarrow import parquet
 
-import rows
-from checkpoint import load_processor
 from data import Response, encode_prompts, parse_response
-from rows import Example, RowError, UserError, load_data, open_image, parse_row
+from support import rows
+from support.errors import RowError, UserError
+from support.huggingface import load_processor
+from support.rows import Example, load_data, open_image, parse_row
 
 PIXEL = bytes.fromhex(
     "89504e470d0a1a0a0000000d49484452000000010000000108000000003a7e9b55"

@@ -10,6 +10,7 @@ import json
 import math
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -23,17 +24,22 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-import run
 from align import AlignConfig
-from checkpoint import load_policy
-from data import Encoded, batches, epoch_rows
+from data import Encoded
 from discriminator import DiscriminatorConfig
 from eval import EvalConfig
+from model import load_policy
 from rlvr import RLVRConfig
-from rows import UserError, load_data
-from sampler import generate
+from sampler import Sampling, generate
 from sft import SFTConfig
+from support.errors import UserError
+from support.flags import check_ranges
+from support.loader import batches, epoch_rows
+from support.resuming import Checkpoints
+from support.rows import load_data
+from support.run import Run
 from tests.chaos import STAGES, STEPS, differences, flags_of, free_port, fuzz, in_a_save, numbers
+from tests.chaos import with_data
 from tests.conftest import ROOT, launch, lines
 
 
@@ -166,7 +172,7 @@ import time
 from torch.distributed.checkpoint import FileSystemWriter
 
 import sft
-from run import main
+from support.run import main
 
 plain = FileSystemWriter.write_data
 
@@ -280,6 +286,31 @@ def test_held_out_numbers_belong_to_the_run(nursery, whole, tmp_path):
     assert differences(expected, out) == []
 
 
+def test_run_json_says_how_the_run_was_made(nursery, whole, tmp_path):
+    """The stage, the command as a shell takes it, the commit, every flag; and, once all of it is
+    written, the last step."""
+    base, _ = whole("sft.py")
+    out = tmp_path / "a folder's"  # a shell takes it in quotes only
+    stopped_at(nursery, base, out, 2)
+    assert list(json.loads((out / "run.json").read_text())) == ["stage", "command", "commit", "run"]
+    more = ("--dataloader_num_workers", 0, "--output_dir", out, "--seed", 5, "--resume")
+    done = nursery.run(*base, *more, log=tmp_path / "log")
+    assert done.codes == [0], done.said
+    record = json.loads((out / "run.json").read_text())
+    assert list(record) == ["stage", "command", "commit", "run", "finished"]
+    assert (record["stage"], record["finished"]) == ("sft", STEPS)
+    assert shlex.split(record["command"]) == [*map(str, (*base, *more))]
+    git = ["git", "rev-parse", "HEAD"]
+    commit = subprocess.run(git, cwd=ROOT, capture_output=True, text=True).stdout.strip()
+    if commit:  # else this is a bare copy of the files
+        short = record["commit"].removesuffix("-dirty")
+        assert len(short) >= 7 and commit.startswith(short)
+    fields = record["run"]
+    assert fields.keys() == {field.name for field in dataclasses.fields(SFTConfig)}
+    assert (fields["seed"], fields["output_dir"], fields["resume"]) == (5, str(out), True)
+    assert (fields["learning_rate"], fields["max_steps"]) == (1e-3, STEPS)
+
+
 # --------------------------------------------------------------------------------------------------
 # Signals
 
@@ -294,6 +325,8 @@ def test_ctrl_c_ends_after_the_step_and_a_second_one_at_once(nursery, short, tmp
     once.signal(signal.SIGINT)
     assert once.wait() == [130] and "Traceback" not in once.said, once.said
     assert "stopped by a signal; saved" in once.said and once.errors == []
+    told = "Finishing this step, then saving and exiting. Press Ctrl-C again to quit now without"
+    assert once.said.count(f"{told} saving.") == 1
     (step,) = checkpoints(tmp_path / "once")
     assert lines(tmp_path / "once" / "metrics.jsonl")[-1]["step"] == step
     twice.signal(signal.SIGSTOP)  # so that both come in one step
@@ -464,7 +497,7 @@ def test_with_no_checkpoint_left_a_run_starts_from_step_1(nursery, whole, stoppe
     assert started.wait() == [0]
     assert f"no checkpoint in {out}, starting from step 1" in started.said
     left = checkpoints(out)
-    assert len(left) == 1 and run._is_whole(str(out / f"checkpoint-{left[0]}"))
+    assert len(left) == 1 and Checkpoints(str(out), keep=1).newest() == left[0]
     assert lines(out / "metrics.jsonl")[-1]["step"] == left[0]
     done = nursery.run(*words, log=tmp_path / "log")
     assert done.codes == [0] and "damaged" not in done.said, done.said
@@ -515,7 +548,7 @@ def test_the_batch_over_all_ranks_is_kept(nursery, short, tmp_path):
     data = Path(base[base.index("--data") + 1])
     fewer = data.with_name("fewer.jsonl")
     fewer.write_text("".join(data.read_text().splitlines(keepends=True)[:-1]))
-    done = nursery.run(*base, *resume, "--data", fewer, ranks=2, log=log)
+    done = nursery.run(*with_data(base, fewer), *resume, ranks=2, log=log)
     fewer.unlink()
     assert done.codes == [0, 0] and "the data had 120 rows and has 119" in done.said, done.said
 
@@ -711,9 +744,9 @@ def test_a_rank_that_is_gone_before_the_ranks_have_met(short, tmp_path):
 ONE_FAILS = '''"""Stage 1, where what only the last rank has is missing."""
 
 import sft
-from model import rank
-from rows import UserError
-from run import main
+from support.ranks import rank
+from support.errors import UserError
+from support.run import main
 
 plain = sft.load_data
 
@@ -746,7 +779,7 @@ def test_what_fails_on_all_ranks_is_said_once(short, tmp_path, fault):
 
 CRASH = """
 import sft
-from run import main
+from support.run import main
 
 def loss(*args):
     raise ValueError("a bug")
@@ -817,14 +850,14 @@ def test_a_good_checkpoint_outlives_a_run_that_breaks(nursery, whole, stopped, t
 
 def test_the_row_of_skipped_steps_ends_with_a_good_one():
     """A step without a gradient, of either model, neither counts nor ends it."""
-    one = object.__new__(run.Run)
+    one = object.__new__(Run)
     one.config, one.rows = SimpleNamespace(max_skipped=3), []
     one.progress = {"skipped": 0, "skipped_in_a_row": 0, "rows_used": 0}
     one._append = lambda name, line: None
 
     def counted(policy, discriminator):
-        line = {"rows": 1, "grad_norm": policy, "d_grad_norm": discriminator}
-        one._count_skipped(1, line)
+        line = {"rows": 1}
+        one._count_skipped(1, line, [policy, discriminator])
         return line["steps_skipped"], one.progress["skipped_in_a_row"]
 
     assert counted(1.0, math.nan) == (1, 1) == counted(1.0, 0.0) == counted(0.0, 1.0)
@@ -840,8 +873,8 @@ BAD_STEP = '''"""Stage 1, whose second loss is no number on the last rank."""
 import torch
 
 import sft
-from model import rank, world_size
-from run import main
+from support.ranks import rank, world_size
+from support.run import main
 
 plain, calls = sft.sft_loss, 0
 
@@ -920,15 +953,15 @@ def test_every_number_has_a_range(stage, name, kind, limits):
     outside += [high + 1] if high < 1e300 else []
     for value in outside:
         with pytest.raises(UserError, match=f"^--{name} {re.escape(str(value))}: must be") as said:
-            run.check_ranges(dataclasses.replace(CONFIGS[stage](), **{name: value}))
+            check_ranges(dataclasses.replace(CONFIGS[stage](), **{name: value}))
         assert "\n" not in str(said.value)
     for value in (low, high if high < 1e300 else low + 10):
-        run.check_ranges(dataclasses.replace(CONFIGS[stage](), **{name: value}))
+        check_ranges(dataclasses.replace(CONFIGS[stage](), **{name: value}))
 
 
 @pytest.mark.parametrize("stage", CONFIGS)
 def test_the_defaults_are_inside_their_ranges(stage):
-    run.check_ranges(CONFIGS[stage]())
+    check_ranges(CONFIGS[stage]())
 
 
 @pytest.mark.parametrize(
@@ -968,14 +1001,14 @@ def test_the_largest_seed_works(nursery, short, tmp_path):
 
 def test_a_row_drawn_twice_in_a_batch_has_other_rollouts(world, trained):
     """A data set smaller than the batch: each draw of a row has random numbers of its own."""
-    policy, processor = load_policy("--ckpt", trained)
+    policy, processor = load_policy(trained)
     rows = torch.utils.data.Subset(load_data(world["prompts"], ("answer",)), [0])
     encoded = Encoded(rows, processor, lambda example, prompt: prompt)
     stream = batches(encoded, 3, seed=0)
     prompts = [prompt for _, prompt in next(stream)]
     assert len({prompt.index for prompt in prompts}) == 3
     assert len({tuple(prompt.input_ids.tolist()) for prompt in prompts}) == 1
-    groups = generate(policy, prompts, 4, 32, temperature=1.0, seed=0, step=1)
+    groups = generate(policy, prompts, Sampling(4, 32, temperature=1.0, seed=0), step=1)
     sampled = {tuple(branch.tolist()) for group in groups for branch in group.branches}
     assert len(sampled) == 12
 
@@ -987,10 +1020,12 @@ def test_bad_rows_count_on_when_a_run_is_resumed(nursery, world, short, tmp_path
         rows[epoch_rows(place, place + 1, 40, 0)[0]] = "{}"
     data, log = tmp_path / "rows.jsonl", tmp_path / "log"
     data.write_text("\n".join(rows))
-    folder = ("--data", data, "--image_dir", os.path.dirname(world["sft"]))
-    base = (*short("sft.py"), *folder, "--max_steps", 100, "--save_steps", 1)
+    folder = ("--image_dir", os.path.dirname(world["sft"]))
+    base = (*with_data(short("sft.py"), data), *folder, "--max_steps", 100, "--save_steps", 1)
     words = (*base, "--output_dir", tmp_path / "out")
     first = refused(nursery.start(*words, log=log), "3 bad rows among the first 32 are more than")
+    drawn = Path(f"{log}.0").read_bytes()  # a bar, which begins anew at each \r
+    assert b"\r" in drawn and drawn.endswith(f"\n{first}\n".encode())  # the line is no part of it
     assert checkpoints(tmp_path / "out") == [6, 7]
     again = nursery.start(*words, "--resume", log=log)
     assert refused(again) == first and "resumed from" in again.said

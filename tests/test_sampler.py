@@ -3,6 +3,7 @@ give the same branches."""
 
 import copy
 import weakref
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,31 +12,30 @@ from torch.utils._pytree import tree_leaves, tree_map
 from transformers import AutoModelForImageTextToText
 
 import sampler
-from checkpoint import load_policy
 from data import Group, encode_prompts, make_packs
-from model import token_logprobs
-from rows import UserError, load_data
-from sampler import RowCache, generate, uniforms
+from model import load_policy, token_logprobs
+from sampler import RowCache, Sampling, generate, uniforms
+from support.errors import UserError
+from support.rows import load_data
 from tests.conftest import as_on_a_gpu, same_samples
 from tests.test_model import devices, example, on
 
 
 @pytest.fixture(scope="module")
 def policy_processor(world):
-    return load_policy("--model", world["init"])
+    return load_policy(world["init"])
 
 
 @pytest.mark.parametrize("rollouts, max_rows", [(4, None), (4, 3), (40, None)])
 def test_sampled_is_scored(world, trained, rollouts, max_rows):
     """What the sampler records is what token_logprobs says of the same tokens; ragged lengths,
     several prompts, few rows and as many as make products large."""
-    policy, processor = load_policy("--ckpt", trained)
+    policy, processor = load_policy(trained)
     prompts = encode_prompts(
         processor, load_data(world["validation"])[:3] + [example(99, 0, "And without an image?")]
     )
-    groups = generate(
-        policy, prompts, rollouts, 60, temperature=1.3, seed=5, step=2, max_rollout_rows=max_rows
-    )
+    sampling = Sampling(rollouts, 60, temperature=1.3, seed=5, max_rollout_rows=max_rows)
+    groups = generate(policy, prompts, sampling, step=2)
     assert (4 * rollouts * policy.lm_head.weight.numel() >= 2**20) == (rollouts == 40)
     lengths = [len(b) for g in groups for b in g.branches]
     assert len(set(lengths)) > 3 and max(lengths) <= 60
@@ -49,12 +49,12 @@ def test_sampled_is_scored(world, trained, rollouts, max_rows):
 def test_a_row_depends_on_itself_alone(world, trained):
     """Same seed, step and row: the same tokens, whatever else is sampled beside it and however many
     rows run at once."""
-    policy, processor = load_policy("--ckpt", trained)
+    policy, processor = load_policy(trained)
     prompts = encode_prompts(processor, load_data(world["validation"])[:4])
-    whole = generate(policy, prompts, 5, 50, seed=1, step=3)
-    alone = generate(policy, prompts[2:3], 3, 50, seed=1, step=3)
-    queued = generate(policy, prompts, 5, 50, seed=1, step=3, max_rollout_rows=4)
-    other = generate(policy, prompts, 5, 50, seed=1, step=4)
+    whole = generate(policy, prompts, Sampling(5, 50, seed=1), step=3)
+    alone = generate(policy, prompts[2:3], Sampling(3, 50, seed=1), step=3)
+    queued = generate(policy, prompts, Sampling(5, 50, seed=1, max_rollout_rows=4), step=3)
+    other = generate(policy, prompts, Sampling(5, 50, seed=1), step=4)
     three = Group(prompts[2], whole[2].branches[:3], whole[2].logprobs[:3])
     assert same_samples(policy, [three], alone, seed=1, step=3) > 0
     assert same_samples(policy, whole, queued, seed=1, step=3) > 100
@@ -131,14 +131,14 @@ def test_fixed_shapes_and_recorded_steps(
 ):
     """The GPU's way of sampling, idle slots, ragged attention and steps that are replayed, gives
     the same branches as the CPU's."""
-    policy, processor = load_policy("--ckpt", trained)
+    policy, processor = load_policy(trained)
     prompts = encode_prompts(
         processor, load_data(world["validation"])[:3] + [example(99, 0, "And without an image?")]
     )
-    args = policy, prompts, 4, 150, temperature, 5, 2, max_rows
-    plain = generate(*args)
+    sampling = Sampling(4, 150, temperature, seed=5, max_rollout_rows=max_rows)
+    plain = generate(policy, prompts, sampling, step=2)
     as_on_a_gpu(monkeypatch)
-    fixed = generate(*args, fixed=True)
+    fixed = generate(policy, prompts, replace(sampling, fixed=True), step=2)
     lengths = [len(b) for g in plain for b in g.branches]
     assert len(set(lengths)) > 2 and max(lengths) > 20
     assert 1 <= recorded.made < recorded.replays / 4
@@ -149,14 +149,15 @@ def test_fixed_shapes_and_recorded_steps(
 
 def test_a_step_that_cannot_be_recorded(world, trained, recorded):
     """Sampling goes on without the graph, says so, and gives the same branches."""
-    policy, processor = load_policy("--ckpt", trained)
-    args = policy, encode_prompts(processor, load_data(world["validation"])[:3]), 4, 60, 1.3, 5
-    plain = generate(*args)
+    policy, processor = load_policy(trained)
+    prompts = encode_prompts(processor, load_data(world["validation"])[:3])
+    sampling = Sampling(4, 60, temperature=1.3, seed=5)
+    plain = generate(policy, prompts, sampling)
     handle = policy.lm_head.register_forward_hook(
         lambda module, inputs, logits: logits * logits.isfinite().all().item()
     )
     with pytest.warns(UserWarning, match="without CUDA graphs: .*not permitted"):
-        fixed = generate(*args, fixed=True)
+        fixed = generate(policy, prompts, replace(sampling, fixed=True))
     handle.remove()
     assert same_samples(policy, plain, fixed, 1.3, seed=5) > 0
 
@@ -167,7 +168,7 @@ def test_sampling_follows_the_distribution(world, policy_processor):
     policy, processor = policy_processor
     prompt = encode_prompts(processor, [example(0, 1, "One?")])[0]
     rows = 4000
-    groups = generate(policy, [prompt], rows, 1, temperature=0.8, seed=3)
+    groups = generate(policy, [prompt], Sampling(rows, 1, temperature=0.8, seed=3))
     tokens = torch.cat(groups[0].branches)
     every = torch.arange(policy.config.text_config.vocab_size)
     allowed = every[~torch.isin(every, policy.forbidden)]
@@ -184,11 +185,11 @@ def test_sampling_follows_the_distribution(world, policy_processor):
 
 
 def test_greedy_equals_transformers_generate(world, trained):
-    policy, processor = load_policy("--ckpt", trained)
+    policy, processor = load_policy(trained)
     theirs = AutoModelForImageTextToText.from_pretrained(trained).eval()
     examples = load_data(world["validation"])[:6]
     prompts = encode_prompts(processor, examples)
-    ours = generate(policy, prompts, 1, 48, temperature=0.0)
+    ours = generate(policy, prompts, Sampling(1, 48, temperature=0.0))
     for prompt, group in zip(prompts, ours):
         ids = prompt.input_ids[None]
         out = theirs.generate(
@@ -210,7 +211,7 @@ def test_forbidden_tokens_have_no_probability(policy_processor):
     with torch.no_grad():
         policy.lm_head.weight[policy.config.image_token_id] *= 100
     prompts = encode_prompts(processor, [example(0, 1, "One?")])
-    groups = generate(policy, prompts, 8, 12)
+    groups = generate(policy, prompts, Sampling(8, 12))
     assert not torch.isin(torch.cat(groups[0].branches), policy.forbidden).any()
     assert torch.isfinite(torch.cat(groups[0].logprobs)).all()
 
@@ -224,7 +225,8 @@ def test_the_largest_random_number(policy_processor, monkeypatch):
     monkeypatch.setattr(
         "sampler.uniforms", lambda seed, step, prompt, row, count: torch.ones(count)
     )
-    (group,) = generate(policy, encode_prompts(processor, [example(0, 1, "One?")]), 2, 5)
+    prompts = encode_prompts(processor, [example(0, 1, "One?")])
+    (group,) = generate(policy, prompts, Sampling(2, 5))
     assert not torch.isin(torch.cat(group.branches), policy.forbidden).any()
     assert torch.isfinite(torch.cat(group.logprobs)).all()
 
@@ -247,7 +249,7 @@ def test_no_prompts(policy_processor):
     """A rank without prompts samples nothing, and the policy is left as it was."""
     policy, _ = policy_processor
     for mode in (True, False):
-        assert generate(policy.train(mode), [], 4, 20) == [] and policy.training == mode
+        assert generate(policy.train(mode), [], Sampling(4, 20)) == [] and policy.training == mode
 
 
 def test_prompts_in_parts(policy_processor, monkeypatch):
@@ -258,11 +260,14 @@ def test_prompts_in_parts(policy_processor, monkeypatch):
     prompts = encode_prompts(processor, [example(i, 0, text) for i, text in enumerate(texts)])
     lengths = [len(prompt.input_ids) for prompt in prompts]
     assert lengths[2] > 3 * max(lengths[:2] + lengths[3:])
-    whole = generate(policy, prompts, 3, 20, seed=1)
+    whole = generate(policy, prompts, Sampling(3, 20, seed=1))
     monkeypatch.setattr(sampler, "PROMPT_TOKENS", lengths[2])
     parts = [[prompt.index for prompt in part] for part in sampler._parts(prompts)]
     assert [2] in parts and len(parts) < len(prompts) and sum(parts, []) == [*range(6)]
-    assert same_samples(policy, whole, generate(policy, prompts, 3, 20, seed=1), seed=1) > 100
+    assert (
+        same_samples(policy, whole, generate(policy, prompts, Sampling(3, 20, seed=1)), seed=1)
+        > 100
+    )
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
@@ -272,7 +277,7 @@ def test_weights_that_are_not_finite_are_one_line(policy_processor, value):
     with torch.no_grad():
         policy.model.language_model.layers[0].mlp.up_proj.weight[0, 0] = value
     with pytest.raises(UserError, match="not finite: its weights hold NaN or infinity"):
-        generate(policy, prompts, 2, 5)
+        generate(policy, prompts, Sampling(2, 5))
 
 
 @pytest.mark.parametrize("fixed", [False, True])
@@ -331,10 +336,10 @@ def test_the_cache_is_as_large_as_it_must_be():
 @devices
 @pytest.mark.parametrize("max_rows", [None, 3])
 def test_sampled_is_scored_on(world, trained, device, tolerance, max_rows):
-    policy, processor = load_policy("--ckpt", trained)
+    policy, processor = load_policy(trained)
     policy = on(device, policy)
     prompts = encode_prompts(processor, load_data(world["validation"])[:3])
-    groups = generate(policy, prompts, 4, 60, temperature=1.3, seed=5, max_rollout_rows=max_rows)
+    groups = generate(policy, prompts, Sampling(4, 60, 1.3, seed=5, max_rollout_rows=max_rows))
     assert len({len(b) for g in groups for b in g.branches}) > 3
     (pack,) = make_packs(groups)
     recorded = torch.cat([groups[g].logprobs[i] for g, i in pack.members])

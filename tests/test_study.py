@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import digits
 from benchmarks import study
+from support import digits
 from tests.conftest import ROOT, launch
 
 
@@ -218,7 +218,7 @@ def test_an_arm_from_its_first_run_to_its_numbers(world, trained, monkeypatch, t
     assert abs(base) < 1e-3  # of itself
 
 
-@pytest.mark.parametrize("path", ["benchmarks/STUDY.md", "README.md"])
+@pytest.mark.parametrize("path", ["benchmarks/STUDY.md", "docs/handbook.md"])
 def test_what_is_shown_is_what_was_measured(path, tmp_path):
     """Writing every table again from the result files changes nothing."""
     text = (ROOT / path).read_text(encoding="utf-8")
@@ -227,12 +227,14 @@ def test_what_is_shown_is_what_was_measured(path, tmp_path):
     study.write(copy)
     assert copy.read_text(encoding="utf-8") == text
     marks = {name for name in study.tables() if f"<!-- {name} -->" in text}
-    assert marks >= ({"short"} if path == "README.md" else {"arms", "drift", "game", "seeds"})
+    assert marks >= (
+        {"short"} if path == "docs/handbook.md" else {"arms", "drift", "game", "seeds"}
+    )
 
 
 def test_the_readmes_sentences_have_the_tables_numbers():
     """What it says in words under "What it shows"."""
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    text = (ROOT / "docs/handbook.md").read_text(encoding="utf-8")
     words = re.sub(r"<!--.*?-->.*?<!-- /.*?-->", "", text, flags=re.DOTALL)
     words = words.split("## What it shows")[1].split("\n## ")[0]
     cells = [str(cell) for rows in study.tables().values() for row in rows for cell in row]

@@ -3,6 +3,7 @@
 `python tests/test_verifier.py` prints its errors on the table beside those of bare math-verify.
 """
 
+import json
 import logging
 import os
 import re
@@ -14,6 +15,7 @@ import threading
 import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from random import Random
 
 if __name__ == "__main__":
@@ -24,10 +26,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import verifier
-from tests.verifier_pairs import REFUSED, RIGHT as RIGHT_FORMS, WRONG, pairs
+from support import verifier
+from support.verifier import verify
+from tests.verifier_pairs import REFUSED, WRONG, pairs
+from tests.verifier_pairs import RIGHT as RIGHT_FORMS
 from tests.verifier_table import TABLE
-from verifier import verify
 
 QUICK = settings(deadline=None, database=None, derandomize=True)
 
@@ -155,6 +158,47 @@ def test_other_forms_of_right_answers():
 
 def test_attempts_to_fool():
     assert not [pair for pair in pairs(WRONG) if verify(*pair)]
+
+
+def test_labelled_pairs():
+    """Two sets of pairs, each with at most 10% refused wrongly, and attacks; none is accepted."""
+    lines = (
+        Path(__file__).with_name("verifier_pairs.jsonl").read_text(encoding="utf-8").splitlines()
+    )
+    rows, refused, right = [json.loads(line) for line in lines], Counter(), Counter()
+    assert len(rows) >= 1700
+    for row in rows:
+        said, source = verify(row["answer"], row["truth"]), row["kind"].startswith("own-")
+        assert row["expected"] or not said, row
+        right[source] += row["expected"]
+        refused[source] += row["expected"] and not said
+    assert min(right.values()) > 300
+    assert all(refused[source] <= 0.1 * right[source] for source in right), refused
+
+
+def test_a_letter_with_another_options_text():
+    for truths in (["B", "blue"], ["B. blue", "blue"], ("blue", "(B)")):
+        assert all(verify(text, truths) for text in ("B", "(B)", "blue", "B. blue", "Blue."))
+        assert not any(
+            verify(text, truths) for text in ("A. blue", "B. red", "(A) blue", "A", "red")
+        )
+    assert verify("B. 5 cm", ["B", "5"]) and not verify("A. 5", ["B", "5"])
+
+
+def test_truths_as_data_sets_write_them():
+    for truth, answer in (
+        ("<answer> 3 </answer>", "3"),
+        ("#### 5", "5"),
+        ("9 * 2 = 18.\n#### 1,800", "1800"),
+        (r"x=\boxed{5}", "5"),
+        (r"so $x=\boxed{\frac{1}{2}}$.", "0.5"),
+        ("['5 cm', 'five']", "5 cm"),
+        ('["5 cm"]', "5"),
+        ("[1, 2] cm", "[1, 2] cm"),
+    ):
+        assert verify(answer, truth) and verify(truth, truth) and not verify("7", truth)
+    for truth in ("NaN", float("nan"), "inf", "", "####", "<answer></answer>", "x" * 1025):
+        assert not verify(truth, truth)  # no answer matches, so a stage leaves the row out
 
 
 def test_a_slash_has_one_reading():
@@ -555,7 +599,7 @@ def test_two_files_are_all_that_it_takes(tmp_path):
 
 def test_child_ends_with_its_parent():
     code = (
-        "import os, verifier as v; v.verify(r'\\sqrt{12}', r'2\\sqrt{3}');"
+        "import os; from support import verifier as v; v.verify(r'\\sqrt{12}', r'2\\sqrt{3}');"
         "print(v._server.pid, flush=True); os._exit(0)"
     )
     pid = int(

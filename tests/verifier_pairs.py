@@ -125,12 +125,12 @@ A,B,C | A, B, C
 yes | Yes.
 Increasing | increasing
 The triangle | triangle
+C选项 | C
+9.8 m s^{-2} | 9.8 m/s^2
 """
 
 # Right, but refused: each would take a rule that costs more than it wins.
 REFUSED = r"""
-C选项 | C
-9.8 m s^{-2} | 9.8 m/s^2
 1 000 | 1000
 """
 

@@ -7,18 +7,17 @@ worker.py OUT POLICY DATA     one policy update on fixed rollouts, sampling, the
 
 import json
 import sys
-from types import SimpleNamespace
 
 import torch
 
-from checkpoint import load_policy
 from data import Group, encode_prompts, encode_response, parse_response
 from discriminator import Comparison, judge, load_discriminator
-from model import all_sum, join_ranks, optimizer_step, rank, shard
-from model import world_size
-from policy_gradient import policy_backward
-from rows import Example, load_data
-from sampler import generate
+from model import load_policy, rank_packs
+from policy_gradient import Objective, policy_backward
+from sampler import Sampling, generate
+from support.optimizer import optimizer_step
+from support.ranks import all_sum, join_ranks, rank, shard, world_size
+from support.rows import Example, load_data
 
 
 def whole(tensors: dict) -> dict[str, torch.Tensor]:
@@ -33,7 +32,7 @@ def whole_gradients(module) -> dict[str, torch.Tensor]:
 def main(out: str, path: str, data: str) -> None:
     device = join_ranks()
     result = {}
-    policy, processor = load_policy("--ckpt", path, device)
+    policy, processor = load_policy(path, device)
     policy.train()
     examples = load_data(data)[:4]
     prompts = encode_prompts(processor, examples)
@@ -51,20 +50,21 @@ def main(out: str, path: str, data: str) -> None:
             for i, text in enumerate(texts[2 * p : 2 * p + 2])
         ]
         groups.append(Group(prompt, branches, [torch.linspace(-2, -0.5, len(b)) for b in branches]))
-    advantage = torch.linspace(-1, 1.5, 8)
     mine = list(range(4))[rank() :: world_size()]
-    config = SimpleNamespace(max_tokens_per_pack=150, temperature=0.9, beta=0.0)
-    own = policy, [groups[i] for i in mine], advantage.view(4, 2)[mine].flatten(), processor, config
-    clips = 0.2, 0.2, 3.0
+    own = [groups[i] for i in mine]
+    advantage = torch.linspace(-1, 1.5, 8).view(4, 2)[mine]
+    packs = rank_packs(own, processor, 150)
+    settings = dict(clip_low=0.2, clip_high=0.2, dual_clip=3.0, temperature=0.9)
     for algorithm in ("grpo", "gspo"):
-        means, _ = policy_backward(*own, algorithm, clips, on_policy=False)
-        result[f"{algorithm}_loss"] = float(all_sum([means["loss"][0]])[0])
+        objective = Objective(algorithm, on_policy=False, **settings)
+        metrics = policy_backward(policy, packs, own, advantage, objective)
+        result[f"{algorithm}_loss"] = float(all_sum([metrics["loss"].value])[0])
         grads = whole_gradients(policy)
         result[f"{algorithm}_grads"] = {n: float(g.double().norm()) for n, g in grads.items()}
         policy.zero_grad()
 
     # Sampling: ranks with different numbers of steps; every row as on one process.
-    sampled = generate(policy, [prompts[i] for i in mine], 3, 40, seed=3, step=1)
+    sampled = generate(policy, [prompts[i] for i in mine], Sampling(3, 40, seed=3), step=1)
     rows = torch.zeros(4, 3, 40)
     for i, group in zip(mine, sampled):
         for n, branch in enumerate(group.branches):
@@ -72,7 +72,7 @@ def main(out: str, path: str, data: str) -> None:
     result["sampled"] = all_sum(rows.flatten()).tolist()
 
     # Training goes on after sampling: the weights are sharded again.
-    policy_backward(*own, "grpo", clips, on_policy=True)
+    policy_backward(policy, packs, own, advantage, Objective("grpo", **settings))
     optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-3)
     result["grad_norm"] = optimizer_step(policy, optimizer, 1e-3, 1.0)
     state = whole(policy.state_dict())
@@ -80,7 +80,7 @@ def main(out: str, path: str, data: str) -> None:
         result["weights"] = {n: float(w.double().norm()) for n, w in state.items()}
 
     # The discriminator: scores and gradients; the last prompt's only students are invalid.
-    discriminator, _ = load_discriminator("--model", path)
+    discriminator, _ = load_discriminator(path)
     discriminator = shard(discriminator, device).eval()
     rows = load_data(data)
     students = [
@@ -105,10 +105,11 @@ def main(out: str, path: str, data: str) -> None:
     scores = torch.zeros(4, 3, 4, dtype=torch.float64)
     scores[mine] = four.masked_fill(~judged.valid[..., None], -99)
     result["scores"] = all_sum(scores.flatten()).tolist()
-    result["d_loss"] = float(all_sum([judged.means["discriminator_loss"][0]])[0])
+    result["d_loss"] = float(all_sum([judged.metrics["discriminator_loss"].value])[0])
     grads = [g for n, g in whole_gradients(discriminator).items() if "gate.weight" not in n]
     result["d_grad_norm"] = float(torch.stack([g.double().norm() for g in grads]).norm())
-    result["expert_shares"] = judged.expert_shares
+    shares = {name: x for name, x in judged.metrics.items() if name.startswith("expert_share")}
+    result["expert_shares"] = shares
     if rank() == 0:
         with open(out, "w") as file:
             json.dump(result, file)

@@ -2,7 +2,7 @@
 
 Only the model's config.json is read. States and weights are counted from the parameters of an empty
 model (P in all, R of them outside the blocks, B in the largest block), which N GPUs, or with --hsdp
-those of one node, share as model.shard does. S is the number of GPUs that share.
+those of one node, share as ranks.shard does. S is the number of GPUs that share.
 
     weights        4 P / S        float32
     optimiser      8 P / S        two moments of what is trained
@@ -29,9 +29,12 @@ from dataclasses import dataclass
 import torch
 from transformers import AutoModelForImageTextToText, PreTrainedConfig
 
-from checkpoint import read_config
-from model import CHUNK, blocks, vision_tower
-from sampler import PROMPT_TOKENS
+from support.huggingface import read_config
+from support.ranks import blocks, vision_tower
+
+# What model.py and sampler.py hold at a time.
+LOGIT_ROWS = 1024  # rows of logits over the vocabulary
+PROMPT_TOKENS = 2**17  # tokens of the prompts that are sampled from, each as long as the longest
 
 CARD = 80e9
 IMAGES = 0.25  # of the tokens of a pack; assumed, as no data is read
@@ -58,10 +61,10 @@ class Model:
     vision: PreTrainedConfig
 
 
-def read_model(flag: str, path: str, experts: int = 0, head=True, frozen=False) -> Model:
+def read_model(path: str, experts: int = 0, head=True, frozen=False) -> Model:
     """The model of a Hugging Face directory or hub id, as a policy or, without its head, as a
     discriminator: a dense one is given `experts` (0: stays dense)."""
-    config = read_config(flag, path)
+    config = read_config(path)
     with torch.device("meta"):
         model = AutoModelForImageTextToText.from_config(config)
     return count(model if head else model.base_model, experts, frozen)
@@ -117,7 +120,7 @@ def training(m: Model, shards: int, tokens: int, keys: int, checkpointing, polic
     kept, work = activations(m, tokens, keys, checkpointing, images)
     own = 2 * m.words * m.h if policy else 0  # the head's gradient, which waits for the root's
     first = dict(gradients=shard, gathered=gathered, activations=kept)
-    first["head"] = 6 * m.words * (CHUNK + m.h) if policy else 0
+    first["head"] = 6 * m.words * (LOGIT_ROWS + m.h) if policy else 0
     layers = dict(gathered=gathered, activations=kept + work, head=own)
     layers["gradients"] = shard + 4 * m.block
     return first, layers, dict(gathered=2 * m.root, gradients=shard + 6 * m.root)
@@ -134,14 +137,15 @@ def sampling(m: Model, prompts: int, prompt: int, rows: int, limit: int) -> dict
     )
 
 
-def phases(config, stage: str, gpus: int) -> list[tuple[str, dict]]:
+def phases(config, gpus: int) -> list[tuple[str, dict]]:
     """-> (name, bytes of each column) of each phase of a stage."""
     get = lambda name, default=None: getattr(config, name, default)
+    stage = config.stage
     node = int(os.environ.get("LOCAL_WORLD_SIZE", NODE))
     shards = min(gpus, node) if get("hsdp") else gpus
     frozen = get("freeze_vision", False)
     flag = {"sft": "model", "discriminator": "policy"}.get(stage, "ckpt")
-    policy = read_model(f"--{flag}", get(flag), frozen=frozen) if get(flag) else None
+    policy = read_model(get(flag), frozen=frozen) if get(flag) else None
     if get("lora_rank"):  # seven layers a block; activations and gradients are over-counted
         sizes = 7 * policy.h + 2 * policy.q + 2 * policy.k + 3 * policy.i
         policy.trained = config.lora_rank * policy.layers * sizes
@@ -149,9 +153,9 @@ def phases(config, stage: str, gpus: int) -> list[tuple[str, dict]]:
     judge = None
     if stage in ("discriminator", "align"):
         source = "model" if stage == "discriminator" else "discriminator"
-        kind = getattr(read_config(f"--{source}", get(source)), "prism_experts", get("experts"))
+        kind = getattr(read_config(get(source)), "prism_experts", get("experts"))
         experts = 0 if kind == "dense" else 4
-        judge = read_model(f"--{source}", get(source), experts, head=False, frozen=frozen)
+        judge = read_model(get(source), experts, head=False, frozen=frozen)
     learns = policy if stage in ("sft", "align", "rlvr") else None
     reference = policy if get("beta") else None
     held = [m for m in (policy, judge, reference) if m]
@@ -184,7 +188,7 @@ def phases(config, stage: str, gpus: int) -> list[tuple[str, dict]]:
     return out
 
 
-def table(config, stage: str) -> str:
+def table(config) -> str:
     """What --dry_run prints."""
     gpus, size = config.dry_run, CARD
     if torch.cuda.is_available():
@@ -192,9 +196,9 @@ def table(config, stage: str) -> str:
     gib = lambda amount: f"{amount / 2**30:.1f}"
     lines = [f"| GiB a GPU | {' | '.join(COLUMNS)} | in all | fits {gib(size)} |"]
     lines.append("|---" * (len(COLUMNS) + 3) + "|")
-    for name, parts in phases(config, stage, gpus):
+    for name, parts in phases(config, gpus):
         whole = sum(parts.values())
         cells = [gib(parts.get(column, 0)) for column in COLUMNS]
         fits = "yes" if whole <= size else "no"
-        lines.append(f"| {stage}, {name} | {' | '.join(cells)} | {gib(whole)} | {fits} |")
+        lines.append(f"| {config.stage}, {name} | {' | '.join(cells)} | {gib(whole)} | {fits} |")
     return "\n".join(lines)

@@ -22,20 +22,7 @@ from dataclasses import dataclass, field
 from huggingface_hub import hf_hub_download, snapshot_download
 from PIL import Image, ImageOps
 
-
-class UserError(Exception):
-    """Something the user can mend. Its text is one line that names the thing and the remedy."""
-
-
-class RowError(Exception):
-    """A row that cannot be used, and why. The row is left out, counted and named."""
-
-    where = ""  # "file:line"
-
-
-class Unfit(RowError):
-    """A row that this run cannot take, though it is sound: it is too long, or its student broke the
-    format. It is no bad row."""
+from support.errors import RowError, UserError
 
 
 @dataclass

@@ -1,10 +1,11 @@
 r"""The algebra of the verifier (stage 3, RLVR, accuracy term): do two LaTeX formulas say the same?
 
 verifier.py starts this file as a child process; only this file imports sympy and math-verify. It
-takes math-verify's LaTeX parser, but not its comparison, which rounds. Two formulas are equal if
-the ratio of their values is 1, to 40 digits, at three arbitrary points; two equations or
-inequalities, if the ratio of their differences is constant. Every question runs in a fork, which
-the kernel ends after argv[1] seconds of processor time or argv[2] seconds of wall time.
+takes math-verify's LaTeX parser, but not its comparison, which rounds. This file compares values
+and proves nothing. Two formulas count as equal if the ratio of their values is 1, to 40 digits, at
+three fixed points, or at the first alone where the others leave the reals. Two equations or
+inequalities count as equal if the ratio of their differences is constant. Every question runs in a
+fork, which the kernel ends after argv[1] seconds of processor or argv[2] seconds of wall time.
 """
 
 import json

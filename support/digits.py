@@ -20,8 +20,6 @@ control tokens and files. What lies where, under `out`:
 
     init/               the model with random weights, a complete Hugging Face directory
     base/               the same, pretrained on pretrain.jsonl by sft.py
-    policy/             made from base by sft.py, when a later stage is run with no flags
-    discriminator/      made from base by discriminator.py, when align.py is
     images/*.png        one per row; rows name them relative to their own file
 
     pretrain.jsonl      responses in the base's own words, many
@@ -34,7 +32,7 @@ control tokens and files. What lies where, under `out`:
     public.jsonl, curated.jsonl, sft.jsonl
                         the demonstrations, and both mixed: messages, images, source, kind
 
-    python digits.py [--out out/digits] [--misread_rate 0.9 ...]    builds the world and shows it
+    python -m support.digits [--out out/digits] [--misread_rate 0.9 ...]    builds and shows it
 """
 
 import contextlib
@@ -44,7 +42,6 @@ import os
 import random
 import re
 import shutil
-import subprocess
 import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
@@ -66,8 +63,8 @@ from transformers import (
     Qwen3VLForConditionalGeneration,
 )
 
-from checkpoint import load_processor
-from rows import UserError
+from support.huggingface import load_processor
+from support.errors import UserError
 
 
 @dataclass
@@ -584,9 +581,7 @@ def build(out: str | Path = "out/digits", world: World = World()) -> dict[str, s
     call it at once."""
     out = Path(out)
     names = "pretrain public curated sft prompts questions validation test".split()
-    paths = {name: str(out / f"{name}.jsonl") for name in names} | {
-        name: str(out / name) for name in ("init", "base", "policy", "discriminator")
-    }
+    paths = {name: str(out / f"{name}.jsonl") for name in names} | {"init": str(out / "init")}
     if _holds(out, world):
         return paths
     with _alone(out.parent / f".{out.name}.lock"):
@@ -616,56 +611,55 @@ def _alone(path: Path):
         yield
 
 
-def settle(config, stage: str, given: set[str]) -> str:
-    """Fills in what a stage was not told, `given` being the flags that were: this world's data,
-    model, and, for its own model, settings. -> a line that says what was taken."""
-    paths = build()
+# What a stage of the embedded world starts from, and the command that makes it.
+BASE = "python sft.py --model out/digits/init --data digits --output_dir out/digits/base"
+MADE_BY = {
+    "out/digits/base": BASE,
+    "out/sft": "python sft.py",
+    "out/discriminator": "python discriminator.py",
+    "out/align": "python align.py",
+    "out/rlvr": "python rlvr.py",
+}
+STARTS = {
+    "sft": {"model": "out/digits/base"},
+    "discriminator": {"model": "out/digits/base", "policy": "out/sft"},
+    "align": {"ckpt": "out/sft", "discriminator": "out/discriminator"},
+    "rlvr": {"ckpt": "out/align"},
+    "eval": {"ckpt": "out/rlvr"},
+}
+
+
+def settle(config, given: set[str]) -> str:
+    """Fills in what a stage was not told: this world's data, models and, for the world's own
+    models, settings. `given` are the flags that the user gave. -> a line that says what was taken.
+    UserError where a model is missing, with the command that makes it."""
+    paths, stage = build(), config.stage
     source = "model" if hasattr(config, "model") else "ckpt"
-    config.data = [paths[SPLITS[stage]]]
-    if source not in given:
-        start = "base" if stage in ("sft", "discriminator") else "policy"
-        setattr(config, source, _made(paths, start))
-    own = _is_own(getattr(config, source))
+    own = source not in given or _is_own(getattr(config, source))
+    pretrain = stage == "sft" and source in given and _is_own(config.model, "init")
+    config.data = [paths["pretrain" if pretrain else SPLITS[stage]]]
+    for name, path in STARTS[stage].items():
+        if name not in given and (name == source or own):
+            if not os.path.exists(os.path.join(path, "config.json")):
+                raise UserError(f"{path} is not there yet; make it with: {MADE_BY[path]}")
+            setattr(config, name, path)
     if own and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(1)  # a second one computes nothing sooner, and may wait for others
     small = {"dataloader_num_workers": 0, "max_rollout_rows": 256}  # for rows and a model so small
-    for name, value in (SETTINGS[stage] | small).items() if own else ():
+    settings = SETTINGS["pretrain" if pretrain else stage] | small
+    for name, value in settings.items() if own else ():
         if name not in given and hasattr(config, name):
             setattr(config, name, value)
-    if own and stage == "discriminator" and "policy" not in given:
-        config.policy = _made(paths, "policy")
-    if own and stage == "align" and "discriminator" not in given:
-        config.discriminator = _made(paths, "discriminator")
-    settings = "its settings" if own else "the published settings"
+    whose = "its settings" if own else "the published settings"
     model = f"--{source} {getattr(config, source)}"
-    return f"on the built-in handwritten digits: --data {config.data[0]}, {model}, with {settings}"
+    return f"on the built-in handwritten digits: --data {config.data[0]}, {model}, with {whose}"
 
 
-def _is_own(path: str) -> bool:
+def _is_own(path: str, name: str = "") -> bool:
+    """Whether a directory holds this world's model; with a name, whether it is that directory."""
     config = Path(path) / "config.json"
-    return config.is_file() and "embedded_world" in json.loads(config.read_text())
-
-
-def _made(paths: dict[str, str], name: str) -> str:
-    """The path of the base, the SFT policy or the discriminator, made by the stages' own code if
-    need be."""
-    out = Path(paths[name])
-    if name == "base":
-        flags = {"model": paths["init"], "data": paths["pretrain"]} | SETTINGS["pretrain"]
-    else:
-        flags = {"model": _made(paths, "base"), "data": "digits"}
-    with _alone(out.parent / f".{name}.lock"):
-        if not (out / "model.safetensors").exists():
-            shutil.rmtree(out, ignore_errors=True)
-            ranks = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_PORT")
-            alone = {k: v for k, v in os.environ.items() if k not in ranks}
-            flags |= {"output_dir": str(out), "dataloader_num_workers": 0}
-            stage = "discriminator.py" if name == "discriminator" else "sft.py"
-            command = [sys.executable, str(Path(__file__).with_name(stage))]
-            print(f"making {out} of the embedded world, once", file=sys.stderr)
-            command += [f"--{flag}={value}" for flag, value in flags.items()]
-            subprocess.run(command, check=True, env=alone)
-    return str(out)
+    own = config.is_file() and "embedded_world" in json.loads(config.read_text())
+    return own and name in ("", Path(path).name)
 
 
 def _holds(out: Path, world: World) -> bool:
@@ -741,8 +735,8 @@ def main() -> None:
         paths = build(rest.out, world)
     except UserError as error:
         sys.exit(f"error: {error}")
-    print(summary(paths), flush=True)
-    _made(paths, "base")
+    print(summary(paths))
+    print(f"next, the base: {BASE.replace('out/digits', rest.out)}")
 
 
 if __name__ == "__main__":

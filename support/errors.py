@@ -1,0 +1,26 @@
+"""What a user can mend: errors that end a run in one line, and rows that are left out."""
+
+
+class UserError(Exception):
+    """Something the user can mend. Its text is one line that names the thing and the remedy."""
+
+
+class RowError(Exception):
+    """A row that cannot be used, and why. The row is left out, counted and named."""
+
+    where = ""  # "file:line"
+
+
+class Unfit(RowError):
+    """A row that is sound, but that this run cannot take: it is too long, or its student broke the
+    format. It does not count as a bad row."""
+
+
+class Ended(Exception):
+    """The run ends here, by a signal or because it had finished before. (words, exit code)."""
+
+
+def printable(text: str) -> str:
+    """The text with control characters written out. Text from data could otherwise move the
+    cursor of a terminal, or change what stands on it."""
+    return "".join(c if c.isprintable() or c in "\n\t" else repr(c)[1:-1] for c in text)

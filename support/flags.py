@@ -1,0 +1,206 @@
+"""The command line: the flags that every stage has, their ranges, and what --help prints.
+
+A stage's flags are the fields of its dataclass. The comment beside a field is its help text, so a
+flag is explained in one place.
+"""
+
+import argparse
+import ast
+import dataclasses
+import inspect
+import io
+import math
+import os
+import re
+import sys
+import textwrap
+import tokenize
+import warnings
+from typing import Annotated, Literal, get_args, get_type_hints
+
+from huggingface_hub import HfApi, snapshot_download
+from transformers import HfArgumentParser
+from transformers.utils import logging
+
+from support import digits, fit
+from support.errors import Ended, UserError
+from support.ranks import rank, say
+
+# The types of flags, with the smallest and the largest value that each may have.
+Count = Annotated[int, 1, math.inf]
+Natural = Annotated[int, 0, math.inf]
+Positive = Annotated[float, 1e-9, 1e9]  # so that it and what is divided by it stay finite
+NonNegative = Annotated[float, 0.0, sys.float_info.max]
+Share = Annotated[float, 0.0, 1.0]
+Minutes = Annotated[float, 1e-9, 1e6]
+Seed = Annotated[int, 0, 2**32 - 1]
+# The schedules of transformers that a peak, a warm-up and a length determine.
+Schedule = Literal[
+    "constant",
+    "constant_with_warmup",
+    "linear",
+    "cosine",
+    "cosine_with_restarts",
+    "polynomial",
+    "inverse_sqrt",
+]
+
+
+@dataclasses.dataclass
+class RunConfig:
+    """The flags that every stage has. A stage's own dataclass adds its hyperparameters."""
+
+    output_dir: str = "out/run"  # the run's directory; at the end the result is in it
+    image_dir: str | None = None  # a folder for images, besides the data file's own folder
+    max_pixels: Count | None = None  # largest image in pixels; none: the processor's own limit
+    max_bad_fraction: Share = 0.01  # share of bad rows among those drawn that ends the run
+    max_tokens_per_pack: Count = 16384  # how a batch is cut; a memory budget, see docs/gpus.md
+    activation_checkpointing: bool | None = None  # recompute to save memory; none: on a GPU only
+    freeze_vision: bool = False  # keep the vision tower as it is
+    lora_rank: Natural = 0  # rank of adapters that learn in the policy's place; 0: no adapters
+    hsdp: bool = False  # share parameters inside a node only, so each node has all of them
+    dry_run: Natural = 0  # print the bytes a GPU of this run on so many GPUs, and end
+    dataloader_num_workers: Natural = 1  # processes that encode rows ahead
+    save_steps: Count = 100  # steps between checkpoints for --resume; 12 bytes a parameter each
+    save_hf_steps: Natural = 0  # steps between Hugging Face directories; 0: only at the end
+    save_total_limit: Count = 2  # checkpoints that are kept
+    timeout: Minutes = 30.0  # minutes that a rank waits for another
+    max_skipped: Count = 5  # steps in a row without a finite gradient that end the run
+    report_to: Literal["none", "tensorboard", "wandb"] = "none"  # where metrics go as well
+    seed: Seed = 0  # of all random numbers
+    resume: bool = False  # go on from the newest whole checkpoint in --output_dir
+
+
+def parse(config_class):
+    """The command line -> the stage's dataclass.
+
+    With neither a model nor `--data`, or with `--data digits`, the stage runs on the embedded
+    world. A model without `--data` takes the published data. The settings of the embedded world
+    apply to its own model on its own data only; flags that are given always count."""
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()  # of loading and writing weights; a stage has its own bar
+    warnings.filterwarnings("ignore", "torch.distributed is disabled")  # one process saves alone
+    words = sys.argv[1:]
+    config, unknown = _parser(config_class).parse_args_into_dataclasses(
+        words, return_remaining_strings=True, look_for_args_file=False
+    )
+    if unknown:
+        raise UserError(f"{' '.join(unknown)}: no such flag; --help lists them")
+    given = [word.split("=")[0][2:].replace("-", "_") for word in words if word[:2] == "--"]
+    if given.count("data") > 1:
+        raise UserError("--data is given twice; give it once, with all its values")
+    given = set(given)
+    check_ranges(config)
+    _read_system_prompt(config)
+    if config.stage == "discriminator" and config.lora_rank:
+        raise UserError("--lora_rank: a discriminator learns as a whole; only policies have it")
+    if config.dry_run:
+        if rank() == 0:
+            print(fit.table(config))
+        raise Ended("a dry run: nothing was read but configurations, and nothing written", 0)
+    if config.data == ["digits"] or not given & {"model", "ckpt", "data"}:
+        say(digits.settle(config, given))
+    if rank() == 0:
+        for name in ("model", "ckpt", "policy", "discriminator", "data"):
+            value = getattr(config, name, None) or []
+            for source in [value] if isinstance(value, str) else value:
+                announce(name, source)
+    return config
+
+
+def _parser(config_class) -> HfArgumentParser:
+    """A parser that says what each flag means, and raises UserError in place of exiting."""
+    about = (sys.modules["__main__"].__doc__ or "").strip().split("\n\n")[0]
+    # Of the plain class: that of transformers would say each default once more.
+    how = dict(description=about, allow_abbrev=False, formatter_class=argparse.HelpFormatter)
+    parser = HfArgumentParser(config_class, **how)
+
+    def refuse(message: str) -> None:
+        raise UserError(f"{message}; --help lists the flags")
+
+    parser.error = refuse
+    comments = comments_of(config_class)
+    shared = {field.name for field in dataclasses.fields(RunConfig)}
+    own, run = parser.add_argument_group("the method"), parser.add_argument_group("the run")
+    for action in list(parser._optionals._group_actions):
+        if action.dest not in comments:  # --help itself
+            continue
+        comment = comments[action.dest].replace("%", "%%")
+        action.help = f"{comment} (default: {_shown(action.default)})"
+        action.metavar = None if action.choices else (action.type or str).__name__.upper()
+        parser._optionals._group_actions.remove(action)
+        (run if action.dest in shared else own)._group_actions.append(action)
+    return parser
+
+
+def _shown(default) -> str:
+    if isinstance(default, list):
+        return " ".join(default) or "none"
+    return str(default).lower() if default is None or isinstance(default, bool) else str(default)
+
+
+def comments_of(config_class) -> dict[str, str]:
+    """Field -> the comment beside it, of a dataclass and of those that it extends."""
+    found = {}
+    for kind in reversed(config_class.__mro__):
+        if not dataclasses.is_dataclass(kind):
+            continue
+        source = textwrap.dedent(inspect.getsource(kind))
+        comments = {
+            token.start[0]: token.string.lstrip("# ")
+            for token in tokenize.generate_tokens(io.StringIO(source).readline)
+            if token.type == tokenize.COMMENT
+        }
+        for node in ast.parse(source).body[0].body:
+            if isinstance(node, ast.AnnAssign):
+                lines = range(node.lineno, node.end_lineno + 1)
+                text = " ".join(comments[line] for line in lines if line in comments)
+                found[node.target.id] = text
+    return found
+
+
+def check_ranges(config) -> None:
+    """UserError for a number outside the range that its type gives."""
+    for name, hint in get_type_hints(type(config), include_extras=True).items():
+        value = getattr(config, name)
+        for kind in (hint, *get_args(hint)):  # Count, or Count | None
+            low, high = getattr(kind, "__metadata__", (-math.inf, math.inf))
+            if value is not None and hasattr(kind, "__metadata__") and not low <= value <= high:
+                most = "" if high >= sys.float_info.max else f" and at most {high:.10g}"
+                raise UserError(f"--{name} {value}: must be at least {low:g}{most}")
+
+
+def _read_system_prompt(config) -> None:
+    """Puts the content of the file in place of its name, where --system_prompt names one."""
+    name = getattr(config, "system_prompt", None) or ""
+    if os.path.isfile(name):
+        try:
+            with open(name, encoding="utf-8") as file:
+                config.system_prompt = file.read().strip()
+        except UnicodeDecodeError:
+            raise UserError(f"--system_prompt {name}: no text in UTF-8") from None
+
+
+def announce(name: str, source: str) -> None:
+    """Says what will be read from the hub and how large it is, before anything is downloaded.
+    UserError where it is neither on this machine nor within reach."""
+    repo = re.match(r"(?:hf://datasets/)?([\w.-]+/[\w.-]+)(?:/(.+))?$", source)
+    local = os.path.exists(source) or source.endswith((".jsonl", ".json", ".parquet", ".arrow"))
+    if not repo or (local and not source.startswith("hf://")):
+        return
+    kind = "dataset" if name == "data" else "model"
+    try:
+        info = HfApi().repo_info(repo[1], repo_type=kind, files_metadata=True)
+        alone = repo[2] if (repo[2] or "").endswith(".parquet") else None
+        sizes = [f.size or 0 for f in info.siblings if alone in (None, f.rfilename)]
+        say(f"--{name}: reads {source} from the hub, {sum(sizes) / 1e9:.2f} GB")
+    except Exception as error:
+        try:
+            snapshot_download(repo[1], repo_type=kind, local_files_only=True)
+            say(f"--{name}: reads {source} from the hub's cache on this machine")
+        except Exception:
+            raise UserError(
+                f"--{name} {source}: not on this machine, and the hub does not give it "
+                f"({type(error).__name__}); fetch it elsewhere (hf download {repo[1]} --repo-type "
+                f"{kind}) and give the local copy: --{name} PATH"
+            ) from None

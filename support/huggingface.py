@@ -1,0 +1,364 @@
+"""Hugging Face directories in and out: weights, configuration and processor of a policy or of a
+discriminator. What the method computes does not depend on this file.
+
+A model is built without weights and sharded; then each rank reads its shard of the files. That
+works where the names and shapes in the files are the module's own, as Qwen3-VL's are. Models whose
+weights transformers renames or turns while it reads them are loaded whole by every rank, and
+sharded afterwards.
+"""
+
+import json
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from huggingface_hub import snapshot_download, split_torch_state_dict_into_shards
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch.distributed.checkpoint import HuggingFaceStorageReader
+from torch.distributed.tensor import DTensor
+from torch.nn.modules.module import register_module_parameter_registration_hook
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, GenerationConfig
+from transformers import ProcessorMixin, Qwen3VLMoeConfig, Qwen3VLProcessor
+
+from support.errors import UserError
+from support.ranks import barrier, rank
+
+CPU = torch.device("cpu")
+
+# --------------------------------------------------------------------------------------------------
+# Loading
+
+
+@dataclass
+class Source:
+    """What a model was loaded from, besides its weights: what a save has to write again."""
+
+    files: dict[str, bytes]  # configuration, processor and chat template, byte for byte
+    dtype: torch.dtype  # of the weights in the files
+
+
+def read_config(path: str):
+    """The configuration of a Hugging Face directory or hub id, or UserError."""
+    if os.path.exists(path) and not os.path.isfile(os.path.join(path, "config.json")):
+        raise UserError(
+            f"{path}: no config.json in it; give a Hugging Face model directory or a hub id"
+        )
+    try:
+        return AutoConfig.from_pretrained(path, trust_remote_code=False)
+    except Exception as error:
+        raise UserError(
+            f"{path}: neither a Hugging Face directory nor a hub id that can be loaded "
+            f"({str(error).strip().splitlines()[0][:150]})"
+        ) from None
+
+
+def load_pretrained(path: str, config, unused: str = "$^", hollow: bool = False):
+    """-> (model, processor), both of transformers; `model.source` is a Source.
+
+    UserError where the weights are not the model's, since transformers would draw what is missing
+    at random. `unused` is a pattern of names that may be left over or missing. With `hollow` the
+    model has no weights yet wherever `fill` can read them later."""
+    found = dict.fromkeys(("missing_keys", "unexpected_keys", "mismatched_keys"), ())
+    dtype = config.dtype or config.get_text_config().dtype or torch.float32
+    try:
+        processor = load_processor(path)
+        model = _hollow(config, path) if hollow else None
+        if model is None:
+            model, found = AutoModelForImageTextToText.from_pretrained(
+                path,
+                dtype=torch.float32,
+                trust_remote_code=False,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # refused below, by name
+            )
+        configs = _files(path, ["config.json", "generation_config.json"])
+        model.source = Source(configs | processor_files(path), dtype)
+    except Exception as error:
+        raise UserError(
+            f"{path}: cannot be loaded as a vision-language model with its processor "
+            f"({str(error).strip().splitlines()[0][:150]})"
+        ) from None
+    missing = sorted(key for key in found["missing_keys"] if not re.search(unused, key))
+    unexpected = sorted(key for key in found["unexpected_keys"] if not re.search(unused, key))
+    missing += sorted(str(key) for key in found["mismatched_keys"])
+    if missing or unexpected:
+        raise UserError(
+            f"{path}: weights that do not match the model, {len(missing)} missing "
+            f"({', '.join(missing[:3])}), {len(unexpected)} unexpected "
+            f"({', '.join(unexpected[:3])}); rename them as {type(model).__name__} does"
+        )
+    return model, processor
+
+
+def _hollow(config, path: str):
+    """The model without weights (on the meta device), or None where the names and shapes in the
+    files are not its own. What no file holds, as the rotary frequencies, is computed."""
+
+    def empty(module, name, parameter):
+        if not parameter.is_meta:  # else it is shared with another module, and stays so
+            return torch.nn.Parameter(parameter.data.to("meta"), parameter.requires_grad)
+
+    stored = HuggingFaceStorageReader(_folder(path)).read_metadata().state_dict_metadata
+    hook = register_module_parameter_registration_hook(empty)
+    try:
+        flags = dict(dtype=torch.float32, trust_remote_code=False)
+        model = AutoModelForImageTextToText.from_config(config, **flags).eval()
+    finally:
+        hook.remove()
+    own = {name: tensor.shape for name, tensor in _in_files(model).items()}
+    theirs = {name: tensor.size for name, tensor in stored.items() if len(tensor.chunks) == 1}
+    if own != theirs or len(theirs) < len(stored):
+        return None
+    if _files(path, ["generation_config.json"]):
+        model.generation_config = GenerationConfig.from_pretrained(path)
+    return model
+
+
+def fill(model, path: str, device: torch.device):
+    """Reads the weights of a hollow model, sharded or not, and returns it. Each rank reads its
+    part."""
+    if not next(model.parameters()).is_meta:
+        return model
+    # What is not hollow stays: computed buffers, adapters.
+    model._apply(lambda t: torch.empty_like(t, device=device) if t.is_meta else t)
+    model.tie_weights()  # a tied head is two tensors by now
+    reader = HuggingFaceStorageReader(_folder(path))
+    dcp.load(_in_files(model), storage_reader=reader, no_dist=not dist.is_initialized())
+    return model
+
+
+def add_adapters(policy, lora_rank: int) -> None:
+    """Adds 2 B A, by peft, to every linear layer W of the language model; nothing else learns. B is
+    0 at the start, so an untrained policy, such as the reference of RLVR, is as it was."""
+    try:
+        from peft import LoraConfig, inject_adapter_in_model
+    except ImportError:
+        raise UserError("--lora_rank: needs `peft`; pip install peft") from None
+    lora = LoraConfig(r=lora_rank, lora_alpha=2 * lora_rank, target_modules="all-linear")
+    policy.requires_grad_(False)
+    inject_adapter_in_model(lora, policy.get_decoder())
+    for layer in policy.modules():
+        if hasattr(layer, "reset_lora_parameters"):
+            # peft puts A and B on W's device; on the meta device they would stay empty.
+            layer.lora_A.to_empty(device=CPU)
+            layer.lora_B.to_empty(device=CPU)
+            layer.reset_lora_parameters("default", init_lora_weights=True)
+
+
+def _in_files(module) -> dict[str, torch.Tensor]:
+    """What files hold of a module, by name: a tied head once, adapters never."""
+    every, once = (dict(module.named_parameters(remove_duplicate=d)) for d in (False, True))
+    held = {n: t for n, t in module.state_dict().items() if n in once or n not in every}
+    return {n.replace(".base_layer.", "."): t for n, t in held.items() if ".lora_" not in n}
+
+
+def _folder(path: str | Path, wanted=("*.safetensors", "*.json")) -> Path:
+    """The directory of a hub id."""
+    return Path(path if os.path.isdir(path) else snapshot_download(path, allow_patterns=wanted))
+
+
+def _files(path: str | Path, names: list[str]) -> dict[str, bytes]:
+    """The contents of those files that a directory or hub id has."""
+    folder = _folder(path, [*names, "config.json"])
+    return {name: (folder / name).read_bytes() for name in names if (folder / name).is_file()}
+
+
+def read_tensors(path: str, pattern: str) -> dict[str, torch.Tensor]:
+    """The tensors in the safetensors of a directory or hub id whose names match."""
+    found = {}
+    for name in sorted(_folder(path).glob("*.safetensors")):
+        with safe_open(name, "pt") as file:
+            found |= {k: file.get_tensor(k) for k in file.keys() if re.search(pattern, k)}
+    return found
+
+
+# --------------------------------------------------------------------------------------------------
+# Saving
+
+
+def save_policy(policy, path: str) -> None:
+    """Writes a Hugging Face directory: the weights, and the configuration, processor and chat
+    template of the source as they were. Every rank calls it."""
+    if rank() == 0:
+        write_files(path, policy.source.files)
+    save_weights(policy, path, policy.source.dtype)
+
+
+def save_weights(module, path: str, dtype: torch.dtype, file_size: str = "5GB") -> None:
+    """Writes the weights in files of at most `file_size`, with an index where there are several.
+    Rank 0 holds one file at a time. Every rank calls it."""
+    weights = _in_files(module)
+    shapes = {n: torch.empty(t.shape, dtype=dtype, device="meta") for n, t in weights.items()}
+    split = split_torch_state_dict_into_shards(shapes, max_shard_size=file_size)
+    for file, names in split.filename_to_tensors.items():
+        content = {}
+        for name in names:
+            tensor, layer = weights[name], module.get_submodule(name.rpartition(".")[0])
+            if name.endswith(".weight") and hasattr(layer, "get_delta_weight"):  # W + 2 B A
+                tensor = tensor + layer.get_delta_weight("default").detach()
+            tensor = tensor.to(dtype) if tensor.is_floating_point() else tensor
+            tensor = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+            if rank() == 0:
+                content[name] = tensor.cpu().contiguous()
+        if rank() == 0:
+            save_file(content, os.path.join(path, file), {"format": "pt"})
+    if rank() == 0 and split.is_sharded:
+        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+        index = json.dumps(index, indent=2).encode()
+        write_files(path, {"model.safetensors.index.json": index})
+    barrier()
+
+
+def write_files(path: str | Path, files: dict[str, bytes]) -> None:
+    Path(path).mkdir(parents=True, exist_ok=True)
+    for name, content in files.items():
+        (Path(path) / name).write_bytes(content)
+
+
+# --------------------------------------------------------------------------------------------------
+# The discriminator's directories
+
+
+@dataclass
+class SavedDiscriminator:
+    """What the directory of a discriminator, or of a model that is to become one, holds."""
+
+    model: torch.nn.Module  # of transformers, with `source`
+    processor: object
+    kind: str | None  # the kind of discriminator that was saved, None for another model
+    experts: list[dict] | None  # of each layer gate (E, h), gate_up_proj, down_proj; None: dense
+    top_k: int  # experts that a token goes through
+    head: torch.Tensor | None  # the score head: (2, h), or (1, h) for both views; None: no head
+
+
+HEAD = r"score|^v_head|^value_head"  # the names of a score head, ours and the release's
+
+
+def open_discriminator(path: str) -> SavedDiscriminator:
+    """Reads a discriminator, ours or the released one, or a dense vision-language model.
+
+    Experts of a Qwen3-VL are part of a model of transformers. For other models transformers has no
+    class with experts: theirs are read from the files by name."""
+    config = read_config(path)
+    kind, moe = getattr(config, "prism_experts", None), isinstance(config, Qwen3VLMoeConfig)
+    in_files = kind not in (None, "dense") and not moe
+    unused = rf"{HEAD}|language_model.*\.mlp\." if in_files else HEAD
+    model, processor = load_pretrained(path, config, unused)
+    layers = getattr(getattr(model.base_model, "language_model", None), "layers", None)
+    if layers is None:
+        raise UserError(f"{path}: {type(model).__name__} has no language_model with layers")
+    experts, top_k = None, 2
+    if moe:
+        top_k = config.text_config.num_experts_per_tok
+        if not all(hasattr(layer.mlp, "experts") for layer in layers):
+            raise UserError(f"{path}: found a dense MLP, expected experts in every layer")
+        experts = [
+            {
+                "gate": layer.mlp.gate.weight.data,
+                "gate_up_proj": layer.mlp.experts.gate_up_proj.data,
+                "down_proj": layer.mlp.experts.down_proj.data,
+            }
+            for layer in layers
+        ]
+    elif in_files:
+        experts = [{} for _ in layers]
+        for name, tensor in read_tensors(path, r"layers\.\d+\.mlp\.(gate|experts)\.").items():
+            number, parameter = re.search(r"layers\.(\d+)\.mlp\.(.*)", name).groups()
+            part = parameter.removeprefix("experts.").removesuffix(".weight")
+            experts[int(number)][part] = tensor.float()
+    heads = [head for head in read_tensors(path, HEAD).values() if head.ndim == 2]
+    head = heads[0].float() if heads else None
+    return SavedDiscriminator(model, processor, kind, experts, top_k, head)
+
+
+def same_prompts(ours, theirs) -> bool:
+    """Whether ids and pixels of one processor mean the same to a model of the other. How large an
+    image may be does not count where a model takes images of any size: prompts are encoded once,
+    by the policy's processor."""
+    names = ["patch_size", "temporal_patch_size", "merge_size", "do_rescale", "rescale_factor"]
+    names += ["do_normalize", "image_mean", "image_std"]
+    if getattr(ours.image_processor, "merge_size", None) is None:
+        names += ["size", "crop_size"]
+    a = [getattr(ours.image_processor, name, None) for name in names]
+    b = [getattr(theirs.image_processor, name, None) for name in names]
+    return a == b and ours.tokenizer.get_vocab() == theirs.tokenizer.get_vocab()
+
+
+def save_discriminator(discriminator, path: str) -> None:
+    """Writes a Hugging Face directory, with `score.weight` (2, h) beside the backbone's weights.
+
+    Experts of a Qwen3-VL are written as Qwen3VLMoeForConditionalGeneration opens them. For other
+    models transformers has no class with experts. Theirs have the same names, and only
+    `open_discriminator` finds them. Every rank calls it."""
+    source = discriminator.source
+    if rank() == 0:
+        config = discriminator.model.config.to_dict()
+        sparse = discriminator.sparse
+        if sparse and config["model_type"] == "qwen3_vl":
+            text = {k: v for k, v in config["text_config"].items() if k != "model_type"} | dict(
+                num_experts=len(sparse[0].gate.weight),
+                num_experts_per_tok=sparse[0].top_k,
+                moe_intermediate_size=sparse[0].experts.down_proj.shape[2],
+                decoder_sparse_step=1,
+                mlp_only_layers=[],
+                router_aux_loss_coef=0.01,
+            )
+            vision = {k: v for k, v in config["vision_config"].items() if k != "model_type"}
+            ids = {k: v for k, v in config.items() if k.endswith("_token_id")}
+            config = Qwen3VLMoeConfig(text_config=text, vision_config=vision, **ids)
+            config.architectures = ["Qwen3VLMoeForConditionalGeneration"]
+        else:
+            config = type(discriminator.model.config).from_dict(config)
+        # It has no language head; tied embeddings keep transformers from asking for one.
+        config.tie_word_embeddings = config.get_text_config().tie_word_embeddings = True
+        config.prism_experts, config.dtype = discriminator.kind, source.dtype
+        config.save_pretrained(path)
+        processor = {k: v for k, v in source.files.items() if k in PROCESSOR_FILES}
+        write_files(path, processor)
+    save_weights(discriminator, path, source.dtype)
+
+
+# --------------------------------------------------------------------------------------------------
+# The processor: tokenizer, image processor, chat template
+#
+# transformers opens a Qwen3-VL processor only where torchvision is installed, because it insists on
+# a video processor. Without torchvision AutoProcessor returns a bare tokenizer and says nothing.
+# PRISM needs no video, so the same processor is built here without that part.
+
+# All that a published directory may hold of a processor.
+PROCESSOR_FILES = """preprocessor_config.json video_preprocessor_config.json processor_config.json
+    tokenizer.json tokenizer_config.json vocab.json merges.txt special_tokens_map.json
+    added_tokens.json chat_template.json chat_template.jinja tokenizer.model""".split()
+
+
+class ImageTextProcessor(Qwen3VLProcessor):
+    """Qwen3VLProcessor without its video processor: transformers reads the parts that it requires
+    off this signature."""
+
+    def __init__(self, image_processor=None, tokenizer=None, chat_template=None, **kwargs):
+        super().__init__(image_processor, tokenizer, None, chat_template=chat_template, **kwargs)
+
+
+def load_processor(path: str | Path):
+    """The processor of a directory or hub id."""
+    folder = _folder(path, [*PROCESSOR_FILES, "config.json"])
+    try:
+        processor = AutoProcessor.from_pretrained(folder, trust_remote_code=False)
+    except ImportError:  # the video processor wants torchvision
+        processor = None
+    # Without torchvision the processor may also be passed over, and a bare tokenizer comes back.
+    if not isinstance(processor, ProcessorMixin):
+        processor = ImageTextProcessor.from_pretrained(folder)
+    if processor.chat_template is None:  # it may stand in tokenizer_config.json only
+        processor.chat_template = processor.tokenizer.chat_template
+    return processor
+
+
+def processor_files(path: str | Path) -> dict[str, bytes]:
+    """The files of a processor, byte for byte, as a save writes them again."""
+    return _files(path, PROCESSOR_FILES)

@@ -1,0 +1,51 @@
+"""The stream of rows: shuffled epochs, cut into batches, shared by the ranks, encoded ahead.
+
+What a batch holds depends neither on the number of ranks nor on where a run was resumed. Place n of
+the stream is row n of the shuffled epochs, whoever draws it.
+"""
+
+import itertools
+from collections.abc import Iterator, Sequence
+from functools import lru_cache
+
+import torch
+
+
+@lru_cache(maxsize=2)  # a batch may end one epoch and begin the next
+def _epoch_order(epoch: int, rows: int, seed: int) -> torch.Tensor:
+    return torch.randperm(rows, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch))
+
+
+def epoch_rows(start: int, end: int, rows: int, seed: int) -> list[int]:
+    """The rows at places `start` to `end` of the endless stream of shuffled epochs."""
+    places = (divmod(position, rows) for position in range(start, end))
+    return [int(_epoch_order(epoch, rows, seed)[place]) for epoch, place in places]
+
+
+def batches(
+    rows: Sequence,
+    batch_size: int,
+    seed: int,
+    start: int = 0,
+    total: int | None = None,
+    share: tuple[int, int] = (0, 1),
+    workers: int = 0,
+) -> Iterator[list]:
+    """This rank's `share` (rank, ranks) of one global batch after another.
+
+    `rows[draws]` encodes some draws, (place in the stream, number of the row) each; see
+    `data.Encoded`. Batches are cuts of the stream from place `start` on. Behind place `total` they
+    are empty. Rows are encoded ahead in `workers` processes, where there are any."""
+
+    def draws():
+        for first in itertools.count(start, batch_size):
+            last = first + batch_size if total is None else min(first + batch_size, total)
+            numbers = epoch_rows(first, last, len(rows), seed)
+            yield list(enumerate(numbers, first))[share[0] :: share[1]]
+
+    own = torch.Generator()  # otherwise the loader would draw from the global one, as dropout does
+    return iter(
+        torch.utils.data.DataLoader(
+            rows, None, sampler=draws(), num_workers=workers, collate_fn=list, generator=own
+        )
+    )

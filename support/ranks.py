@@ -1,0 +1,171 @@
+"""The processes of a run: joining them, small sums over all of them, and sharded models.
+
+With several processes, or on a GPU, everything is sharded by FSDP2 (`fully_shard`). On a GPU
+parameters are float32, computations bfloat16, reductions float32. Gradients are summed over the
+ranks, not averaged, because losses come divided by global denominators. One process on a CPU shards
+nothing and computes in float32.
+"""
+
+import contextlib
+import datetime
+import os
+import sys
+from functools import partial
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
+from tqdm import tqdm
+
+from support.errors import printable
+
+# --------------------------------------------------------------------------------------------------
+# Processes
+
+
+def join_ranks(timeout: datetime.timedelta | None = None) -> torch.device:
+    """Joins the processes that torchrun started (gloo on a CPU, nccl on a GPU). A bare `python` is
+    one process. A collective that takes longer than `timeout` fails. -> the device of this rank."""
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+        if not dist.is_initialized():
+            alone = dict(store=dist.HashStore(), rank=0, world_size=1)
+            alone = {} if "RANK" in os.environ else alone
+            dist.init_process_group("cpu:gloo,cuda:nccl", timeout=timeout, **alone)
+        return torch.device("cuda", torch.cuda.current_device())
+    if "RANK" in os.environ and not dist.is_initialized():
+        dist.init_process_group("gloo", timeout=timeout)
+    return torch.device("cpu")
+
+
+def rank() -> int:
+    """The number of this process, from 0."""
+    return dist.get_rank() if dist.is_initialized() else int(os.environ.get("RANK", 0))
+
+
+def world_size() -> int:
+    """The number of processes."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def barrier(group=None) -> None:
+    """Waits until every rank is here."""
+    if world_size() > 1:
+        dist.barrier(group)
+
+
+def say(*words) -> None:
+    """Prints a line for the user, on rank 0 only, above the progress bar."""
+    if rank() == 0:
+        tqdm.write(printable(" ".join(str(word) for word in words)), file=sys.stderr)
+
+
+def all_sum(values) -> torch.Tensor:
+    """A small float64 vector on the CPU, summed over the ranks."""
+    values = torch.as_tensor(values, dtype=torch.float64)
+    if world_size() > 1:
+        dist.all_reduce(values)
+    return values
+
+
+def all_max(values) -> torch.Tensor:
+    """A small float64 vector on the CPU, of each element the largest over the ranks."""
+    values = torch.as_tensor(values, dtype=torch.float64)
+    if world_size() > 1:
+        dist.all_reduce(values, dist.ReduceOp.MAX)
+    return values
+
+
+# --------------------------------------------------------------------------------------------------
+# Sharded models
+
+
+def blocks(module: torch.nn.Module) -> list[torch.nn.Module]:
+    """The transformer blocks of a model, by what transformers says not to split."""
+    names = {n for part in module.modules() for n in getattr(part, "_no_split_modules", 0) or ()}
+    return [m for m in module.modules() if type(m).__name__ in names]
+
+
+def vision_tower(module: torch.nn.Module) -> torch.nn.Module:
+    """The vision encoder, and whatever brings its output to the language model's width where that
+    is part of the encoder, as in Qwen3-VL. A projector beside it, as LLaVA has, is not included."""
+    return next(m for m in module.modules() if hasattr(m, "get_encoder")).get_encoder("image")
+
+
+def shard(module, device: torch.device, config=None):
+    """Shards a module by FSDP2 over all ranks and returns it. Every transformer block is a unit;
+    the rest belongs to the root.
+
+    Of the flags in `config`, `freeze_vision` keeps the vision tower as it is, and
+    `activation_checkpointing` is `recompute`. With `hsdp` the ranks of a node share the parameters
+    and each node has all of them, so that only gradients go from node to node."""
+    if getattr(config, "freeze_vision", False):
+        vision_tower(module).requires_grad_(False)
+    if getattr(config, "activation_checkpointing", False):
+        recompute(module)
+    if world_size() == 1 and device.type == "cpu":
+        return module
+    shape, names = (world_size(),), ("ranks",)
+    if getattr(config, "hsdp", False):
+        node = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        shape, names = (world_size() // node, node), ("nodes", "ranks")
+    mesh = init_device_mesh(device.type, shape, mesh_dim_names=names)
+    # Inputs stay as the model made them, as they do where the hooks are put aside (`gathered`).
+    half = dict(param_dtype=torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    precision = MixedPrecisionPolicy(**(half if device.type == "cuda" else {}))
+    for block in blocks(module):
+        fully_shard(block, mesh=mesh, mp_policy=precision)
+    fully_shard(module, mesh=mesh, mp_policy=precision)
+    for part in module.modules():
+        if isinstance(part, FSDPModule):
+            part.set_gradient_divide_factor(1.0)
+            part.set_force_sum_reduction_for_comms(True)  # gloo has no other, nccl needs none
+    return module
+
+
+def recompute(model) -> None:
+    """Activation checkpointing: a block keeps its input and the output of its attention. The rest
+    is computed again in the backward pass."""
+    attentions = [
+        torch.ops.torch_attn._varlen_attn.default,
+        torch.ops.aten._scaled_dot_product_flash_attention.default,
+        torch.ops.aten._scaled_dot_product_efficient_attention.default,
+        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
+    ]
+    contexts = partial(create_selective_checkpoint_contexts, attentions)
+    kept = partial(checkpoint, use_reentrant=False, context_fn=contexts)
+    for block in model.modules():
+        if hasattr(block, "gradient_checkpointing"):
+            block.gradient_checkpointing, block._gradient_checkpointing_func = True, kept
+
+
+@contextlib.contextmanager
+def gathered(module: torch.nn.Module):
+    """Keeps the whole weights on every rank for a while, so that forwards need no other rank.
+
+    The hooks of FSDP are put aside as well. On gathered weights they have nothing to do, but on a
+    GPU they make other streams wait for one that is being recorded as a CUDA graph."""
+    parts = [m for m in module.modules() if isinstance(m, FSDPModule)]
+    hooks = [  # transformers adds hooks of its own at a first forward: those stay
+        (of_part, key, hook)
+        for part in parts
+        for of_part in (part._forward_pre_hooks, part._forward_hooks)
+        for key, hook in of_part.items()
+        if hook.__module__.startswith("torch.distributed")
+    ]
+    for part in parts:
+        part.set_reshard_after_forward(False, recurse=False)
+        part.unshard()
+    for of_part, key, _ in hooks:
+        del of_part[key]
+    try:
+        yield
+    finally:
+        for of_part, key, hook in reversed(hooks):
+            of_part[key] = hook
+            of_part.move_to_end(key, last=False)
+        for part in parts:
+            part.set_reshard_after_forward(part is not module, recurse=False)
+            part.reshard()

@@ -1,0 +1,647 @@
+"""A page to look at: what a run did, or how several runs compare. One file, no network.
+
+    python -m support.report out/demo/align   a run's directory (metrics.jsonl or eval.json): writes
+                                              DIR/report.html with settings, curves and rollouts
+    python -m support.report out/demo         a directory of runs: prints a table; writes
+                                              DIR/results.json with a row for each evaluated run,
+                                              DIR/report.html, and a report.html in each run
+
+Everything on a page comes from files, and none of it is trusted. The templates in `page/` escape
+text, data stand in JSON, and the browser runs the page's own two scripts only. A log may name any
+file of the machine, so a page shows rows and images only, and only from the run's directory, the
+folders of the data that run.json or eval.json names, and --data. What is missing, broken or too
+large is left out, counted, and said on the page.
+"""
+
+import argparse
+import base64
+import functools
+import gzip
+import hashlib
+import html
+import io
+import itertools
+import json
+import math
+import os
+import re
+import shlex
+import sys
+from collections import Counter
+from pathlib import Path
+from urllib.parse import quote
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
+from PIL import Image
+
+from support.errors import UserError
+
+HERE = Path(__file__).resolve().parent
+STARTS = ("", HERE.parent)  # of a relative path in a log: where we are, or where stages run
+NAMES = {"base": "base", "sft": "SFT", "align": "PRISM"}  # in the order in which they are shown
+NAMES |= {"sft_grpo": "SFT+GRPO", "align_grpo": "PRISM+GRPO"}
+STAGES = dict(sft="SFT", align="alignment", rlvr="RLVR", discriminator="discriminator warm-up")
+SHARES = ("accuracy", "caption_accuracy", "format_valid")
+SHOWN = (*SHARES, "mean_response_tokens")
+VIEWS = ("perception", "reasoning")
+# Title, unit of the vertical axis, metrics. A metric that is in no group has a plot of its own.
+GROUPS = [
+    ("Loss", "loss", ["loss"]),
+    ("Reward, accuracy, format", "share or reward", ["reward", "accuracy", "format_valid"]),
+    ("Score gap by view: supervision - policy", "score", [f"score_gap_{v}" for v in VIEWS]),
+    ("Pair accuracy: supervision above policy", "share", [f"pair_accuracy_{v}" for v in VIEWS]),
+    ("Scores", "score", [f"score_{side}_{v}" for v in VIEWS for side in ("teacher", "student")]),
+    ("Discriminator loss", "loss", ["discriminator_loss"]),
+    ("Groups whose rollouts differ in accuracy", "share of groups", ["groups_with_spread"]),
+    ("Response length", "tokens", ["response_length"]),
+    ("Entropy", "nats per token", ["entropy"]),
+    ("Gradient norm, before clipping", "norm", ["grad_norm", "d_grad_norm"]),
+    ("Learning rate", "rate", ["learning_rate", "d_learning_rate"]),
+    ("Importance ratio", "ratio", ["ratio_max", "ratio_min"]),
+    ("Tokens clipped", "share of tokens", ["clipped_high", "clipped_low"]),
+]
+for view in VIEWS:
+    title, names = f"Routing in the {view} view, mean over layers", f"{view}: expert "
+    GROUPS.append((title, "part of choices", [names + str(e) for e in range(16)]))
+OVERLAID = ["accuracy", "reward", "format_valid", "loss"]
+OVERLAID += [f"{name}_{view}" for name in ("score_gap", "pair_accuracy") for view in VIEWS]
+OVERLAID += ["response_length", "entropy", "grad_norm", "learning_rate", "time/step"]
+# The columns of a rollout: first what was measured, in the order in which it is shown.
+MEASURED = ["reward", "accuracy", "advantage", *VIEWS, *(f"teacher_{v}" for v in VIEWS), "length"]
+TYPES = dict.fromkeys(MEASURED, (int, float)) | {"step": (int, float), "valid": (int, float)}
+TYPES |= {"row": (str, int), "where": object, "images": (list, str), "question": str}
+TYPES |= {"answer": (list, str, int, float), "supervision": str, "response": str}
+DATA_FILES = (".jsonl", ".json", ".parquet", ".arrow")
+IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")  # EPS would start Ghostscript
+# The bytes that rollouts, wrong answers and images may take. With the plotting library's 2 MB and
+# a thousand points a curve, a page stays below 20 MB.
+TEXT_BYTES, WRONG_BYTES, IMAGE_BYTES = 11.5e6, 0.5e6, 3.5e6
+LONGEST = 100_000  # characters of one text
+LARGEST = 64e6  # pixels of an image
+COLUMNS = 24  # measured values of a rollout
+MOST_PLOTS = 40  # of metrics that are in no group
+
+listed = lambda value: value if isinstance(value, list) else [value]
+plain = lambda text: html.escape(text, quote=False)  # plotly reads a little markup in names
+printable = lambda text: "".join(c if c.isprintable() else "?" for c in text)  # no terminal codes
+
+
+def read_lines(path: Path, notes: list[str]):
+    """Yields the objects of a JSONL file and notes how many lines are none. A killed run leaves
+    half a line at the end; once the run is resumed, that half line stands in the middle."""
+    if not path.exists():
+        return
+    good, bad, line = 0, [], ""
+    with open(path, encoding="utf-8", errors="replace") as file:
+        for place, line in enumerate(file, 1):
+            try:
+                row = json.loads(line) if line.strip() else {}
+            except (ValueError, RecursionError):
+                row = None
+            if not isinstance(row, dict):
+                bad.append(place)
+            elif row:
+                good += 1
+                yield row
+    if bad and not line.endswith("\n"):
+        half = f"the last line ({bad.pop()}) is only half written and was left out; killed run?"
+        notes.append(f"{path.name}: {half}")
+    if bad and not good:
+        raise UserError(f"{path}:{bad[0]}: not JSON; remove the file, or run the stage again")
+    if bad:
+        told = f"{len(bad)} broken lines were left out, the first is line {bad[0]}"
+        notes.append(f"{path.name}: {told}")
+
+
+def read_json(path: Path) -> dict:
+    """Returns the object of a JSON file, or {} if there is no such file."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: not JSON ({error}); remove it, or run the stage again") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: holds no JSON object; remove it, or run the stage again")
+    return value
+
+
+def read_run(path: str, data: list[str] = ()) -> dict:
+    """Returns what the pages need of a run's directory. `data`: more places of its rows."""
+    path, notes = Path(path), []
+    settings, result = read_json(path / "run.json"), read_json(path / "eval.json")
+    fields = settings["run"] if isinstance(settings.get("run"), dict) else {}
+    stage = str(settings.get("stage", "a run"))
+    stage = STAGES.get(stage, stage) + (f", {fields['algorithm']}" if "algorithm" in fields else "")
+    lines = list(read_lines(path / "metrics.jsonl", notes))
+    if lines and "model_type" not in read_json(path / "config.json"):
+        notes.append("This run has not ended: it has not written its result yet.")
+    for line, view in itertools.product(lines, VIEWS):  # routing, averaged over layers, is a metric
+        for e, shares in enumerate(zip(*expert_shares(line, view))):
+            line[f"{view}: expert {e}"] = sum(shares) / len(shares)
+    held = [line for line in lines if "validation_pairs" in line]  # written after the last step
+    trained = [line for line in lines if "validation_pairs" not in line]
+    steps = {number(line.get("step")): line for line in trained}  # of a repeated step, the last
+    if odd := sum(number(line.get("step")) is None for line in trained):
+        notes.append(f"metrics.jsonl: {odd} lines without a step were left out")
+    times = [time for line in lines if (time := number(line.get("time/step"))) is not None]
+    name, command = os.path.basename(os.path.abspath(path)), settings.get("command") or ""
+    parts = result.get("by_source") if isinstance(result.get("by_source"), dict) else {}
+    named = [*listed(fields.get("data")), fields.get("image_dir"), *listed(result.get("data"))]
+    return {
+        "path": path,
+        "name": name,
+        "link": quote(os.fsencode(name)),
+        "label": NAMES.get(name, name),
+        "stage": stage,
+        "fields": fields,
+        "command": shlex.join(map(str, command)) if isinstance(command, list) else str(command),
+        "commit": str(settings.get("commit") or ""),
+        "lines": [steps[step] for step in sorted(steps.keys() - {None})],
+        "held": held[-1] if held else {},
+        "seconds": sum(times) if any(times) else None,
+        "eval": result,
+        "parts": {k: part for k, part in parts.items() if isinstance(part, dict)},  # by source
+        "folders": data_folders(str(path), *data, *named),
+        "notes": notes,
+    }
+
+
+def expert_shares(line: dict, view: str) -> list[list[float]]:
+    """Returns the shares (layers, experts) of a line of metrics, or [] if it holds none."""
+    layers = line.get(f"expert_share_{view}")
+    good = isinstance(layers, list) and all(isinstance(layer, list) for layer in layers)
+    good = good and len({len(layer) for layer in layers} | {0}) == 2
+    return layers if good and all(number(x) is not None for row in layers for x in row) else []
+
+
+def data_folders(*names) -> tuple[str, ...]:
+    """Returns the folders that names of data stand for: a folder for itself, a data file for the
+    folder in which it lies. What does not exist, such as a hub id, stands for none."""
+    places = [os.path.join(start, n) for n in names if isinstance(n, str) for start in STARTS if n]
+    files = [place for place in places if place.endswith(DATA_FILES) and os.path.isfile(place)]
+    folders = [place for place in places if os.path.isdir(place)] + list(
+        map(os.path.dirname, files)
+    )
+    return tuple(os.path.join(os.path.realpath(folder), "") for folder in folders)
+
+
+def locate(name: str, folders: tuple[str, ...]) -> str:
+    """Returns the path of a file that a log names, relative to the working directory or to the
+    project. The file must lie in one of the folders, after links are followed."""
+    places = [os.path.join(start, name) for start in STARTS]
+    places = [os.path.realpath(place) for place in places if os.path.isfile(place)]
+    if not places:
+        raise FileNotFoundError("no such file")
+    for place in places:
+        if place.startswith(folders):
+            return place
+    raise PermissionError("outside the run's data folders; --data FOLDER adds a folder")
+
+
+class Pictures:
+    """The images of a page, each once, 480 pixels on the long side; when half of the budget is
+    spent, 240. The first image that exceeds the budget and all that follow are dropped."""
+
+    def __init__(self, folders: tuple[str, ...]):
+        self.folders, self.size, self.dropped = folders, 0, 0
+        self.places: dict[str, int | str] = {}
+        self.kept: list[tuple] = []  # (data URI, source, width, height)
+
+    def place(self, source: str) -> int | str:
+        """Returns the image's place among the kept images, or why it cannot be shown."""
+        if source not in self.places:
+            name = source if len(source) <= 200 else source[:200] + "..."
+            try:
+                uri, size = self._read(source) if not self.dropped else ("", None)
+                if self.dropped or self.size + len(uri) > IMAGE_BYTES:
+                    self.dropped += 1
+                    raise ValueError("the page's budget for images is spent")
+                self.size += len(uri)
+                self.kept.append((uri, name, *size))
+                self.places[source] = len(self.kept) - 1
+            except Exception as error:  # Pillow raises many kinds
+                self.places[source] = f"{name}, {str(error)[:200]}"
+        return self.places[source]
+
+    def _read(self, source: str) -> tuple[str, tuple[int, int]]:
+        if re.fullmatch(r"\d+ bytes", source):
+            raise ValueError("it stands in the data itself")
+        with Image.open(locate(source, self.folders), formats=IMAGE_FORMATS) as image:
+            size, side = image.size, 480 if self.size < IMAGE_BYTES / 2 else 240
+            if size[0] * size[1] > LARGEST:
+                raise ValueError(f"{size[0]} x {size[1]} pixels are too many")
+            image.draft("RGB", (side, side))  # decodes a JPEG at a smaller scale
+            image = image.convert("RGB")
+        image.thumbnail((side, side))
+        kind = "png" if max(size) <= 240 else "jpeg"
+        image.save(buffer := io.BytesIO(), kind)
+        return f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}", size
+
+
+def number(value) -> float | None:
+    """Returns a number that can be drawn, or None for null, NaN, anything that is no number, and
+    numbers so huge that their sums would overflow."""
+    good = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return value if good and abs(value) < 1e300 else None
+
+
+def show(value, form: str = ".4g") -> str:
+    """Returns a value as text, (value, low, high) as a value with its interval. An en dash stands
+    where nothing was measured."""
+    if isinstance(value, tuple):
+        return f"{show(value[0], form)} [{show(value[1], form)}, {show(value[2], form)}]"
+    if value is None or isinstance(value, float) and not math.isfinite(value):
+        return "–"
+    if isinstance(value, float):
+        return format(value, form if abs(value) < 1000 else ".1f" if abs(value) < 1e9 else ".4g")
+    return str(value) if len(str(value)) <= 500 else str(value)[:500] + "..."
+
+
+def measured(result: dict, name: str):
+    """Returns a value of an evaluation. A share of rows becomes (share, low, high), its 95% Wilson
+    interval over rows; for the mean of several samples a row that interval is rather too wide."""
+    p, n, z = number(result.get(name)), number(result.get("rows")), 1.96
+    if name not in ("accuracy", "pass_at_k") or p is None or n is None or n < 1 or not 0 <= p <= 1:
+        return result.get(name)
+    middle, half = p + z**2 / (2 * n), z * math.sqrt(p * (1 - p) / n + (z / (2 * n)) ** 2)
+    return p, *((middle + side) / (1 + z**2 / n) for side in (-half, half))
+
+
+def pack(value) -> Markup:
+    """Returns JSON that may stand in a script element: without any `<` it can end or open none."""
+    text = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    return Markup(re.sub("[<\u2028\u2029]", lambda found: f"\\u{ord(found[0]):04x}", text))
+
+
+PAGES = Environment(loader=FileSystemLoader(HERE / "page"), autoescape=True, trim_blocks=True)
+PAGES.undefined = StrictUndefined
+PAGES.filters |= {"show": show, "pack": pack, "listed": listed}
+PAGES.filters["breakable"] = lambda text: Markup.escape(text).replace("_", Markup("_<wbr>"))
+# The parts of a page as markup, for a page that is put together elsewhere.
+part = lambda name, *values: str(getattr(PAGES.get_template("parts.html").module, name)(*values))
+table = lambda head, rows: part("table", head, rows)
+plot = lambda *values, **options: part("figure", figure(*values, **options))
+routing = lambda run: part("routing", experts(run))
+digest = lambda code: base64.b64encode(hashlib.sha256(code.encode()).digest()).decode()
+
+
+@functools.cache
+def library() -> tuple[str, str]:
+    """Returns plotly.js: the hash by which the browser knows it, and the code, gzip in base64."""
+    from plotly.offline import get_plotlyjs  # it takes a while, and some machines lack it
+
+    code = get_plotlyjs()
+    return digest(code), base64.b64encode(gzip.compress(code.encode(), mtime=0)).decode()
+
+
+def write_page(path: str, title: str, body="", template="page.html", pictures=(), **values) -> None:
+    """Writes a page from a template and its values, or around a body that is markup."""
+    style, script = ((HERE / "page" / f"page.{kind}").read_text("utf-8") for kind in ("css", "js"))
+    known, plotly = library()
+    values |= {"title": title, "pictures": pictures, "hashes": [digest(script), known]}
+    values |= {"body": body, "style": style, "script": script, "plotly": plotly}
+    text = PAGES.get_template(template).render(values)
+    Path(path).write_text(text, encoding="utf-8", errors="replace")  # lone surrogates have no code
+
+
+def running_mean(points: list[tuple], width: int) -> list[tuple]:
+    """Returns for each point the mean of the values measured at most width / 2 places away; a gap
+    stays a gap."""
+    totals = list(itertools.accumulate((y or 0.0 for _, y in points), initial=0.0))
+    counts = list(itertools.accumulate((y is not None for _, y in points), initial=0))
+    ends = lambda i: (max(0, i - width // 2), min(len(points), i + width // 2 + 1))
+    mean = lambda a, b: (totals[b] - totals[a]) / (counts[b] - counts[a])
+    return [(x, None if y is None else mean(*ends(i))) for i, (x, y) in enumerate(points)]
+
+
+def trace(label: str, points: list[tuple], color: int, kind: str) -> dict:
+    """Returns one series for plotly. A measurement between two gaps, where no line can go, is a
+    dot. A point (x, y, low, high) has an error bar from low to high."""
+    y = [number(p[1]) for p in points]
+    out = {"name": plain(label), "x": [p[0] for p in points], "meta": color, "marker": {}}
+    out["y"] = [None if value is None else float(f"{value:.6g}") for value in y]
+    if any(len(p) == 4 for p in points):
+        ends = [(p[3] - p[1], p[1] - p[2]) if len(p) == 4 else (0, 0) for p in points]
+        out["error_y"] = {"type": "data", "symmetric": False}
+        out["error_y"] |= dict(zip(("array", "arrayminus"), map(list, zip(*ends))))
+    if kind == "bar":
+        return out | {"type": "bar", "x": list(map(plain, out["x"]))}
+    around = [None, *y, None]
+    alone = [a is None and c is None for a, c in zip(around, around[2:])]
+    dots = [6 if dot or len(p) == 4 else 0 for dot, p in zip(alone, points)]
+    mode = "lines+markers" if any(dots) else "lines"
+    return out | {"type": "scatter", "mode": mode, "marker": {"size": dots}}
+
+
+def figure(title, ylabel, series, xlabel="step", colors=None, top=None, kind="line") -> dict:
+    """Returns a figure of lines or of bars. `series`: (label, [(x, y or None) or (x, y, low, high),
+    ...]) each. Shares are drawn from 0 to 1, so that runs compare; what is above `top` is out of
+    the picture. Long series get a running mean, and of very long ones not every step is drawn."""
+    ys = [y for _, points in series for _, y, *_ in points if number(y) is not None]
+    count = len({x for _, points in series for x, *_ in points})
+    noisy = kind == "line" and ylabel != "rate" and not any(p[2:] for _, ps in series for p in ps)
+    span, skip = count // 25 | 1 if noisy else 1, math.ceil(count / 1000)
+    data = []
+    for (label, points), color in zip(series, colors or itertools.count()):
+        mean = running_mean(points, span) if span > 1 else points
+        thick = trace(label, mean[::skip], color, kind)
+        if span > 1:
+            thin = trace(label, points[::skip], color, kind) | {"showlegend": False}
+            data.append(thin | {"legendgroup": thick["name"]})
+            thick |= {"legendgroup": thick["name"], "hoverinfo": "skip"}
+        data.append(thick)
+    axis = lambda text: {"title": {"text": plain(text), "standoff": 6}}
+    layout = {"xaxis": axis(xlabel), "yaxis": axis(ylabel)}
+    layout["showlegend"] = len(series) > 1 or series[0][0] != title.lower()
+    if any(isinstance(x, str) for _, points in series for x, *_ in points):
+        layout["xaxis"]["type"] = "category"
+    low, high = min(ys), max(ys)
+    if ylabel.startswith("share") and 0 <= low and high <= 1:
+        layout["yaxis"]["range"] = [-0.02, 1.02]
+    elif top is not None:
+        layout["yaxis"]["range"] = [0, top]
+    elif high - low <= 1e-9 * max(abs(high), abs(low)):
+        layout["yaxis"]["range"] = [0, high * 1.2] if high > 0 else [low - 1, high + 1]
+    each = "each step" if skip == 1 else f"one step in {skip}"
+    told = [f"thin: {each}, thick: mean over {span} steps"] if span > 1 else []
+    if above := sum(y > top for y in ys) if top is not None else 0:
+        told.append(f"out of the picture: {above} values, up to {high:.4g}")
+    return {"title": title, "data": data, "layout": layout, "told": "; ".join(told)}
+
+
+def column(run: dict, name: str) -> list[tuple]:
+    """Returns (step, value or None) for one metric; [] where it was never measured."""
+    points = [(line["step"], number(line.get(name))) for line in run["lines"]]
+    return points if any(y is not None for _, y in points) else []
+
+
+def curves(run: dict) -> tuple[list[dict], str]:
+    """Returns the figures of all metrics of a run, and a text of those that never change."""
+    names = dict.fromkeys(name for line in run["lines"] for name in line if name != "step")
+    columns = {name: points for name in names if (points := column(run, name))}
+    times = [name for name in columns if name.startswith("time/")]
+    grouped = [*GROUPS, ("Seconds, by phase", "seconds", times)]
+    rest = [name for name in columns if not any(name in group for _, _, group in grouped)]
+    if more := len(rest[MOST_PLOTS:]):
+        run["notes"].append(f"{more} further metrics have no plot")
+        del rest[MOST_PLOTS:]
+    still = [k for k in columns if k in rest or k.startswith(("ratio", "clipped"))]
+    still = [k for k in still if len(columns[k]) > 1 and len({y for _, y in columns[k]}) == 1]
+    seconds = sorted(y for _, y in columns.get("time/step", []) if y is not None)
+    limit = 3 * seconds[len(seconds) // 2] if seconds else 0  # a slow first step flattens no other
+    figures = []
+    for title, ylabel, group in grouped + [(name, "", [name]) for name in rest]:
+        series = [(name, columns[name]) for name in group if name in columns and name not in still]
+        cut = ylabel == "seconds" and seconds and 0 < limit < seconds[-1]
+        if series:
+            figures.append(figure(title, ylabel, series, top=limit if cut else None))
+    return figures, ", ".join(f"{name} {show(columns[name][0][1])}" for name in still)
+
+
+def experts(run: dict) -> dict | None:
+    """Returns the expert shares of the last step that has any: a row per view and layer."""
+    for line in reversed(run["lines"]):
+        if expert_shares(line, VIEWS[0]):
+            rows = [(view, i, x) for view in VIEWS for i, x in enumerate(expert_shares(line, view))]
+            return {"step": line["step"], "rows": rows, "count": len(rows[0][2])}
+
+
+def overlay(runs: list[dict]) -> list[dict]:
+    """Returns a figure for each metric that several runs have. Losses of different stages are
+    different quantities and stay apart."""
+    figures = []
+    for name in OVERLAID:
+        ylabel = next((ylabel for _, ylabel, group in GROUPS if name in group), "seconds")
+        have = [(run, points) for run in runs if (points := column(run, name))]
+        for stage in dict.fromkeys(run["stage"] if name == "loss" else "" for run, _ in have):
+            some = [(run, points) for run, points in have if stage in ("", run["stage"])]
+            ends = [points[-1][0] or 1 for _, points in some]
+            scaled = max(ends) > 4 * min(ends)  # lengths differ much: draw each from 0 to 100 %
+            series = []
+            for (run, points), end in zip(some, ends):
+                points = [(100 * x / end, y) for x, y in points] if scaled else points
+                series.append((run["label"] + (f" ({end} steps)" if scaled else ""), points))
+            if len(some) > 1:
+                title, xlabel = f"{name} ({stage})", "% of the run" if scaled else "step"
+                colors = [runs.index(run) for run, _ in some]
+                figures.append(figure(title if stage else name, ylabel, series, xlabel, colors))
+    return figures
+
+
+def clean(row: dict, count: Counter) -> tuple[dict, list, dict]:
+    """Returns a row of a log as the page takes it: its prompt, [response, valid], what was
+    measured of it. Values of a wrong type are counted and become None."""
+    values = {}
+    for name, value in row.items():
+        short = name.removeprefix("score_")
+        short = short if short in VIEWS else name[:100]
+        if value is not None and not isinstance(value, TYPES.get(short, (int, float, str))):
+            count["values"] += 1
+            value = None
+        elif isinstance(value, str):
+            count["texts"] += len(value) > LONGEST
+            value = value[:LONGEST]
+        values[short] = number(value) if type(value) in (int, float) else value
+    known = {name: values.pop(name, None) for name in TYPES if name not in MEASURED}
+    images, valid = listed(known["images"] or []), known["valid"]
+    count["values"] += sum(not isinstance(image, str) for image in images)
+    prompt = {
+        "step": known["step"],
+        "row": show(known["row"]) if "row" in row else "",
+        "question": (known["question"] or "").replace("<image>", ""),
+        "images": [image for image in images if isinstance(image, str)],
+        "answer": " or ".join(map(show, listed(known["answer"])))[:LONGEST],
+        "supervision": known["supervision"],
+    }
+    return prompt, [known["response"], None if valid is None else int(bool(valid))], values
+
+
+def shelve(run: dict, name: str, rows, budget: float, pictures: Pictures) -> dict | None:
+    """Returns rollouts by prompt, as the page reads them: {"names", "groups"}, and "every": where
+    they exceed the budget, every second logged step is left out, again and again until the others
+    fit. Notes what was left out."""
+    groups, steps, names, total, every, count = {}, {}, {}, 0, 1, Counter()
+    weight = lambda *values: len(pack(values).encode(errors="replace"))
+    for row in rows:
+        if number(row.get("step")) is None or not isinstance(row.get("response"), str):
+            count["rows"] += 1
+            continue
+        prompt, branch, values = clean(row, count)
+        key = prompt["step"], prompt["row"], prompt["question"]
+        size = weight(branch, list(values.values())) + (0 if key in groups else weight(prompt))
+        steps.setdefault(prompt["step"], len(steps))
+        while total + size > budget > size and every < len(steps):
+            every *= 2
+            for other in [other for other in groups if steps[other[0]] % every]:
+                total -= groups[other]["size"]
+                count["dropped"] += len(groups.pop(other)["branches"])
+        if steps[prompt["step"]] % every or total + size > budget:
+            count["dropped"] += 1
+            continue
+        group = groups.setdefault(key, {"prompt": prompt, "branches": [], "size": 0})
+        group["branches"].append((branch, values))
+        group["size"] += size
+        total += size
+        names |= dict.fromkeys(values)
+    order = {name: i for i, name in enumerate(MEASURED)}
+    names = sorted(names, key=lambda name: order.get(name, len(order)))
+    count["values"] += len(names[COLUMNS:])
+    told = {
+        "rows": "rows without a step or a response were left out",
+        "values": "values of a wrong type, or too many to show, were left out",
+        "texts": f"texts were cut after {LONGEST} characters",
+        "dropped": "rollouts are not on this page, which would be too large with them",
+    }
+    run["notes"] += [f"{name}: {count[kind]} {told[kind]}" for kind in told if count[kind]]
+    shelf = []
+    for group in sorted(groups.values(), key=lambda group: group["prompt"]["step"]):
+        images = [pictures.place(image) for image in group["prompt"]["images"]]
+        cells = [[*pair, *map(values.get, names[:COLUMNS])] for pair, values in group["branches"]]
+        shelf.append(group["prompt"] | {"images": images, "branches": cells})
+    found = shelf or count.total()
+    return {"names": names[:COLUMNS], "groups": shelf, "every": every} if found else None
+
+
+def data_row(where: str, run: dict) -> dict:
+    """Returns question and images of "file:line", if that is a JSONL file of the run's data."""
+    path, _, line = where.rpartition(":")
+    try:
+        if not path.endswith(".jsonl"):
+            return {}
+        with open(locate(path, run["folders"]), encoding="utf-8", errors="replace") as file:
+            row = json.loads(next(itertools.islice(file, int(line) - 1, None), "{}"))
+        images = listed(row.get("images") or row.get("image") or [])
+        images = [os.path.join(os.path.dirname(path), str(image)) for image in images]
+        return {"question": row.get("question") or row.get("prompt"), "images": images}
+    except (ValueError, AttributeError, RecursionError):  # the file may have changed since
+        return {}
+    except OSError as error:
+        told = "is gone" if isinstance(error, FileNotFoundError) else f"is {error}"
+        note = f"{path} {told}: wrong answers have no question and image"
+        run["notes"] += [note] if note not in run["notes"] else []
+        return {}
+
+
+def wrong_answers(run: dict, pictures: Pictures, most: int = 12) -> dict | None:
+    """Returns some wrong answers, spread evenly over generations.jsonl, as `shelve` does."""
+    logged = read_lines(run["path"] / "generations.jsonl", run["notes"])
+    wrong = [row for row in logged if not row.get("correct")]
+    some = [wrong[i * len(wrong) // most] for i in range(most)] if len(wrong) > most else wrong
+    rows = []
+    for row in some:
+        where = str(row.get("where", ""))
+        row = {"valid" if k == "format_valid" else k: v for k, v in row.items() if k != "correct"}
+        rows.append(row | data_row(where, run) | {"step": 0, "row": show(where)})
+    shelf = shelve(run, "generations.jsonl", rows, WRONG_BYTES, pictures)
+    return shelf and shelf | {"shown": len(some), "wrong": len(wrong)}
+
+
+def run_page(run: dict, compared: bool = False) -> None:
+    """Writes report.html of one run. `compared`: a page of several runs is written beside it."""
+    path, notes, result = run["path"], run["notes"], run["eval"]
+    names = [*SHOWN, "truncated", "rows"]
+    names[1:1] = ["pass_at_k"] if "pass_at_k" in result else []
+    parts = {"all": result, **run["parts"]}
+    rows = [[source, *(measured(part, name) for name in names)] for source, part in parts.items()]
+    pictures, (figures, constant) = Pictures(run["folders"]), curves(run)
+    logged = read_lines(path / "rollouts.jsonl", notes)
+    rollouts = shelve(run, "rollouts.jsonl", logged, TEXT_BYTES, pictures)
+    wrong = wrong_answers(run, pictures)
+    if pictures.dropped:
+        missing = f"{pictures.dropped} of {len(pictures.places)} images are not on this page"
+        notes.append(f"{missing}, which would be too large with them")
+    write_page(
+        path / "report.html",
+        f"{run['name']}: {run['stage']}",
+        template="run.html",
+        pictures=pictures.kept,
+        compared=compared or (path / ".." / "results.json").exists(),
+        run=run,
+        last=run["lines"][-1] if run["lines"] else {},
+        held=[[k[11:], v] for k, v in run["held"].items() if k.startswith("validation_")],
+        figures=figures,
+        constant=constant,
+        experts=experts(run),
+        warm=number(result.get("temperature")),
+        evaluation=[["source", *names], rows],
+        rollouts=rollouts,
+        wrong=wrong,
+    )
+    for note in notes:
+        print(printable(f"note: {path}: {note}"), file=sys.stderr)
+
+
+def compare(path: Path, children: list[str], data: list[str]) -> None:
+    """Prints a table of runs; writes results.json, report.html, and the page of each run."""
+    runs, notes = [], []
+    for child in [*(n for n in NAMES if n in children), *(c for c in children if c not in NAMES)]:
+        try:
+            run_page(run := read_run(path / child, data), compared=True)
+            runs.append(run)
+        except Exception as error:  # whatever is wrong with one run, the others have their page
+            kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
+            notes.append(f"{child} is left out: {kind}{' '.join(str(error).split())}")
+    judged = [run for run in runs if run["eval"]]
+    for child in (name for name in NAMES if name not in {run["name"] for run in judged}):
+        makes = f"python eval.py --ckpt {path / child} makes it"
+        notes.append(f"{NAMES[child]} is left out: no eval.json; {makes}")
+    for note in notes:
+        print(printable(f"note: {note}"), file=sys.stderr)
+    head, score = ["name", *SHOWN, "seconds"], lambda run, name: number(run["eval"].get(name))
+    rows = [[run["label"], *(score(run, n) for n in SHOWN), run["seconds"]] for run in judged]
+    results = json.dumps([dict(zip(head, row)) for row in rows], indent=1, ensure_ascii=False)
+    (path / "results.json").write_text(results + "\n", encoding="utf-8", errors="replace")
+    lines = [[show(cell, ".3f") for cell in line] for line in ([head, *rows] if rows else [])]
+    wide = [max(map(len, column)) for column in zip(*lines)]
+    for first, *others in lines:
+        print("  ".join([first.ljust(wide[0]), *map(str.rjust, others, wide[1:])]))
+    bars = []
+    for name in SHARES:
+        values = [(run["label"], measured(run["eval"], name)) for run in judged]
+        points = [(x, *(y if isinstance(y, tuple) else [number(y)])) for x, y in values]
+        bars += [(name, points)] if any(y is not None for _, y, *_ in points) else []
+    sources = sorted({source for run in judged for source in run["parts"]})
+    part = lambda run, source: measured(run["parts"].get(source, {}), "accuracy")
+    write_page(
+        path / "report.html",
+        f"{os.path.basename(os.path.abspath(path))}: runs compared",
+        template="compare.html",
+        notes=notes,
+        head=head,
+        rows=[[r[0], measured(run["eval"], "accuracy"), *r[2:]] for run, r in zip(judged, rows)],
+        bars=figure("Accuracy and format", "share of rows", bars, "", kind="bar") if bars else None,
+        sources=sources,
+        by_source=[[run["label"], *(part(run, source) for source in sources)] for run in judged],
+        runs=runs,
+        overlaid=overlay(runs),
+    )
+
+
+def report() -> None:
+    parser = argparse.ArgumentParser(description="Makes a page of a run, or of several runs.")
+    parser.add_argument("dir", nargs="+", help="the directory of a run, or a directory of runs")
+    told = "a further folder whose rows and images may stand on the page; may be given repeatedly"
+    parser.add_argument("--data", action="append", default=[], metavar="FOLDER", help=told)
+    args, logs = parser.parse_args(), ("metrics.jsonl", "eval.json")
+    for path in map(Path, args.dir):
+        if not path.is_dir():
+            told = "no such directory; name the --output_dir of a run, or a directory of runs"
+            raise UserError(f"{path}: {told}")
+        has = lambda folder: [log for log in logs if os.path.isfile(path / folder / log)]
+        children = [child for child in sorted(os.listdir(path)) if has(child)]
+        if "metrics.jsonl" in has(".") or has(".") and not children:
+            run_page(read_run(path, args.data))
+        elif children:
+            compare(path, children, args.data)
+        else:
+            told = "neither a run (metrics.jsonl or eval.json) nor a directory of runs"
+            raise UserError(f"{path}: {told}; name an --output_dir")
+        print(f"written to {path / 'report.html'}")
+
+
+if __name__ == "__main__":
+    try:
+        report()
+    except (UserError, OSError, ImportError) as error:
+        print(printable(f"error: {' '.join(str(error).split())}"), file=sys.stderr)
+        sys.exit(2)

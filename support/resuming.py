@@ -1,0 +1,262 @@
+"""Checkpoints: the state from which a killed run goes on.
+
+    output_dir/checkpoint-N/state/           weights, or adapters only, and the optimiser's moments
+                                             (torch.distributed.checkpoint, sharded as the run was)
+    output_dir/checkpoint-N/state/progress.json      what the run had counted
+    output_dir/checkpoint-N/checksums-RANK.json      checksums of all files, each rank its share
+    output_dir/checkpoint-N/                 every `save_hf_steps` a Hugging Face directory as well
+
+A checkpoint is written beside its place, checked, forced to the disk and renamed, so a kill leaves
+the old or the new, never a half. Training goes on meanwhile: what is written is a copy in the CPU's
+memory. Rates and schedules are functions of the step and need no state.
+"""
+
+import contextlib
+import json
+import os
+import re
+import shutil
+import zlib
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import wait as wait_for
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.api import CheckpointException
+
+from support.errors import UserError
+from support.ranks import all_max, barrier, rank, world_size, say
+
+
+class Checkpoints:
+    """The checkpoints of a run's directory. `modules` are name -> (module, optimiser)."""
+
+    def __init__(self, path: str, keep: int):
+        """`keep`: how many are kept."""
+        self.path, self.keep = path, keep
+        self.group = None  # saves have collectives of their own, beside those of training
+        self.saver, self.saving = ThreadPoolExecutor(1), None  # one save at a time, and its future
+
+    def folder(self, step: int) -> str:
+        return os.path.join(self.path, f"checkpoint-{step}")
+
+    def steps(self) -> list[int]:
+        """The steps of all checkpoints, in order."""
+        names = os.listdir(self.path) if os.path.isdir(self.path) else []
+        found = (name.removeprefix("checkpoint-") for name in names)
+        return sorted(int(number) for number in found if number.isdigit())
+
+    def newest(self) -> int:
+        """The step of the newest checkpoint that is whole, by its checksums; 0 for none."""
+        for step in reversed(self.steps()):
+            if not all_max([not _is_whole(self.folder(step))])[0]:
+                return step
+            say(f"{self.folder(step)} is damaged; taking the one before")
+        return 0
+
+    def progress(self, step: int) -> dict:
+        """What the run had counted at a checkpoint."""
+        with open(os.path.join(self.folder(step), "state", "progress.json")) as file:
+            return json.load(file)
+
+    def load(self, step: int, modules: dict) -> None:
+        """Puts the weights and moments of a checkpoint in place. Every rank calls it."""
+        stepped = self.progress(step)["stepped"]
+        for name, (module, optimizer) in modules.items():  # Adam's moments, to be filled
+            parameters = dict(module.named_parameters())
+            for key in stepped[name]:
+                p = parameters[key]
+                zeros = {"exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
+                optimizer.state[p] = {"step": torch.zeros((), device=p.device), **zeros}
+        where = os.path.join(self.folder(step), "state")
+        dcp.load(_state(modules, stepped), checkpoint_id=where, no_dist=not dist.is_initialized())
+        say(f"resumed from {self.folder(step)}")
+
+    def save(self, step: int, modules: dict, progress: dict, save_hf: Callable | None) -> None:
+        """Begins checkpoint-<step>: copies the state, then writes it while training goes on.
+        `save_hf(path)` adds a Hugging Face directory. Every rank calls it."""
+        self.wait()
+        check_weights(modules, step)
+        beside = f"{self.folder(step)}.incomplete"
+        if rank() == 0:
+            shutil.rmtree(beside, ignore_errors=True)
+        barrier()
+        stepped = _stepped(modules)
+        with all_or_nothing(beside):
+            if save_hf:
+                save_hf(beside)
+            written = dcp.async_save(
+                _state(modules, stepped),
+                checkpoint_id=os.path.join(beside, "state"),
+                process_group=self.group,
+                no_dist=not dist.is_initialized(),
+            )
+        progress = progress | {"stepped": stepped}  # a copy, as it is now
+        self.saving = self.saver.submit(self._write, step, beside, progress, written)
+
+    def _write(self, step: int, beside: str, progress: dict, written: Future) -> None:
+        """Finishes a checkpoint; only then the older ones go."""
+        with all_or_nothing(beside):
+            written.result()
+            if rank() == 0:
+                logs = [name for name in os.listdir(self.path) if name.endswith(".jsonl")]
+                force(self.path, logs)
+                write_json(os.path.join(beside, "state", "progress.json"), progress)
+            barrier(self.group)
+            mine = files_below(beside)[rank() :: world_size()]
+            force(beside, mine)
+            sums = {name: _checksum(os.path.join(beside, name)) for name in mine}
+            barrier(self.group)
+            write_json(os.path.join(beside, f"checksums-{rank()}.json"), sums)
+            barrier(self.group)
+        if rank() == 0:
+            shutil.rmtree(self.folder(step), ignore_errors=True)
+            os.rename(beside, self.folder(step))
+            folder = os.open(self.path, os.O_RDONLY)
+            os.fsync(folder)
+            os.close(folder)
+            # A later one is damaged: this run has passed it over.
+            kept = [number for number in self.steps() if number <= step][-self.keep :]
+            for number in set(self.steps()) - set(kept):
+                shutil.rmtree(self.folder(number))
+        barrier(self.group)
+
+    def wait(self) -> None:
+        """Waits for the save that is under way, and raises what went wrong in it."""
+        saving, self.saving = self.saving, None
+        if saving:
+            saving.result()
+
+    def check(self) -> None:
+        """Raises what went wrong in a save that has ended. Does not wait."""
+        if self.saving and self.saving.done():
+            self.wait()
+
+    def settle(self) -> None:
+        """Waits for the save that is under way, whatever comes of it."""
+        if self.saving:
+            wait_for([self.saving])
+
+
+def check_weights(modules: dict, step: int) -> None:
+    """UserError where a weight of any rank is no number: that is not to be saved."""
+    for name, (module, _) in modules.items():
+        parts = (getattr(p, "to_local", p.detach)() for p in module.parameters())
+        bad = [not all(bool(part.isfinite().all()) for part in parts)]
+        if all_max(bad)[0]:
+            raise UserError(
+                f"the weights of the {name} hold NaN or infinity at step {step}; nothing was saved "
+                f"over the last checkpoint"
+            )
+
+
+def _stepped(modules: dict) -> dict[str, list[str]]:
+    """The parameters that have moments. A parameter that no row has used has none, such as those
+    of the vision tower where there are no images."""
+    return {
+        name: [key for key, parameter in module.named_parameters() if parameter in optimizer.state]
+        for name, (module, optimizer) in modules.items()
+    }
+
+
+def _state(modules: dict, stepped: dict[str, list[str]]) -> dict:
+    """The very tensors of weights and moments, to be saved, or to be loaded in place.
+
+    `get_state_dict` of torch would make an empty step of an optimiser that has made none, which
+    changes what Adam does later."""
+    state = {}
+    for name, (module, optimizer) in modules.items():
+        parameters = dict(module.named_parameters())
+        moments = {key: optimizer.state[parameters[key]] for key in stepped[name]}
+        adapters = {key: p for key, p in parameters.items() if ".lora_" in key}  # all that learns
+        weights = {key: p.detach() for key, p in (adapters or parameters).items()}
+        state[name] = {"model": weights, "moments": moments}
+    return state
+
+
+def _checksum(path: str) -> int:
+    total = 0
+    with open(path, "rb") as file:
+        while block := file.read(1 << 24):
+            total = zlib.crc32(block, total)
+    return total
+
+
+def _is_whole(path: str) -> bool:
+    """Whether this rank's share of a checkpoint's files has the checksums of the save."""
+    expected = {}
+    try:
+        for name in os.listdir(path):
+            if name.startswith("checksums-"):
+                with open(os.path.join(path, name)) as file:
+                    expected |= json.load(file)
+        mine = sorted(expected)[rank() :: world_size()]
+        return bool(expected) and all(
+            _checksum(os.path.join(path, name)) == expected[name] for name in mine
+        )
+    except (OSError, ValueError, TypeError):
+        return False
+
+
+# --------------------------------------------------------------------------------------------------
+# Files
+
+
+@contextlib.contextmanager
+def all_or_nothing(path: str) -> Iterator[None]:
+    """Makes one line of a full disk, and removes what could not be finished."""
+    try:
+        yield
+    except (Exception, CheckpointException) as error:
+        if of_another_rank(error):
+            raise RuntimeError(str(error)) from error
+        free = shutil.disk_usage(os.path.dirname(os.path.abspath(path))).free / 1e9
+        if path.endswith(".incomplete"):
+            shutil.rmtree(path, ignore_errors=True)
+        said = (str(error).strip() or repr(error)).splitlines()[-1][:150]
+        raise UserError(
+            f"{path} could not be written ({said}; {free:.1f} GB are free there); the last "
+            f"checkpoint is as it was, go on with --resume"
+        ) from error
+
+
+def of_another_rank(error: BaseException) -> bool:
+    """Whether ranks could not meet, or a collective has failed, because one is gone or stuck."""
+    said = r"gloo|NCCL|[Tt]imed out|wait timeout|peer"
+    return "RANK" in os.environ and bool(re.search(said, str(error)))
+
+
+@contextlib.contextmanager
+def replacing(path: str):
+    """A new file for `path`: written beside, forced to the disk, renamed; removed where it cannot
+    be finished."""
+    try:
+        with open(path + ".new", "w") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(path + ".new", path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            os.remove(path + ".new")
+        raise OSError(error.errno, error.strerror, path) from None
+
+
+def write_json(path: str, content) -> None:
+    with replacing(path) as file:
+        json.dump(content, file, indent=1)
+
+
+def files_below(path: str) -> list[str]:
+    """The files below a directory, relative to it."""
+    found = (os.path.join(top, name) for top, _, names in os.walk(path) for name in names)
+    return sorted(os.path.relpath(file, path) for file in found)
+
+
+def force(path: str, names: list[str]) -> None:
+    """Forces files of a directory to the disk."""
+    for name in names:
+        with open(os.path.join(path, name), "rb") as file:
+            os.fsync(file.fileno())

@@ -1,0 +1,566 @@
+"""A run: its directory and log, its steps, its signals and its end.
+
+    output_dir/run.json            every field of the stage's dataclass as it ran, the command and
+                                   the commit; `finished`, the last step, once the result is whole
+    output_dir/metrics.jsonl       one line a step, over all ranks; null where nothing was measured
+    output_dir/rollouts.jsonl      the rollouts of one prompt a step, with all their scores
+    output_dir/left_out.jsonl      every row that was left out, by any rank, and why
+    output_dir/skipped.jsonl       every step whose gradient was not finite, and its rows
+    output_dir/checkpoint-N/       what --resume needs, see resuming.py
+    output_dir/                    at the end, the Hugging Face directory of the result
+
+A killed run goes on with --resume and gives what it would have given: on a CPU to the last bit, on
+a GPU as nearly as two equal runs do.
+"""
+
+import contextlib
+import dataclasses
+import datetime
+import errno
+import fcntl
+import json
+import math
+import os
+import resource
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+import torch.distributed as dist
+from tqdm import tqdm
+
+from support import verifier
+from support.errors import Ended, RowError, Unfit, UserError, printable
+from support.flags import parse
+from support.loader import batches
+from support.metrics import Max, Sum, across_ranks, finite, writer_to
+from support.ranks import all_max, barrier, join_ranks, rank, world_size, say
+from support.resuming import Checkpoints, all_or_nothing, check_weights, files_below, force
+from support.resuming import of_another_rank, replacing, write_json
+
+# --------------------------------------------------------------------------------------------------
+# The end of a run, whatever it is
+
+# What a user can mend: no space, quota, read-only, permission, broken disk, no folder, long name.
+MENDABLE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EIO, errno.ENOTDIR}
+MENDABLE |= {errno.ENAMETOOLONG}
+
+
+def main(stage: Callable) -> None:
+    """Runs `stage()`. What the user can mend, a full disk and a rank that is gone end in one line
+    (exit code 2; 1 for the rank), and the other ranks are not waited for."""
+    code = 0
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until there is a run, Ctrl-C ends at once
+    try:
+        stage()
+        if Run.current:
+            Run.current.finish()
+    except Ended as end:
+        say(end.args[0])
+        code = end.args[1]
+    except UserError as error:
+        _die(str(error), 2)
+    except OSError as error:
+        own = Run.current and str(error.filename).startswith(Run.current.path)
+        if not own and error.errno not in MENDABLE:
+            _crash()
+        where = error.filename or (Run.current.path if Run.current else "")
+        again = "go on with --resume" if Run.current else "start again"
+        _die(f"{where}: {error.strerror}; {again} once that is mended", 2)
+    except RuntimeError as error:
+        if not of_another_rank(error):
+            _crash()
+        lost = Run.current.lagging() if Run.current else "a rank is gone"
+        _die(f"{lost} ({str(error).splitlines()[0][:120]}); go on with --resume", 1)
+    except Exception:
+        _crash()
+    if not dist.is_initialized():
+        sys.exit(code)
+    with contextlib.suppress(RuntimeError):  # where a rank is gone, that one has said why
+        dist.barrier()  # a thread of the last collective may still hold tensors
+        dist.destroy_process_group()
+    if "wandb" in sys.modules:
+        sys.modules["wandb"].finish()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)  # the interpreter's own end may abort on threads that collectives have left
+
+
+def _die(message: str, code: int) -> None:
+    """Says why the run ends, in one line of its own, and ends this process."""
+    run = Run.current
+    if _speaks_first():
+        if run and run.bar:
+            run.bar.close()
+        print(f"error: {' '.join(printable(message).split())}", file=sys.stderr)
+    sys.stderr.flush()
+    if code == 2 and run:
+        run.checkpoints.settle()  # a checkpoint from before the error
+    os._exit(code) if dist.is_initialized() else sys.exit(code)  # others wait in a collective
+
+
+def _crash() -> None:
+    """A traceback and the end, at once. The interpreter's own end would wait for the loader's
+    workers, which no signal ends, and other ranks would wait for this one."""
+    sys.excepthook(*sys.exc_info())
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(1)
+
+
+def _speaks_first() -> bool:
+    """Whether no other rank has said why the run ends. It is said once."""
+    run = Run.current
+    if run and run.started and world_size() > 1:
+        try:
+            os.close(os.open(os.path.join(run.path, "ranks", "ended"), os.O_CREAT | os.O_EXCL))
+        except FileExistsError:
+            return False
+        except OSError:
+            pass
+    elif os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":  # torchrun's, on node 0
+        try:
+            at = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+            store = dist.TCPStore(*at, timeout=datetime.timedelta(seconds=10))
+            return store.add(f"ended/{os.environ['TORCHELASTIC_RESTART_COUNT']}", 1) == 1
+        except RuntimeError:
+            pass
+    return True
+
+
+def start_verifier() -> None:
+    """A broken math-verify is an error at the start, not wrong rewards later."""
+    try:
+        verifier.start()
+    except RuntimeError as error:
+        raise UserError(f"{error}; pip install math-verify") from None
+
+
+# --------------------------------------------------------------------------------------------------
+# The run
+
+
+class Run:
+    """A stage's run. Made first, so that a directory that is in use is noticed before any work."""
+
+    current = None  # the run of this process, for messages
+
+    def __init__(self, config_class):
+        self.config = config = parse(config_class)
+        self.device = join_ranks(datetime.timedelta(minutes=config.timeout))
+        if config.activation_checkpointing is None:
+            config.activation_checkpointing = self.device.type == "cuda"
+        Run.current = self
+        self.path = config.output_dir or "."
+        self.checkpoints = Checkpoints(self.path, config.save_total_limit)
+        self.seconds: dict[str, float] = {}  # of this step's phases
+        self.last = time.perf_counter()  # when the last step ended
+        self.bar = self.writer = self.lock = None
+        self.left_out, self.bad = 0, set()  # rows: how many, and where the bad ones come from
+        self.rows: list[str] = []  # where the rows of this step come from
+        self.asked = 0  # the signal that this rank got
+        self.started = False
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._ask_to_stop)
+        self.found = self._holds()
+        if os.path.isfile(self.path):
+            raise UserError(f"--output_dir {self.path} is a file; name a directory")
+        if self.found and not config.resume:
+            raise UserError(
+                f"--output_dir {self.path} is not empty; pass --resume to go on there, or name "
+                f"another"
+            )
+        before = self._before() if config.resume else {}
+        if before.get("finished"):
+            raise Ended(f"{self.path}: finished at step {before['finished']}; nothing to do", 0)
+        self.step = self.checkpoints.newest() if config.resume else 0  # the last that is done
+        # What a checkpoint keeps besides tensors. `position`: how many rows all ranks have drawn.
+        self.progress = {"position": 0, "skipped": 0, "skipped_in_a_row": 0, "rows_used": 0}
+        if self.step:
+            self.progress |= self.checkpoints.progress(self.step)
+        elif config.resume:
+            say(f"--resume: no checkpoint in {self.path}, starting from step 1")
+        self.drawn = self.progress["position"]  # rows that this rank knows of, none of them twice
+
+    def _ask_to_stop(self, number: int, frame) -> None:
+        """Schedulers and torchrun send SIGTERM more than once; a second Ctrl-C is meant at once."""
+        self.asked = number
+        if number == signal.SIGINT:
+            signal.signal(number, signal.SIG_DFL)
+            say(
+                "Finishing this step, then saving and exiting. Press Ctrl-C again to quit now "
+                "without saving."
+            )
+
+    # ----------------------------------------------------------------------------------------------
+    # Rows
+
+    def batches(self, rows: Sequence, batch_size: int, total=None, held_out=False) -> Iterator:
+        """This rank's share of one global batch after another, from where the run stands. `rows`
+        are `data.Encoded`. Rows that cannot be used are left out, counted and named. `held_out`
+        rows begin with the first one and do not count as progress."""
+        before = self.progress.setdefault("batch_size", batch_size)
+        if not held_out and before != batch_size:
+            raise UserError(
+                f"--resume: a step had {before} rows over all ranks and would now have "
+                f"{batch_size}; set the batch size or the number of ranks so that they agree"
+            )
+        count = self.progress.setdefault("rows", len(rows))
+        if not held_out and count != len(rows):
+            say(f"--resume: the data had {count} rows and has {len(rows)}; some may come twice")
+            self.progress["rows"] = len(rows)
+        return self._batches(rows, batch_size, total, held_out)
+
+    def _batches(self, rows, batch_size, total, held_out) -> Iterator[list]:
+        start, share = 0 if held_out else self.progress["position"], (rank(), world_size())
+        workers = 0 if held_out else self.config.dataloader_num_workers
+        most = len(rows) + (self.drawn if held_out else 0)
+        # What encodes rows ahead ends with this process, not by signals to the whole job.
+        held = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT})
+        stream = batches(rows, batch_size, self.config.seed, start, total, share, workers)
+        signal.pthread_sigmask(signal.SIG_SETMASK, held)
+        for items in stream:
+            self.progress["position"] += 0 if held_out else batch_size
+            self.drawn = min(self.drawn + len(items), most)
+            used = []
+            for where, item in items:
+                if isinstance(item, RowError):
+                    self._leave_out(where, item, most)
+                else:
+                    self.rows.append(where)
+                    used.append(item)
+            yield used
+
+    def _leave_out(self, where: str, error: RowError, rows: int) -> None:
+        self.left_out += 1
+        bad = not isinstance(error, Unfit)
+        line = {"step": self.step, "row": where, "why": str(error), "bad": bad}
+        self._append("left_out.jsonl", line)
+        if self.left_out <= 3:
+            more = "; more of them go to left_out.jsonl only" if self.left_out == 3 else ""
+            say(f"{where}: left out, {error}{more}")
+        self.bad |= {where} if bad else set()
+        most = max(min(3, rows) - 1, self.config.max_bad_fraction * self.drawn)
+        if bad and len(self.bad) > most:
+            raise UserError(
+                f"{len(self.bad)} bad rows among the first {self.drawn} are more than "
+                f"--max_bad_fraction {self.config.max_bad_fraction}; {where}: {error}"
+            )
+
+    # ----------------------------------------------------------------------------------------------
+    # Steps
+
+    def steps(self, max_steps: int, modules: dict, save: Callable) -> Iterator[int]:
+        """The steps that are still to do, counted from 1. Loads the checkpoint that the run goes
+        on from, saves one every `save_steps` and before a signal ends the run, and the result at
+        the end. `modules` are name -> (module, optimiser); `save(path)` writes the Hugging Face
+        directory."""
+        self._start()
+        if self.step:
+            self.checkpoints.load(self.step, modules)
+        disabled, done = rank() != 0, min(self.step, max_steps)
+        self.bar = tqdm(total=max_steps, initial=done, desc=self.config.stage, disable=disabled)
+        for step in range(self.step + 1, max_steps + 1):
+            self.step = step
+            self._note()
+            # Dropout draws from (seed, step, rank): other masks on every rank, and a resumed run
+            # draws what it would have drawn.
+            torch.manual_seed((self.config.seed * 1_000_003 + step) * 4096 + rank())
+            yield step
+            self.bar.update()
+            self.checkpoints.check()
+            stopping = self._agree_to_stop()
+            if step < max_steps:
+                self._save_if_due(step, modules, save, stopping)
+        self.bar.close()
+        self.checkpoints.wait()
+        self._save_result(modules, save)
+
+    def _agree_to_stop(self) -> int:
+        """The signal that any rank got, so that all ranks stop behind the same step; 0 for none."""
+        return int(all_max([self.asked])[0])
+
+    def _save_if_due(self, step: int, modules: dict, save: Callable, stopping: int) -> None:
+        config = self.config
+        hf = config.save_hf_steps > 0 and step % config.save_hf_steps == 0
+        due = step % config.save_steps == 0 or hf
+        # After a skipped step the weights may be bad: the checkpoint before is the better one.
+        due = due and not self.progress["skipped_in_a_row"]
+        if stopping or due:
+            self.checkpoints.save(step, modules, self.progress, save if hf else None)
+        if stopping:
+            self.checkpoints.wait()
+            self.bar.close()
+            code = 0 if stopping == signal.SIGTERM else 130
+            where = self.checkpoints.folder(step)
+            raise Ended(f"stopped by a signal; saved {where}, go on with --resume", code)
+
+    def _save_result(self, modules: dict, save: Callable) -> None:
+        if not self.progress["rows_used"]:
+            raise UserError(
+                f"not one row could be used ({self.left_out} were left out, see {self.path}/"
+                f"left_out.jsonl, and {self.progress['skipped']} steps skipped); nothing was "
+                f"learned and nothing is saved"
+            )
+        check_weights(modules, self.step)
+        beside = os.path.join(self.path, "result.incomplete")
+        with all_or_nothing(beside):
+            save(beside)
+            if rank() == 0:
+                force(beside, files_below(beside))
+                for name in os.listdir(beside):
+                    final = os.path.join(self.path, name)
+                    shutil.rmtree(final, ignore_errors=True)  # a folder of a run that was killed
+                    os.replace(os.path.join(beside, name), final)
+                os.rmdir(beside)
+        say(f"saved {self.path}")
+
+    def finish(self) -> None:
+        """Marks the run as finished, once all that belongs to it is written."""
+        barrier()
+        if rank() == 0:
+            force(self.path, self._logs())
+            write_json(os.path.join(self.path, "run.json"), self._record(finished=self.step))
+
+    @contextlib.contextmanager
+    def phase(self, name: str):
+        """Seconds spent inside go to the step's metrics as time/<name>."""
+        start = time.perf_counter()
+        yield
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+
+    # ----------------------------------------------------------------------------------------------
+    # Log
+
+    def log(self, step: int, metrics: dict, grad_norms=(), tokens: int | None = None) -> dict:
+        """Writes one line of metrics and returns it. `metrics` are Mean, Sum, Max, Min, or values
+        that are the same on all ranks. `grad_norms` are the norms of this step's gradients: one
+        that is not finite makes the step count as skipped. `tokens` are this rank's."""
+        metrics = metrics | {"rows_left_out": Sum(self.left_out), "rows": Sum(len(self.rows))}
+        if tokens is not None:
+            metrics |= {"tokens": Sum(tokens)}
+        line = {"step": step} | across_ranks(metrics | {"peak_memory_gb": Max(self._peak())})
+        self._count_skipped(step, line, grad_norms)
+        now = time.perf_counter()
+        line["time/step"] = now - self.last
+        line |= {f"time/{name}": seconds for name, seconds in self.seconds.items()}
+        if tokens is not None:
+            line["tokens_per_second"] = line["tokens"] / line["time/step"]
+        self.last, self.seconds, self.rows = now, {}, []
+        line = finite(line)
+        if rank() == 0:
+            self._append("metrics.jsonl", line)
+            if self.writer:
+                self.writer({k: v for k, v in line.items() if isinstance(v, (int, float))}, step)
+            shown = ("loss", "reward", "accuracy", "format_valid", "discriminator_loss")
+            shown = {k: f"{line[k]:.3f}" for k in shown if line.get(k) is not None}
+            self.bar.set_postfix(shown)
+        return line
+
+    def _peak(self) -> float:
+        """The most memory that this process has had, in GiB: the GPU's where there is one."""
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_allocated() / 2**30
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 2**30
+
+    def _count_skipped(self, step: int, line: dict, grad_norms) -> None:
+        """Counts a step with a gradient that is not finite as skipped, names its rows, and ends the
+        run after --max_skipped in a row. A step with a zero gradient, for example one where no
+        rollout is valid, neither extends nor resets the streak of skipped steps."""
+        skipped, count = not all(map(math.isfinite, grad_norms)), self.progress
+        count["skipped"] += skipped
+        line["steps_skipped"] = count["skipped"]
+        if not skipped:
+            count["rows_used"] += line["rows"]
+            count["skipped_in_a_row"] = count["skipped_in_a_row"] if 0.0 in grad_norms else 0
+            return
+        count["skipped_in_a_row"] += 1
+        self._append("skipped.jsonl", {"step": step, "rank": rank(), "rows": self.rows})
+        say(f"step {step}: skipped, its gradient is not finite; its rows are in skipped.jsonl")
+        if count["skipped_in_a_row"] >= self.config.max_skipped:
+            raise UserError(
+                f"--max_skipped {self.config.max_skipped} steps in a row, the last {step}, had a "
+                f"gradient that is not finite: the weights or the data hold NaN or infinity, or "
+                f"--learning_rate is too high; nothing was saved over the last checkpoint"
+            )
+
+    def log_rollouts(self, step: int, example, texts: list[str], **columns) -> None:
+        """Writes the rollouts of one prompt, with a value of each column for each of them."""
+        if rank() != 0:
+            return
+        users = (m for m in example.messages if m["role"] == "user")
+        parts = (part for message in users for part in message["content"])
+        images = [x if isinstance(x, str) else f"{len(x)} bytes" for x in example.images]
+        shared = {
+            "row": example.where,
+            "question": "".join(part.get("text", "<image>") for part in parts),
+            "images": images,
+            "answer": example.answer,
+            "supervision": example.response,
+        }
+        lines = []
+        for i, text in enumerate(texts):
+            own = {name: float(column[i]) for name, column in columns.items()}
+            lines.append(finite({"step": step, **shared, "response": text, **own}))
+        self._append("rollouts.jsonl", *lines)
+
+    def _append(self, name: str, *lines: dict) -> None:
+        with open(os.path.join(self.path, name), "a") as file:
+            file.write("".join(json.dumps(line) + "\n" for line in lines))
+
+    # ----------------------------------------------------------------------------------------------
+    # Directory
+
+    def _holds(self) -> set[str]:
+        """What lies in the directory, except for the lock and the ranks' notes."""
+        return set(os.listdir(self.path)) - {"ranks"} if os.path.isdir(self.path) else set()
+
+    def _before(self) -> dict:
+        """run.json of the run that this one goes on with; UserError where it was another's."""
+        name = os.path.join(self.path, "run.json")
+        if not os.path.exists(name):
+            if self.found:
+                raise UserError(f"--resume: {self.path} is no run's directory, no run.json in it")
+            return {}
+        source = "model" if hasattr(self.config, "model") else "ckpt"
+        mine = {"stage": self.config.stage, source: getattr(self.config, source)}
+        mine["lora_rank"] = self.config.lora_rank
+        try:
+            with open(name) as file:
+                before = json.load(file)
+            theirs = {"stage": before["stage"], source: before["run"].get(source)}
+            theirs["lora_rank"] = before["run"].get("lora_rank", 0)
+        except (ValueError, TypeError, KeyError, AttributeError):
+            raise UserError(f"--resume: {name} is damaged; name another directory") from None
+        for name in mine:
+            if mine[name] != theirs[name]:
+                said = f"its {name} is {theirs[name]}, not {mine[name]}"
+                raise UserError(f"--resume: {self.path} belongs to another run: {said}")
+        return before
+
+    def _start(self) -> None:
+        """Locks the directory, writes run.json and opens the logs. All that can go wrong at the
+        start has gone well by then, so a wrong flag leaves nothing behind."""
+        if dist.is_initialized():
+            limit = datetime.timedelta(minutes=self.config.timeout)
+            self.checkpoints.group = dist.new_group(backend="gloo", timeout=limit)
+        barrier()  # every rank has looked into the directory before rank 0 writes
+        if rank() == 0:
+            self._lock()
+            for name in set(os.listdir(os.path.join(self.path, "ranks"))) - {"lock"}:
+                os.remove(os.path.join(self.path, "ranks", name))
+            for name in self.found:
+                if name.endswith(".incomplete"):
+                    shutil.rmtree(os.path.join(self.path, name))
+            for name in self._logs():
+                self._cut(name)
+            record = self._record()
+            self._say_what_changed(record["run"])
+            write_json(os.path.join(self.path, "run.json"), record)
+            self.writer = writer_to(self.config.report_to, self.path, record["run"])
+        barrier()  # rank 0 has cut the files
+        if "left_out.jsonl" in self._logs():
+            with open(os.path.join(self.path, "left_out.jsonl")) as file:
+                before = [json.loads(line) for line in file]
+            self.left_out = len(before) if rank() == 0 else 0
+            self.bad = {line["row"] for line in before if line.get("bad")}
+        barrier()  # no rank logs a row before all have read
+        self.started = True
+
+    def _lock(self) -> None:
+        os.makedirs(os.path.join(self.path, "ranks"), exist_ok=True)
+        # The lock goes with the process, however it ends, and is not its children's.
+        self.lock = open(os.path.join(self.path, "ranks", "lock"), "w")  # noqa: SIM115
+        try:
+            fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise UserError(f"--output_dir {self.path}: another run is writing there") from None
+        if self._holds() != self.found:
+            raise UserError(f"--output_dir {self.path}: another run has just written there")
+
+    def _record(self, **more) -> dict:
+        """What run.json says."""
+        words = {"stage": self.config.stage, "command": shlex.join(sys.argv), "commit": _commit()}
+        return words | {"run": dataclasses.asdict(self.config)} | more
+
+    def _say_what_changed(self, fields: dict) -> None:
+        name = os.path.join(self.path, "run.json")
+        if not self.step or not os.path.exists(name):
+            return
+        with open(name) as file:
+            before = json.load(file).get("run", {})
+        other = [k for k, v in fields.items() if before.get(k) != v and k != "resume"]
+        changed = [f"{k}: {before.get(k)} -> {fields[k]}" for k in other]
+        if changed:
+            say("resumed with other settings:", ", ".join(changed))
+
+    def _logs(self) -> list[str]:
+        names = ("metrics.jsonl", "rollouts.jsonl", "skipped.jsonl", "left_out.jsonl")
+        return [name for name in names if os.path.exists(os.path.join(self.path, name))]
+
+    def _cut(self, name: str) -> None:
+        """Drops what a killed run had logged behind the checkpoint that this run goes on from, and
+        lines that are no JSON."""
+        path = os.path.join(self.path, name)
+        with open(path, errors="replace") as file, replacing(path) as new:
+            for line in file:
+                try:
+                    done = json.loads(line)["step"] <= self.step
+                except (ValueError, TypeError, KeyError, RecursionError):
+                    done = False
+                new.write(line.rstrip("\n") + "\n" if done else "")
+
+    # ----------------------------------------------------------------------------------------------
+    # Ranks that are lost
+
+    def _note(self, *more) -> None:
+        """Leaves a word for the other ranks, should this one be lost: its step and process."""
+        path = os.path.join(self.path, "ranks", str(rank()))
+        with open(path + ".new", "w") as file:
+            print(self.step, os.uname().nodename, os.getpid(), *more, file=file)
+        os.replace(path + ".new", path)
+
+    def lagging(self) -> str:
+        """Names the rank most likely at fault: not itself waiting; a process that is gone or
+        stopped first; then the fewest steps done."""
+        if not self.started:
+            return "a rank is gone"
+        self._note("waits")
+        time.sleep(3)  # the others notice at about the same time
+        notes = {}
+        for number in range(world_size()):
+            try:
+                with open(os.path.join(self.path, "ranks", str(number))) as file:
+                    step, node, pid, *waits = file.read().split()
+            except FileNotFoundError:
+                step, node, pid, waits = 0, "", 0, []
+            gone = node == os.uname().nodename and not _runs(pid)
+            notes[number] = bool(waits), not gone, int(step)
+        slow = min(notes, key=notes.get)
+        return f"rank {slow} is gone or stuck, last heard of at step {notes[slow][2]}"
+
+
+def _runs(pid) -> bool:
+    """Whether a process of this machine is there and not stopped."""
+    try:
+        with open(f"/proc/{pid}/stat") as file:
+            return file.read().rpartition(")")[2].split()[0] not in "TtZX"
+    except OSError:
+        return not os.path.isdir("/proc/self")  # elsewhere it cannot be seen
+
+
+def _commit() -> str | None:
+    """The commit of this code, where git knows it."""
+    folder = os.path.dirname(os.path.abspath(__file__))
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        words = ["git", "-C", folder, "describe", "--always", "--dirty", "--exclude=*"]
+        done = subprocess.run(words, capture_output=True, text=True, timeout=10)
+        return done.stdout.strip() or None
+    return None
