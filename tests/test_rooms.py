@@ -59,7 +59,8 @@ def later():
     rooms = {f"support.{name}" for name in ("digits", "fit", "rows", "run")}
     assert imported(source) == {"data", "model"} | rooms
     assert IMPORTS["align"] >= {"data", "discriminator", "model", "support.run"}
-    assert "support.ranks" in reached("data") and "data" not in reached("data")
+    assert "support.resuming" in reached("align") - IMPORTS["align"]
+    assert "align" not in reached("align")
 
 
 def test_no_imports_form_a_circle():

@@ -1,0 +1,13 @@
+#!/usr/bin/env bash
+# A checkpoint on the paper's benchmarks, by lmms-eval: bash docs/lmms.sh CHECKPOINT
+# Run it from the root of the repository. WeMath is left out: its task has a system turn of its own.
+set -euo pipefail
+
+prompt=$(python -c 'import data; print(data.SYSTEM_PROMPT)')
+tasks=mathvista_testmini,mathvision_testmini,mathverse_testmini,mmmu_val,mmmu_pro,hallusion_bench_image
+
+# lmms-eval splits its model arguments at commas; the single quotes keep the prompt's together.
+python -m lmms_eval --model qwen3_vl --tasks "$tasks" --batch_size 1 \
+    --model_args "pretrained=$1,system_prompt='$prompt'" \
+    --gen_kwargs max_new_tokens=8192 \
+    --reasoning_tags '[["<caption>", "<answer>"], ["</", "answer>"]]'
