@@ -52,9 +52,10 @@ from sampler import Sampling, generate
 from support.errors import RowError, Unfit, UserError
 from support.flags import Count, NonNegative, Positive, RunConfig, Schedule, Share
 from support.huggingface import open_discriminator, same_prompts, save_discriminator
+from support.loader import run_length
 from support.metrics import Loss, Mean, Sum, add
 from support.optimizer import adamw, learning_rate_at, optimizer_step
-from support.ranks import all_sum, shard, world_size, say
+from support.ranks import all_sum, say, shard
 from support.rows import load_data
 from support.run import Run, main
 
@@ -636,10 +637,7 @@ def warm_up() -> None:
         score_l2=config.score_l2,
         balance_coef=config.router_aux_loss_coef,
     )
-    batch_size = config.per_device_train_batch_size * config.gradient_accumulation_steps
-    batch_size *= world_size()
-    total = math.ceil(len(training) * config.num_train_epochs) if config.max_steps <= 0 else None
-    max_steps = config.max_steps if config.max_steps > 0 else math.ceil(total / batch_size)
+    batch_size, total, max_steps = run_length(config, len(training))
     stream = run.batches(encoded(training), batch_size, total)
     modules = {"discriminator": (discriminator, optimizer)}
 

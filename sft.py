@@ -15,7 +15,6 @@ D6  A row that is too long is left out whole, counted and named; the published r
     python sft.py                                                   the embedded world of digits
 """
 
-import math
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -26,9 +25,10 @@ from model import load_policy, rank_packs, token_logprobs
 from support.errors import Unfit
 from support.flags import Count, NonNegative, Positive, RunConfig, Schedule
 from support.huggingface import save_policy
+from support.loader import run_length
 from support.metrics import Loss, Mean
 from support.optimizer import adamw, learning_rate_at, optimizer_step
-from support.ranks import all_max, all_sum, world_size
+from support.ranks import all_max, all_sum
 from support.rows import load_data
 from support.run import Run, main
 
@@ -78,10 +78,7 @@ def train() -> None:
             raise Unfit(f"{length} tokens are more than --max_length {config.max_length}")
         return Group(prompt, [response])
 
-    batch_size = config.per_device_train_batch_size * config.gradient_accumulation_steps
-    batch_size *= world_size()
-    total = math.ceil(len(examples) * config.num_train_epochs) if config.max_steps <= 0 else None
-    max_steps = config.max_steps if config.max_steps > 0 else math.ceil(total / batch_size)
+    batch_size, total, max_steps = run_length(config, len(examples))
     rows = Encoded(examples, processor, encode, max_pixels=config.max_pixels)
     stream = run.batches(rows, batch_size, total)
 

@@ -5,10 +5,25 @@ the stream is row n of the shuffled epochs, whoever draws it.
 """
 
 import itertools
+import math
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
 
 import torch
+
+from support.ranks import world_size
+
+
+def run_length(config, rows: int) -> tuple[int, int | None, int]:
+    """-> (rows a step over all ranks, rows of the whole run, steps), of a run over `rows` rows for
+    some epochs. Where `config.max_steps` is positive it takes the epochs' place, and the rows of
+    the run have no end (None)."""
+    batch_size = config.per_device_train_batch_size * config.gradient_accumulation_steps
+    batch_size *= world_size()
+    if config.max_steps > 0:
+        return batch_size, None, config.max_steps
+    total = math.ceil(rows * config.num_train_epochs)
+    return batch_size, total, math.ceil(total / batch_size)
 
 
 @lru_cache(maxsize=2)  # a batch may end one epoch and begin the next

@@ -160,7 +160,7 @@ class Run:
         self.checkpoints = Checkpoints(self.path, config.save_total_limit)
         self.seconds: dict[str, float] = {}  # of this step's phases
         self.last = time.perf_counter()  # when the last step ended
-        self.bar = self.writer = self.lock = None
+        self.bar = self.writer = self.lock = self.record = None
         self.left_out, self.bad = 0, set()  # rows: how many, and where the bad ones come from
         self.rows: list[str] = []  # where the rows of this step come from
         self.asked = 0  # the signal that this rank got
@@ -325,7 +325,7 @@ class Run:
         barrier()
         if rank() == 0:
             force(self.path, self._logs())
-            write_json(os.path.join(self.path, "run.json"), self._record(finished=self.step))
+            write_json(os.path.join(self.path, "run.json"), self.record | {"finished": self.step})
 
     @contextlib.contextmanager
     def phase(self, name: str):
@@ -461,10 +461,15 @@ class Run:
                     shutil.rmtree(os.path.join(self.path, name))
             for name in self._logs():
                 self._cut(name)
-            record = self._record()
-            self._say_what_changed(record["run"])
-            write_json(os.path.join(self.path, "run.json"), record)
-            self.writer = writer_to(self.config.report_to, self.path, record["run"])
+            self.record = {
+                "stage": self.config.stage,
+                "command": shlex.join(sys.argv),
+                "commit": _commit(),
+                "run": dataclasses.asdict(self.config),
+            }
+            self._say_what_changed(self.record["run"])
+            write_json(os.path.join(self.path, "run.json"), self.record)
+            self.writer = writer_to(self.config.report_to, self.path, self.record["run"])
         barrier()  # rank 0 has cut the files
         if "left_out.jsonl" in self._logs():
             with open(os.path.join(self.path, "left_out.jsonl")) as file:
@@ -484,11 +489,6 @@ class Run:
             raise UserError(f"--output_dir {self.path}: another run is writing there") from None
         if self._holds() != self.found:
             raise UserError(f"--output_dir {self.path}: another run has just written there")
-
-    def _record(self, **more) -> dict:
-        """What run.json says."""
-        words = {"stage": self.config.stage, "command": shlex.join(sys.argv), "commit": _commit()}
-        return words | {"run": dataclasses.asdict(self.config)} | more
 
     def _say_what_changed(self, fields: dict) -> None:
         name = os.path.join(self.path, "run.json")
