@@ -21,7 +21,7 @@ image are computed once for all views. Both sides go through one function (`data
 equal views of a prompt are one branch, so two sides of the same text score exactly the same (D15).
 Nothing is cut.
 
-Deviations from the published run (all are in docs/handbook.md, with the reasons):
+Deviations from the published run (all are in docs/deviations.md, with the reasons):
 D1  Each view has a score vector of its own; the release reads both views from one.
 D2  Views keep the image's rotary positions; the release drops them.
 D3  Prompt tokens are computed once, so they enter (8) once and not once a view. (8) is taken in

@@ -5,9 +5,9 @@
 
 An arm is a chain of the project's own stages, run as a user runs them. A seed draws everything
 anew: images, initial weights, the order of rows, what is sampled. Runs that several arms begin
-with are made once. Each finished arm of a seed is one file in `benchmarks/results/`. What is there
-is not run again, so a study that was stopped goes on. What `benchmarks/STUDY.md`, the README and
-its picture show is computed from these files.
+with are made once. Each finished arm of a seed is one line of `benchmarks/results/study.jsonl`.
+What is there is not run again, so a study that was stopped goes on. What `docs/study.md`, its
+picture and `docs/paper-map.md` show is computed from these lines.
 """
 
 import argparse
@@ -34,9 +34,8 @@ sys.path.insert(0, str(ROOT))
 
 from support import digits, report  # noqa: E402
 from support.digits import read_rows  # noqa: E402
-from support.resuming import write_json  # noqa: E402
 
-OUT, RESULTS = ROOT / "out/study", ROOT / "benchmarks/results"
+OUT, RESULTS = ROOT / "out/study", ROOT / "benchmarks/results/study.jsonl"
 SUPERVISED = 24  # responses that the alignment has
 SIZES = (16, SUPERVISED, 48, 160, 480)  # of the figure
 SEEDS, FEW = range(5), range(3)  # of arms and controls; of ablations and the figure
@@ -135,8 +134,6 @@ DRIFT |= {"wrong_sums_read": "of sums, without 3, 7, 9", "wrong_sums_misread": "
 DRIFT |= {"caption_items": "caption items", "reasoning_steps": "reasoning steps"}
 DRIFT |= {"kl_from_base": "KL from the base, nats"}
 GAME = {f"gap_{at}_{view}": f"gap, {view}, {at}" for view in VIEWS for at in ("first", "last")}
-WHOSE = {"warm_up": "before", "own": "own prompts", "other": "others"}
-GAME |= {f"{of}_{view}": f"right, {view}, {said}" for view in VIEWS for of, said in WHOSE.items()}
 DECIMALS = {"mean_response_tokens": 1, "kl_from_base": 1, "run_seconds": 0}  # 3 of all others
 
 
@@ -354,10 +351,11 @@ def curves(metrics: list[dict]) -> dict[str, list]:
 
 
 def results() -> dict[tuple[str, int], dict]:
-    """What is in the files, by arm and seed. Runs of a stage do the same work on every seed, and
+    """What is in the file, by arm and seed. Runs of a stage do the same work on every seed, and
     what else the machine had to do slowed some: an arm's seconds are the least of each stage. To
     an arm with RL, the accuracy that its RL started from; to a game, its first and last steps."""
-    found = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json"))]
+    found = [json.loads(line) for line in RESULTS.read_text(encoding="utf-8").splitlines()]
+    found.sort(key=lambda result: (result["arm"], result["seed"]))
     took = [item for result in found for item in result["seconds"].items()]
     least = {name: min(x for n, x in took if n == name) for name, _ in took}
     for result in found:
@@ -453,21 +451,6 @@ def differences(pairs: list[tuple[str, str]], found: dict) -> list[list]:
     return rows
 
 
-def short(found: dict) -> list[list]:
-    """The README's table: arms and controls, and what PRISM has more, before RL or with the same
-    algorithm."""
-    columns = {x: MAIN[x] for x in ENDS}
-    head, *rows = table([*ARMS, *CONTROLS], columns, found)
-    said = [[*head[:1], *head[2:], "PRISM minus it", "mean of 8"]]
-    for name in [*ARMS, *CONTROLS]:
-        algorithm = stages()[name].flags.get("algorithm")
-        twin, cells = f"prism_{algorithm}" if algorithm else "prism", ["", ""]
-        if name != "base" and not name.startswith("prism"):
-            cells = [difference(twin, name, column, found) for column in columns]
-        said += [[row[0], *row[2:], *cells] for row in rows if row[0] == label(name)]
-    return said
-
-
 def by_seed(names: list[str], found: dict) -> list[list]:
     """Accuracy at the end, of each seed."""
     rows = [["arm", *(f"seed {seed}" for seed in SEEDS)]]
@@ -483,16 +466,48 @@ def pairs() -> list[tuple[str, str]]:
     ]
 
 
+def by_size() -> list[tuple[str, str]]:
+    """PRISM and more SFT on as many responses, of the figure."""
+    return [(of_size("prism", size), of_size("more_sft", size)) for size in SIZES]
+
+
+def percent(name: str, found: dict, column="accuracy") -> str:
+    values = [x[column] for (arm, _), x in found.items() if arm == name and x.get(column)]
+    return f"{100 * statistics.mean(values):.1f}" if values else ""
+
+
+def published(found: dict) -> list[list]:
+    """The paper's averages over seven benchmarks, and this world's accuracy beside them."""
+    head = ["", *("instruct" if name == "base" else label(name) for name in ARMS)]
+    paper = {"4B": "59.7 56.8 61.8 63.2 61.6 57.2 66.2 66.3 65.8"}
+    paper |= {"8B": "63.3 58.1 63.3 65.2 63.3 59.3 69.3 68.9 68.7"}
+    rows = [[f"paper, Qwen3-VL {size}", *values.split()] for size, values in paper.items()]
+    return [head, *rows, ["ours, digits", *(percent(name, found) for name in ARMS)]]
+
+
+def published_ablations(found: dict) -> list[list]:
+    """The paper's ablations with GRPO, and this world's: after RL, and before it."""
+    rows = [("prism_grpo", "66.2"), ("dense_grpo", "62.8"), ("text_grpo", "62.3")]
+    rows += [("no_sft_grpo", "49.4"), ("sft_grpo", "61.8")]
+    rows += [(name, "") for name in ABLATIONS if name not in dict(rows)]
+    said = [["arm", "paper, after RL", "ours, after RL", "ours, before RL"]]
+    for name, paper in rows:
+        said.append([label(name), paper, percent(name, found), percent(name, found, "before")])
+    return said
+
+
 def tables() -> dict[str, list[list]]:
-    """Every table of STUDY.md, the README and the page, by its name."""
+    """Every table of the documents and of the page, by its name."""
     found = results()
     figure = ["sft_grpo", "more_sft_grpo", "prism_grpo", *FIGURE]
     return {
-        "short": short(found),
         "arms": table([*ARMS, *CONTROLS], MAIN, found),
         "seeds": by_seed([*ARMS, *CONTROLS], found),
         "ablations": table(["prism_grpo", "frozen_grpo", *ABLATIONS], ABLATED, few(found)),
         "differences": differences(pairs(), found),
+        "sizes": differences(by_size(), few(found)),
+        "published": published(found),
+        "published_ablations": published_ablations(few(found)),
         "speed": table(SPEED, SOONER, found),
         "drift": table([*ARMS, *CONTROLS], DRIFT, found),
         "game": table(GAMES, GAME, found),
@@ -562,7 +577,7 @@ def of_size(start: str, size: int) -> str:
 
 
 def picture(path: Path) -> None:
-    """Both plots as a file for the README. Its numbers stand in its description."""
+    """Both plots as a file for docs/study.md. Its numbers stand in its description."""
     plots = lines(results())
     plt.rcParams["svg.hashsalt"] = "study"
     figure, axes = plt.subplots(1, 2, figsize=(10, 4), layout="constrained", sharey=True)
@@ -628,7 +643,7 @@ def page(path: Path) -> None:
         last = {"step": steps[-1]}
         last |= {k: np.mean([g[k] for g in games], 0).tolist() for k in SHARES}
         body += report.routing({"lines": [last]})
-    body += section("Score gaps, first and last, and how often a discriminator is right", "game")
+    body += section("Score gaps, first and last ten steps", "game")
     report.write_page(str(path), "PRISM on the embedded world", body)
 
 
@@ -640,13 +655,13 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", default=arms, choices=arms, metavar="ARM")
     parser.add_argument("--processes", type=int, default=2)
     args = parser.parse_args()
-    for folder in (RESULTS, OUT):
-        folder.mkdir(parents=True, exist_ok=True)
+    OUT.mkdir(parents=True, exist_ok=True)
+    RESULTS.touch()
 
     jobs = [(seed, [*ARMS, *CONTROLS]) for seed in SEEDS]
     jobs += [(seed, some) for seed in FEW]
-    path = lambda seed, name: RESULTS / f"{name}-{seed}.json"
-    wanted = lambda seed, name: name in args.only and not path(seed, name).exists()
+    measured = results()
+    wanted = lambda seed, name: name in args.only and (name, seed) not in measured
     jobs = [(seed, [n for n in names if wanted(seed, n)]) for seed, names in jobs]
     jobs = [job for job in jobs if job[0] in args.seeds]
     for seed in {seed for seed, names in jobs if names}:
@@ -654,6 +669,7 @@ def main() -> None:
     bar = tqdm(total=sum(len(names) for _, names in jobs), unit="arm")
     failed = []
     locks = {seed: threading.Lock() for seed in SEEDS}  # what its arms begin with is made once
+    writing = threading.Lock()
 
     def work(job: tuple[int, list[str]]) -> None:
         seed, names = job
@@ -665,18 +681,20 @@ def main() -> None:
                     failed.append(f"seed {seed}, {label(name)}: {error!r}")
                     bar.write(failed[-1])
                 else:
-                    write_json(str(path(seed, name)), result)
+                    with writing, RESULTS.open("a", encoding="utf-8") as file:
+                        file.write(json.dumps(result) + "\n")
                     bar.write(f"seed {seed}, {label(name)}: {result['accuracy']:.3f}")
                 bar.update()
 
     with ThreadPoolExecutor(args.processes) as pool:
         list(pool.map(work, jobs))
     bar.close()
-    written = ["benchmarks/STUDY.md", "docs/handbook.md", "docs/study.svg", "out/study/report.html"]
-    for document in written[:2]:
+    documents = ["docs/study.md", "docs/paper-map.md"]
+    for document in documents:
         write(ROOT / document)
-    picture(ROOT / written[2])
-    page(ROOT / written[3])
+    written = [*documents, "docs/study.svg", "out/study/report.html"]
+    picture(ROOT / written[-2])
+    page(ROOT / written[-1])
     print("written:", ", ".join(written))
     if failed:
         raise SystemExit("\n".join(["error: not measured:", *failed]))

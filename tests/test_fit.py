@@ -1,4 +1,4 @@
-"""--dry_run: the count against what is really allocated, and against the README's table.
+"""--dry_run: the count against what is really allocated, and against the table of docs/gpus.md.
 
 Measured are small models with random weights, in bfloat16 as on a GPU, in one process on a CPU.
 """
@@ -291,7 +291,7 @@ def test_parameters_of_the_published_models(published):
     assert sizes == {"2B": 2_127_532_032, "4B": 4_437_815_808, "8B": 8_767_123_696}
 
 
-def test_the_readmes_table(published):
+def test_the_table_of_the_docs(published):
     """With the published lengths, which are the defaults."""
     lines = []
     for size in ("4B", "8B"):
@@ -309,9 +309,7 @@ def test_the_readmes_table(published):
             lines += [row.replace(f"| {stage}, ", f"| {name}, ") for row in rows]
     expected = "\n".join([head, rule, *lines])
     print(expected)
-    table = (
-        (ROOT / "docs/handbook.md").read_text().split("<!-- fit -->\n")[1].split("\n<!-- /fit")[0]
-    )
+    table = (ROOT / "docs/gpus.md").read_text().split("<!-- fit -->\n")[1].split("\n<!-- /fit")[0]
     assert table == expected
 
 

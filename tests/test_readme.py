@@ -1,15 +1,17 @@
-"""What the README says exists, exists, and the equations are where its map puts them."""
+"""What README.md and docs/ say exists, exists, and the equations are where the map puts them."""
 
 import ast
 import re
+from pathlib import Path
 
 import pytest
 
 from tests.conftest import ROOT
 
 README = (ROOT / "README.md").read_text()
-HANDBOOK = (ROOT / "docs/handbook.md").read_text()
-MAP = re.split(r"\n###? ", HANDBOOK.split("## Map")[1])[0]
+PAGES = [ROOT / "README.md", ROOT / "benchmarks/README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES += [ROOT / "CONTRIBUTING.md"]
+MAP = (ROOT / "docs/paper-map.md").read_text().split("## Map")[1].split("\n## ")[0]
 LINES = [line for line in MAP.splitlines() if line.startswith("|") and "`" in line]
 ROWS = [[cell.strip() for cell in line.strip("|").split("|")] for line in LINES]
 
@@ -46,12 +48,26 @@ def test_the_map_is_complete():
     assert numbers == list(range(1, 20))
 
 
-def test_links_and_deviations():
-    """Files that are linked exist; deviations that the code names are in the README's list."""
-    for folder, text in ((ROOT, README), (ROOT / "docs", HANDBOOK)):
-        for link in re.findall(r"\]\((?!http)([^)#]+)[^)]*\)", text):
-            assert (folder / link).exists(), link
-    listed = set(re.findall(r"^\| (D\d+) \|", HANDBOOK, re.MULTILINE))
+def anchors(page: Path) -> set[str]:
+    """The anchors that GitHub gives to the headings of a page."""
+    heads = re.findall(r"^#+ (.+)$", page.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", head.lower()).replace(" ", "-") for head in heads}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links(page):
+    """What a page links to is there, a heading too."""
+    for link in re.findall(r"\]\((?!http)([^)]+)\)", page.read_text()):
+        path, _, anchor = link.partition("#")
+        target = page.parent / path if path else page
+        assert target.exists(), link
+        assert not anchor or anchor in anchors(target), link
+
+
+def test_deviations():
+    """Deviations that the code names are in the list."""
+    text = (ROOT / "docs/deviations.md").read_text()
+    listed = set(re.findall(r"^\| (D\d+) \|", text, re.MULTILINE))
     named = set()
     for path in [*ROOT.glob("*.py"), *ROOT.glob("support/*.py")]:
         named |= set(re.findall(r"\bD\d+\b", path.read_text()))
@@ -61,17 +77,19 @@ def test_links_and_deviations():
 
 def test_the_table_of_faults():
     """Each test that it names is there."""
-    table = HANDBOOK.split("### What a run survives")[1].split("\n## ")[0]
+    table = (ROOT / "docs/reliability.md").read_text()
     tests = re.findall(r"\| `(test_\w+)` \|", table)
     assert len(tests) > 10 and set(tests) <= names("tests/test_run.py").keys()
 
 
 def test_pieces():
     """The pieces of the table are there, and say what to take along."""
-    table = HANDBOOK.split("## Taking pieces")[1].split("\n## ")[0]
-    pieces = re.findall(r"`(\w+)\.(\w+)`", table)
+    table = (ROOT / "docs/pieces.md").read_text().split("## Pieces")[1]
+    pieces = re.findall(r"`([\w/]+)\.(\w+)`", table)
     for file, name in pieces:
-        if name != "py":
+        if name == "py":
+            assert (ROOT / f"{file}.py").exists()
+        else:
             assert name in names(f"{file}.py"), (file, name)
     assert len(pieces) >= 12
 

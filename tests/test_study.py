@@ -1,5 +1,5 @@
 """The study: what is counted in a response, the statistics, and that every number shown in
-STUDY.md and in the README is what the result files say."""
+the documents is what the result files say."""
 
 import html
 import json
@@ -97,19 +97,8 @@ def test_a_table():
     assert study.table(["sft"], {"after_50": "sooner"}, found)[1] == ["SFT", 2, "-"]
 
 
-def test_what_an_arm_is_compared_with(monkeypatch):
-    """PRISM with the same algorithm, or before RL; the README's table, seed by seed."""
-    found = {}
-    for seed, noise in enumerate((0.1, 0.3, 0.2)):
-        for arm, x in {"sft": 0.1, "sft_dapo": 0.2, "prism": 0.4, "prism_dapo": 0.6}.items():
-            found[arm, seed] = {"accuracy": x + noise, "sampled_accuracy": x}
-        found["curated_grpo", seed] = {"accuracy": noise, "sampled_accuracy": 0.5}
-        found["prism_grpo", seed] = {"accuracy": noise + 0.01, "sampled_accuracy": 0.6}
-    rows = {name: row for name, *row in study.short(found)}
-    assert rows["SFT"][2:] == ["+30.0 (+30.0 to +30.0)"] * 2
-    assert rows["SFT + DAPO"][2:] == ["+40.0 (+40.0 to +40.0)"] * 2
-    assert rows["SFT on the curated rows alone, + GRPO"][2].startswith("+1.0 (")
-    assert rows["PRISM"][2:] == ["", ""] and rows["PRISM"][1] == "0.400"
+def test_seeds_of_an_arm():
+    found = {("sft", seed): {"accuracy": x} for seed, x in enumerate((0.2, 0.4, 0.3))}
     assert study.by_seed(["sft"], found)[1] == ["SFT", "0.200", "0.400", "0.300", "", ""]
 
 
@@ -218,7 +207,7 @@ def test_an_arm_from_its_first_run_to_its_numbers(world, trained, monkeypatch, t
     assert abs(base) < 1e-3  # of itself
 
 
-@pytest.mark.parametrize("path", ["benchmarks/STUDY.md", "docs/handbook.md"])
+@pytest.mark.parametrize("path", ["docs/study.md", "docs/paper-map.md"])
 def test_what_is_shown_is_what_was_measured(path, tmp_path):
     """Writing every table again from the result files changes nothing."""
     text = (ROOT / path).read_text(encoding="utf-8")
@@ -226,26 +215,27 @@ def test_what_is_shown_is_what_was_measured(path, tmp_path):
     copy.write_text(text, encoding="utf-8")
     study.write(copy)
     assert copy.read_text(encoding="utf-8") == text
-    marks = {name for name in study.tables() if f"<!-- {name} -->" in text}
-    assert marks >= (
-        {"short"} if path == "docs/handbook.md" else {"arms", "drift", "game", "seeds"}
-    )
 
 
-def test_the_readmes_sentences_have_the_tables_numbers():
-    """What it says in words under "What it shows"."""
-    text = (ROOT / "docs/handbook.md").read_text(encoding="utf-8")
+def test_every_table_is_shown_once():
+    text = "".join(path.read_text() for path in (ROOT / "docs").glob("*.md"))
+    assert all(text.count(f"<!-- {name} -->") == 1 for name in study.tables())
+
+
+def test_the_sentences_have_the_tables_numbers():
+    """What docs/study.md says in words under "What it shows"."""
+    text = (ROOT / "docs/study.md").read_text(encoding="utf-8")
     words = re.sub(r"<!--.*?-->.*?<!-- /.*?-->", "", text, flags=re.DOTALL)
     words = words.split("## What it shows")[1].split("\n## ")[0]
     cells = [str(cell) for rows in study.tables().values() for row in rows for cell in row]
     number = r"[01]\.\d{3}|[+-]\d+\.\d(?: to [+-]\d+\.\d)?"
     numbers = set(re.findall(number, words))
     missing = numbers - {x for cell in cells for x in re.findall(number, cell)}
-    assert len(numbers) > 10 and not missing, missing
+    assert len(numbers) > 5 and not missing, missing
 
 
 def test_the_picture_is_of_the_results(tmp_path):
-    """The README's picture holds the numbers that it shows, and drawn again it holds the same."""
+    """The picture holds the numbers that it shows, and drawn again it holds the same."""
 
     def numbers(path):
         found = re.search("<dc:description>(.*?)</dc:description>", path.read_text("utf-8"))
