@@ -1,47 +1,153 @@
-"""The launch lines of the README, as they stand there, on two ranks and small."""
+"""Every launch line of README.md and docs/, as it stands there.
+
+The lines of a stage run in the order in which a reader meets them, on what the lines before them
+wrote. Only four things differ: an id of the hub becomes a tiny model, 8 processes become 2, sizes
+are small, and a line that would fetch the published data gets rows of this machine.
+"""
 
 import json
+import os
 import re
 import shlex
+import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
 
-from tests.conftest import ROOT, launch
+import pytest
 
-TEXT = (ROOT / "README.md").read_text()
-LINES = re.findall(r"^torchrun --nproc_per_node=8 (.+)$", TEXT, re.MULTILINE)
-SMALL = ("--max_steps", 1, "--max_completion_length", 16, "--num_generations", 2)
-SMALL += ("--prompts_per_step", 2, "--per_device_train_batch_size", 2)
+from support.digits import read_rows
+from tests.conftest import ROOT
 
-
-def pairs(world) -> str:
-    """Warm-up pairs: both sides of each are demonstrations."""
-    from support.digits import read_rows
-
-    rows = read_rows(world["prompts"])
-    path = world["prompts"].replace("prompts.jsonl", "pairs.jsonl")
-    with open(path, "w") as file:
-        for row, other in zip(rows[:12], rows[12:]):
-            row = {name: row[name] for name in ("question", "image")}
-            row |= {"teacher_response": other["response"], "student_response": other["response"]}
-            file.write(json.dumps(row) + "\n")
-    return path
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES.remove(ROOT / "docs/study.md")  # its lines start the study, which takes hours
+PAGES.remove(ROOT / "docs/performance.md")  # its lines start benchmarks, which take minutes
+SMALL = {"max_steps": 1, "max_completion_length": 16, "num_generations": 2}
+SMALL |= {"prompts_per_step": 2, "per_device_train_batch_size": 2}
 
 
-def test_the_launch_lines(world, tmp_path):
-    """Each line runs, on what the lines before it wrote; only ids of the hub and sizes differ."""
-    data = {"sft.py": world["sft"], "discriminator.py": pairs(world), "eval.py": world["test"]}
-    stages = []
-    for line in LINES:
-        script, *words = shlex.split(line)
-        known = set(re.findall(r"^    (\w+):", (ROOT / script).read_text(), re.MULTILINE))
-        words = [world["init"] if word.startswith("Qwen/") else word for word in words]
-        words = [str(tmp_path / w) if re.fullmatch(r"\w+_out", w) else w for w in words]
-        if "--data" in words:
-            words[words.index("--data") + 1] = data[script]
-        else:
-            words += ["--data", data.get(script, world["prompts"])]
-        flags = zip(SMALL[::2], SMALL[1::2])
-        words += [x for flag, value in flags if flag[2:] in known for x in (flag, value)]
-        launch(script, *words, ranks=2, real=True)
-        stages.append(script)
-    assert stages == ["sft.py", "discriminator.py", "align.py", "rlvr.py", "eval.py"]
-    assert json.loads((tmp_path / "rl_out" / "eval.json").read_text())["rows"] > 0
+def launch_lines() -> list[str]:
+    """Lines of code blocks that start a stage, each once, without their comments."""
+    found = []
+    for page in PAGES:
+        for block in page.read_text().split("```")[1::2]:
+            lines = re.findall(r"^(?:torchrun|python) (?:.*? )?\w+\.py\b.*$", block, re.MULTILINE)
+            found += [line.split(" #")[0].strip() for line in lines]
+    return list(dict.fromkeys(found))
+
+
+def script_of(line: str) -> str:
+    return re.search(r"\w+\.py", line)[0]
+
+
+def start(line: str, folder: Path, init: str, endpoint: str = "") -> list[subprocess.Popen]:
+    """Starts a line in `folder`, once for each of its nodes."""
+    script = script_of(line)
+    fields = set(re.findall(r"^    (\w+):", (ROOT / script).read_text(), re.MULTILINE))
+    words = shlex.split(line)
+    program = [sys.executable]
+    if words[0] == "torchrun":
+        program += ["-m", "torch.distributed.run"]
+    words = [init if word.startswith("Qwen/") else word for word in words[1:]]
+    words = [str(ROOT / word) if word == script else word for word in words]
+    nodes = 2 if "--nnodes=2" in words else 1
+    for place, word in enumerate(words):
+        if word.startswith("--nproc_per_node"):
+            words[place] = f"--nproc_per_node={2 // nodes}"
+        words[place] = words[place].replace("HOST:29500", endpoint)
+    if program[1:] and nodes == 1:
+        program.append("--standalone")  # a port of its own
+    if "--data" not in words:
+        words += ["--data", "pairs.jsonl" if script == "discriminator.py" else "mine.jsonl"]
+    for name, value in SMALL.items():
+        if name in fields:
+            words += [f"--{name}", str(value)]
+    env = {**os.environ, "TQDM_DISABLE": "1", "PYTHONPATH": ""}
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return [
+        subprocess.Popen([*program, *words], cwd=folder, env=env, **pipes) for _ in range(nodes)
+    ]
+
+
+def run(line: str, folder: Path, init: str, **options) -> str:
+    """Runs a line and returns what its first process printed."""
+    processes = start(line, folder, init, **options)
+    printed = [process.communicate(timeout=300)[0] for process in processes]
+    for process, said in zip(processes, printed):
+        assert process.returncode == 0, f"{line}\n{said[-4000:]}"
+    return printed[0]
+
+
+@pytest.fixture(scope="module")
+def own_rows(world, tmp_path_factory) -> Path:
+    """A folder with rows of one's own: files as README.md and docs/data.md name them."""
+    import datasets
+
+    folder = tmp_path_factory.mktemp("own")
+    rows = read_rows(world["prompts"])[:12]
+    pictures = Path(world["prompts"]).parent
+    for number, row in enumerate(rows):
+        shutil.copy(pictures / row["image"], folder / f"{number}.png")
+        row["image"] = f"{number}.png"
+    plain = [{key: row[key] for key in ("question", "image", "response", "answer")} for row in rows]
+    turned = rows[1:] + rows[:1]
+    pairs = [{**row, "student_response": other["response"]} for row, other in zip(plain, turned)]
+    for name, some in (("mine", plain), ("pairs", pairs), ("benchmark", plain)):
+        text = "".join(json.dumps(row) + "\n" for row in some)
+        (folder / f"{name}.jsonl").write_text(text)
+    datasets.Dataset.from_list(plain).to_parquet(folder / "more.parquet")
+    return folder
+
+
+def chosen(script: str, *, torchrun: bool) -> list[str]:
+    """Lines of a stage that write a result; dry runs and resumed runs stand apart."""
+    apart = ("--dry_run", "--resume", "--nnodes")
+    lines = [line for line in launch_lines() if script_of(line) == script]
+    lines = [line for line in lines if not any(flag in line for flag in apart)]
+    return [line for line in lines if line.startswith("torchrun") == torchrun]
+
+
+def test_the_launch_lines(world, own_rows):
+    """The published pipeline, then a killed run that goes on, a second node, and a dry run."""
+    init = world["init"]
+    for script in ("sft.py", "discriminator.py", "align.py", "rlvr.py", "eval.py"):
+        lines = chosen(script, torchrun=True)
+        assert lines
+        for line in lines:
+            run(line, own_rows, init)
+    assert json.loads((own_rows / "rl_out/eval.json").read_text())["rows"] == 12
+
+    (resumed,) = [line for line in launch_lines() if "--resume" in line]
+    lost = own_rows / "sft_out"
+    settings = json.loads((lost / "run.json").read_text())
+    del settings["finished"]
+    (lost / "run.json").write_text(json.dumps(settings))
+    (lost / "model.safetensors").unlink()
+    run(resumed, own_rows, init)
+    assert (lost / "model.safetensors").exists()
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        endpoint = f"127.0.0.1:{free.getsockname()[1]}"
+    (nodes,) = [line for line in launch_lines() if "--nnodes" in line]
+    shutil.rmtree(own_rows / "align_out")
+    run(nodes, own_rows, init, endpoint=endpoint)
+    assert (own_rows / "align_out/model.safetensors").exists()
+
+    (counted,) = [line for line in launch_lines() if "--dry_run" in line]
+    assert "GiB a GPU" in run(counted, own_rows, init)
+
+
+def test_the_lines_of_one_process(world, own_rows):
+    """One's own rows, another family, the ablations' discriminators."""
+    tried = []
+    for script in ("sft.py", "discriminator.py", "align.py"):
+        for line in chosen(script, torchrun=False):
+            if "--output_dir" not in line:
+                line += f" --output_dir {len(tried)}_out"
+            shutil.rmtree(own_rows / line.split("--output_dir ")[1].split()[0], ignore_errors=True)
+            run(line, own_rows, world["init"])
+            tried.append(script)
+    assert tried.count("sft.py") >= 2 and tried.count("discriminator.py") >= 3
+    assert "align.py" in tried
