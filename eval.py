@@ -1,5 +1,7 @@
-"""Accuracy of a checkpoint on a data set, by source: greedy decoding with the sampler of the
-stages, or several samples a row; answers judged by the verifier of stage 3. Writes
+"""Accuracy of a checkpoint on a data set, by source. The sampler of the stages answers the rows,
+greedily or with several samples a row, and the verifier of stage 3 judges the answers.
+
+It writes two files:
 
     output_dir/eval.json          accuracy, format_valid, mean_response_tokens, caption_accuracy
                                   (where rows have accepted captions), by_source, rows, truncated,

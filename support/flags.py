@@ -112,8 +112,13 @@ def _parser(config_class) -> HfArgumentParser:
     """A parser that says what each flag means, and raises UserError in place of exiting."""
     about = (sys.modules["__main__"].__doc__ or "").strip().split("\n\n")[0]
     # Of the plain class: that of transformers would say each default once more.
-    how = dict(description=about, allow_abbrev=False, formatter_class=argparse.HelpFormatter)
-    parser = HfArgumentParser(config_class, **how)
+    parser = HfArgumentParser(
+        config_class,
+        usage="%(prog)s [--flag value ...]",
+        description=about,
+        allow_abbrev=False,
+        formatter_class=argparse.HelpFormatter,
+    )
 
     def refuse(message: str) -> None:
         raise UserError(f"{message}; --help lists the flags")
@@ -127,7 +132,9 @@ def _parser(config_class) -> HfArgumentParser:
             continue
         comment = comments[action.dest].replace("%", "%%")
         action.help = f"{comment} (default: {_shown(action.default)})"
-        action.metavar = None if action.choices else (action.type or str).__name__.upper()
+        kind = (action.type or str).__name__.upper()
+        action.metavar = None if action.choices else kind.removeprefix("STRING_TO_")
+        action.option_strings = action.option_strings[:1]  # --a_b is shown, --a-b works as well
         parser._optionals._group_actions.remove(action)
         (run if action.dest in shared else own)._group_actions.append(action)
     return parser
