@@ -115,7 +115,7 @@ LABELS |= {"longer_grpo": "SFT + GRPO for as long as PRISM + GRPO"}
 LABELS |= {"more_sft": "SFT, more SFT on the alignment's rows"}
 LABELS |= {"curated": "SFT on the curated rows alone,", "frozen": "PRISM, frozen discriminator,"}
 LABELS |= {"dense": "PRISM, dense discriminator,", "text": "PRISM, text-only discriminator,"}
-LABELS |= {"dedicated": "PRISM, an expert pair a view,", "cold": "PRISM, no warm-up,"}
+LABELS |= {"dedicated": "PRISM, dedicated experts,", "cold": "PRISM, no warm-up,"}
 LABELS |= {"alpha_0": "PRISM, alpha 0,", "alpha_1": "PRISM, alpha 1,"}
 LABELS |= {"no_sft": "PRISM without SFT,"}
 SHARES = [f"expert_share_{view}" for view in VIEWS]
@@ -126,7 +126,7 @@ MAIN |= {"mean_response_tokens": "tokens", "run_seconds": "seconds"}
 ENDS = ("accuracy", "sampled_accuracy")
 BEFORE = {"before": "before RL", "sampled_before": "before RL, mean of 8"}
 SOONER = {"before": BEFORE["before"]} | {f"after_{step}": f"{step} steps" for step in STEPS}
-SOONER |= {"accuracy": "the end"}
+SOONER |= {"accuracy": "after RL"}
 ABLATED = BEFORE | {"captions_before": "before RL, captions"} | MAIN
 DRIFT = {"misread_per_digit": "misread a digit", "wrong_per_step": "wrong a step"}
 DRIFT |= {"wrong_by_caption": "answer not from its caption"}
@@ -440,7 +440,7 @@ def difference(a: str, b: str, column: str, found: dict) -> str:
 
 def differences(pairs: list[tuple[str, str]], found: dict) -> list[list]:
     """In points, of greedy answers and of the mean of samples, before RL and at its end."""
-    columns = ABLATED | {"accuracy": "the end", "sampled_accuracy": "the end, mean of 8"}
+    columns = ABLATED | {"accuracy": "after RL", "sampled_accuracy": "after RL, mean of 8"}
     columns = {x: columns[x] for x in (*BEFORE, *ENDS)}
     rows = [["arm", "minus", "seeds", *columns.values()]]
     for a, b in pairs:
