@@ -27,7 +27,7 @@ from typing import ClassVar
 
 import torch
 
-from data import SYSTEM_PROMPT, Encoded, decode, parse_response
+from data import Encoded, decode, load_examples, parse_response
 from discriminator import Comparison, judge, load_discriminator
 from model import load_policy, rank_packs
 from policy_gradient import Objective, group_advantage, policy_backward
@@ -38,7 +38,6 @@ from support.huggingface import save_discriminator, save_policy
 from support.metrics import Mean, Sum
 from support.optimizer import adamw, learning_rate_at, optimizer_step
 from support.ranks import shard
-from support.rows import load_data
 from support.run import Run, main
 
 
@@ -51,7 +50,6 @@ class AlignConfig(RunConfig):
     )
     discriminator: str = "prism-vlm/Qwen3-VL-2B-4X-Moe-warmup-120k"  # or a model to upcycle
     output_dir: str = "out/align"  # the run's directory, and the aligned policy at its end
-    system_prompt: str = SYSTEM_PROMPT  # text, or a file with it, for rows without a system turn
     learning_rate: NonNegative = 1e-6  # of the policy; paper: 1e-6
     discriminator_learning_rate: NonNegative = 1e-6  # paper: 1e-6
     lr_scheduler_type: Schedule = "constant"  # schedule of both learning rates; paper: constant
@@ -107,7 +105,7 @@ def debias(score: torch.Tensor, length: torch.Tensor, beta: float) -> torch.Tens
 def train() -> None:
     run = Run(AlignConfig)
     config = run.config
-    examples = load_data(config.data, ("response",), config.system_prompt, config.image_dir)
+    examples = load_examples(config, ("response",), config.ckpt, config.discriminator)
     policy, processor = load_policy(config.ckpt, run.device, config)
     discriminator, _ = load_discriminator(
         config.discriminator, seed=config.seed, policy_processor=processor
@@ -134,8 +132,8 @@ def train() -> None:
     objective = Objective("grpo", config.epsilon, config.epsilon, temperature=config.temperature)
 
     def save(path: str) -> None:
-        save_policy(policy, path)
-        save_discriminator(discriminator, f"{path}/discriminator")
+        save_policy(policy, path, examples.shared)
+        save_discriminator(discriminator, f"{path}/discriminator", examples.shared)
 
     # Each step is one move of both players in the game (2).
     for step in run.steps(config.max_steps, modules, save):

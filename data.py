@@ -32,7 +32,9 @@ import torch
 from PIL import Image
 
 from support.errors import RowError, Unfit, UserError
-from support.rows import Example, open_image
+from support.huggingface import read_shared
+from support.ranks import say
+from support.rows import Example, Examples, load_data, open_image
 
 # --------------------------------------------------------------------------------------------------
 # The response format
@@ -51,7 +53,7 @@ BLOCKS = ("caption", "think", "answer")
 TAGS = [tag for name in BLOCKS for tag in (f"<{name}>", f"</{name}>")]
 RESPONSE = r"\s*" + r"\s*".join(f"<{name}>(.*)</{name}>" for name in BLOCKS) + r"\s*"
 
-# What stages after SFT give to a prompt without a system turn: the format, described (D14).
+# What every stage gives to a row without a system turn: the format, described (D14).
 SYSTEM_PROMPT = (
     "Answer in three blocks, in this order and with nothing around them. First describe all that "
     "the image shows and the question needs: <caption>...</caption>. Then reason step by step: "
@@ -244,6 +246,26 @@ def blank_group(processor) -> Group:
 
 # --------------------------------------------------------------------------------------------------
 # Rows that are encoded when they are drawn
+
+
+def load_examples(config, need: tuple, *checkpoints: str) -> Examples:
+    """The rows of a stage. All stages have to ask alike. So where a flag is not given, rows without
+    a system turn get the prompt, and images the limit, with which the first checkpoint was trained;
+    else SYSTEM_PROMPT, and the processor's own limit. `.shared` is what a save tells the next
+    stage. A line says where a flag, or the rows' own system turns, differ from a checkpoint's."""
+    before = read_shared(checkpoints[0])
+    for name, default in {"system_prompt": SYSTEM_PROMPT, "max_pixels": None}.items():
+        if getattr(config, name) is None:
+            setattr(config, name, before.get(name, default))
+    examples = load_data(config.data, need, config.system_prompt, config.image_dir)
+    shared = {"system_prompt": examples.system_prompt(), "max_pixels": config.max_pixels}
+    for path in checkpoints:
+        for name, value in read_shared(path).items():
+            if value != shared[name]:
+                ours, theirs = (f"{x or 'none'}"[:60] for x in (shared[name], value))
+                say(f"{path}: trained with {name} {theirs!r}, and this run has {ours!r}")
+    examples.shared = shared
+    return examples
 
 
 class Encoded(torch.utils.data.Dataset):

@@ -45,8 +45,8 @@ from typing import ClassVar, Literal
 import torch
 import torch.nn.functional as F
 
-from data import SYSTEM_PROMPT, Encoded, Group, Pack, Prompt, Response
-from data import decode, encode_views, parse_response
+from data import Encoded, Group, Pack, Prompt, Response
+from data import decode, encode_views, load_examples, parse_response
 from model import adapt, load_policy, model_inputs, rank_packs
 from sampler import Sampling, generate
 from support.errors import RowError, Unfit, UserError
@@ -56,7 +56,6 @@ from support.loader import run_length
 from support.metrics import Loss, Mean, Sum, add
 from support.optimizer import adamw, learning_rate_at, optimizer_step
 from support.ranks import all_sum, say, shard
-from support.rows import load_data
 from support.run import Run, main
 
 # learned (the paper): a router over all experts; dedicated: half of the experts for each view; the
@@ -76,7 +75,6 @@ class DiscriminatorConfig(RunConfig):
     )
     policy: str | None = None  # a policy that samples the students; none: they stand in the data
     output_dir: str = "out/discriminator"  # the run's directory, and the discriminator at its end
-    system_prompt: str = SYSTEM_PROMPT  # text, or a file with it, for rows without a system turn
     experts: Kind = "learned"  # which experts; paper: learned, and ablations dense and text
     dropout: Share = 0.1  # before the score head; paper: 0.1
     learning_rate: NonNegative = 1e-5  # at its peak; paper: 1e-5
@@ -583,7 +581,8 @@ def warm_up() -> None:
     run = Run(DiscriminatorConfig)
     config = run.config
     need = ("response",) if config.policy else ("response", "student")
-    examples = load_data(config.data, need, config.system_prompt, config.image_dir)
+    starts = [config.policy, config.model] if config.policy else [config.model]
+    examples = load_examples(config, need, *starts)
     training, validation = hold_out(examples, config.validation_share, config.seed)
     policy = policy_processor = None
     if config.policy:
@@ -642,7 +641,7 @@ def warm_up() -> None:
     modules = {"discriminator": (discriminator, optimizer)}
 
     def save(path: str) -> None:
-        save_discriminator(discriminator, path)
+        save_discriminator(discriminator, path, examples.shared)
 
     for step in run.steps(max_steps, modules, save):
         # Pairs of a supervision response y+ and a student's response y.

@@ -24,7 +24,7 @@ from typing import ClassVar
 import torch.distributed as dist
 from tqdm import tqdm
 
-from data import SYSTEM_PROMPT, TAGS, Encoded, Response, decode, parse_response
+from data import TAGS, Encoded, Response, decode, load_examples, parse_response
 from model import load_policy
 from sampler import Sampling, generate
 from support.errors import RowError, UserError
@@ -32,7 +32,6 @@ from support.flags import Count, Natural, NonNegative, parse
 from support.loader import batches
 from support.ranks import join_ranks, rank, world_size, say
 from support.resuming import replacing, write_json
-from support.rows import load_data
 from support.run import main, start_verifier
 from support.verifier import verify
 
@@ -43,9 +42,9 @@ class EvalConfig:
     ckpt: str = "prism-vlm/Qwen3-VL-4B-Instruct-SFT-PRISM"  # the policy: a directory or hub id
     data: list[str] = field(default_factory=list)  # rows with a question and an `answer`
     output_dir: str | None = None  # where results go; none: the checkpoint's own directory
-    system_prompt: str = SYSTEM_PROMPT  # text, or a file with it, for rows without a system turn
+    system_prompt: str | None = None  # text or file for rows without system turn; none: the model's
     image_dir: str | None = None  # a folder for images, besides the data file's own folder
-    max_pixels: Count | None = None  # largest image in pixels; none: the processor's own limit
+    max_pixels: Count | None = None  # largest image in pixels; none: the model's, see docs/data.md
     untagged: str | None = None  # regular expression with groups caption, think, answer
     per_device_eval_batch_size: Count = 64  # rows a rank answers at a time
     max_completion_length: Count = 8192  # longest answer in tokens
@@ -107,7 +106,7 @@ def evaluate() -> None:
     here = config.ckpt if os.path.isdir(config.ckpt) else "out/eval"
     output_dir = config.output_dir or here
     start_verifier()
-    examples = load_data(config.data, ("answer",), config.system_prompt, config.image_dir)
+    examples = load_examples(config, ("answer",), config.ckpt)
     policy, processor = load_policy(config.ckpt, device)
     batch_size = config.per_device_eval_batch_size * world_size()
     encoded = Encoded(examples, processor, lambda *row: row, max_pixels=config.max_pixels)

@@ -20,7 +20,7 @@ from typing import ClassVar, Literal
 
 import torch
 
-from data import SYSTEM_PROMPT, Encoded, Group, decode, parse_response
+from data import Encoded, Group, decode, load_examples, parse_response
 from model import load_policy, rank_packs
 from policy_gradient import ALGORITHMS, Objective, group_advantage, policy_backward, rescore
 from sampler import Sampling, generate
@@ -30,7 +30,7 @@ from support.huggingface import save_policy
 from support.metrics import Max, Mean, add
 from support.optimizer import adamw, learning_rate_at, optimizer_step
 from support.ranks import all_max, all_sum, world_size
-from support.rows import Example, load_data
+from support.rows import Example
 from support.run import Run, main, start_verifier
 from support.verifier import verify
 
@@ -47,7 +47,6 @@ class RLVRConfig(RunConfig):
         ]
     )
     output_dir: str = "out/rlvr"  # the run's directory, and the policy at its end
-    system_prompt: str = SYSTEM_PROMPT  # text, or a file with it, for rows without a system turn
     algorithm: Literal["grpo", "dapo", "gspo"] = "grpo"  # paper: all three
     learning_rate: NonNegative = 1e-6  # at its peak; paper: 1e-6
     lr_scheduler_type: Schedule = "constant"  # schedule of the learning rate; paper: constant
@@ -134,7 +133,7 @@ def train() -> None:
     config = run.config
     settle_algorithm(config)
     start_verifier()
-    examples = load_data(config.data, ("answer",), config.system_prompt, config.image_dir)
+    examples = load_examples(config, ("answer",), config.ckpt)
     policy, processor = load_policy(config.ckpt, run.device, config)
     policy.train()
     reference = None
@@ -214,7 +213,7 @@ def train() -> None:
         )
 
     def save(path: str) -> None:
-        save_policy(policy, path)
+        save_policy(policy, path, examples.shared)
 
     for step in run.steps(config.max_steps, modules, save):
         # Draw prompts x, sample N rollouts y ~ pi(x) of each, and reward them (13).

@@ -20,7 +20,7 @@ from typing import ClassVar
 
 import torch
 
-from data import Encoded, Group, encode_response
+from data import Encoded, Group, encode_response, load_examples
 from model import load_policy, rank_packs, token_logprobs
 from support.errors import Unfit
 from support.flags import Count, NonNegative, Positive, RunConfig, Schedule
@@ -29,7 +29,6 @@ from support.loader import run_length
 from support.metrics import Loss, Mean
 from support.optimizer import adamw, learning_rate_at, optimizer_step
 from support.ranks import all_max, all_sum
-from support.rows import load_data
 from support.run import Run, main
 
 
@@ -41,7 +40,6 @@ class SFTConfig(RunConfig):
         default_factory=lambda: ["prism-vlm/gemini_public_mmr1", "prism-vlm/gemini_distill"]
     )
     output_dir: str = "out/sft"  # the run's directory, and the policy at its end
-    system_prompt: str | None = None  # text, or a file with it, for rows without a system turn
     learning_rate: NonNegative = 1e-5  # at its peak; paper: 1e-5
     lr_scheduler_type: Schedule = "cosine"  # schedule of the learning rate; paper: cosine
     warmup_steps: NonNegative = 0.1  # steps, or below 1 a share of the run; paper: 0.1
@@ -64,7 +62,7 @@ def sft_loss(logp: torch.Tensor, num_tokens: float) -> torch.Tensor:
 def train() -> None:
     run = Run(SFTConfig)
     config = run.config
-    examples = load_data(config.data, ("response",), config.system_prompt, config.image_dir)
+    examples = load_examples(config, ("response",), config.model)
     policy, processor = load_policy(config.model, run.device, config)
     policy.train()
     optimizer = adamw(policy, config.weight_decay)
@@ -83,7 +81,7 @@ def train() -> None:
     stream = run.batches(rows, batch_size, total)
 
     def save(path: str) -> None:
-        save_policy(policy, path)
+        save_policy(policy, path, examples.shared)
 
     for step in run.steps(max_steps, modules, save):
         # Draw demonstrations (x, y) and cut them into packs. The longest go first, since they leave

@@ -3,7 +3,13 @@
 # Run it from the root of the repository. WeMath is left out: its task has a system turn of its own.
 set -euo pipefail
 
-prompt=$(python -c 'import data; print(data.SYSTEM_PROMPT)')
+# The prompt with which the checkpoint was trained.
+prompt=$(python - "$1" <<'END'
+import sys
+import data
+print(data.read_shared(sys.argv[1]).get("system_prompt", data.SYSTEM_PROMPT))
+END
+)
 tasks=mathvista_testmini,mathvision_testmini,mathverse_testmini,mmmu_val,mmmu_pro,hallusion_bench_image
 
 # lmms-eval splits its model arguments at commas; the single quotes keep the prompt's together.

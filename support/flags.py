@@ -52,7 +52,8 @@ class RunConfig:
 
     output_dir: str = "out/run"  # the run's directory; at the end the result is in it
     image_dir: str | None = None  # a folder for images, besides the data file's own folder
-    max_pixels: Count | None = None  # largest image in pixels; none: the processor's own limit
+    system_prompt: str | None = None  # text or file for rows without system turn; none: the model's
+    max_pixels: Count | None = None  # largest image in pixels; none: the model's, see docs/data.md
     max_bad_fraction: Share = 0.01  # share of bad rows among those drawn that ends the run
     max_tokens_per_pack: Count = 16384  # how a batch is cut; a memory budget, see docs/gpus.md
     activation_checkpointing: bool | None = None  # recompute to save memory; none: on a GPU only

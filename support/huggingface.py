@@ -181,11 +181,12 @@ def read_tensors(path: str, pattern: str) -> dict[str, torch.Tensor]:
 # Saving
 
 
-def save_policy(policy, path: str) -> None:
+def save_policy(policy, path: str, shared: dict | None = None) -> None:
     """Writes a Hugging Face directory: the weights, and the configuration, processor and chat
-    template of the source as they were. Every rank calls it."""
+    template of the source as they were. `shared` is what the next stage has to share, see
+    `read_shared`; None: as the source has it. Every rank calls it."""
     if rank() == 0:
-        write_files(path, policy.source.files)
+        write_files(path, policy.source.files | _shared_file(shared))
     save_weights(policy, path, policy.source.dtype)
 
 
@@ -289,8 +290,9 @@ def same_prompts(ours, theirs) -> bool:
     return a == b and ours.tokenizer.get_vocab() == theirs.tokenizer.get_vocab()
 
 
-def save_discriminator(discriminator, path: str) -> None:
+def save_discriminator(discriminator, path: str, shared: dict | None = None) -> None:
     """Writes a Hugging Face directory, with `score.weight` (2, h) beside the backbone's weights.
+    `shared` is as in `save_policy`.
 
     Experts of a Qwen3-VL are written as Qwen3VLMoeForConditionalGeneration opens them. For other
     models transformers has no class with experts. Theirs have the same names, and only
@@ -319,7 +321,7 @@ def save_discriminator(discriminator, path: str) -> None:
         config.prism_experts, config.dtype = discriminator.kind, source.dtype
         config.save_pretrained(path)
         processor = {k: v for k, v in source.files.items() if k in PROCESSOR_FILES}
-        write_files(path, processor)
+        write_files(path, processor | _shared_file(shared))
     save_weights(discriminator, path, source.dtype)
 
 
@@ -330,10 +332,14 @@ def save_discriminator(discriminator, path: str) -> None:
 # a video processor. Without torchvision AutoProcessor returns a bare tokenizer and says nothing.
 # PRISM needs no video, so the same processor is built here without that part.
 
-# All that a published directory may hold of a processor.
-PROCESSOR_FILES = """preprocessor_config.json video_preprocessor_config.json processor_config.json
+SHARED = "prism.json"  # beside the processor; transformers overlooks it
+# All that a published directory, or one of ours, may hold of a processor.
+PROCESSOR_FILES = (
+    """preprocessor_config.json video_preprocessor_config.json processor_config.json
     tokenizer.json tokenizer_config.json vocab.json merges.txt special_tokens_map.json
     added_tokens.json chat_template.json chat_template.jinja tokenizer.model""".split()
+    + [SHARED]
+)
 
 
 class ImageTextProcessor(Qwen3VLProcessor):
@@ -362,3 +368,25 @@ def load_processor(path: str | Path):
 def processor_files(path: str | Path) -> dict[str, bytes]:
     """The files of a processor, byte for byte, as a save writes them again."""
     return _files(path, PROCESSOR_FILES)
+
+
+def read_shared(path: str | Path) -> dict:
+    """What a stage fixed and the next one has to share: `system_prompt`, the system turn of the
+    rows ("" for none), and `max_pixels`, the largest image (None: the processor's own limit).
+    {} where no stage of this project has written the directory."""
+    try:
+        content = _files(path, [SHARED]).get(SHARED, b"{}")
+    except Exception:  # there is no such checkpoint; what loads it says so
+        return {}
+    kinds = {"system_prompt": str, "max_pixels": int | None}
+    try:
+        shared = {k: v for k, v in json.loads(content).items() if k in kinds}
+        if all(isinstance(value, kinds[name]) for name, value in shared.items()):
+            return shared
+    except (ValueError, AttributeError):
+        pass
+    raise UserError(f"{path}/{SHARED}: damaged; save the checkpoint again, or remove this file")
+
+
+def _shared_file(shared: dict | None) -> dict[str, bytes]:
+    return {} if shared is None else {SHARED: json.dumps(shared, indent=2).encode() + b"\n"}

@@ -9,13 +9,16 @@ names, and nothing in a row is executed.
 """
 
 import base64
+import contextlib
 import io
 import itertools
 import json
+import math
 import os
 import re
 from array import array
 from bisect import bisect_right
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -61,6 +64,7 @@ class Examples(Sequence):
         self.need, self.defaults = need, (system_prompt, image_dir)
         self.tables = [_open_source(source) for source in sources]
         self.ends = list(itertools.accumulate(len(table) for _, table in self.tables))
+        self.shared: dict = {}  # what the next stage has to share, see data.load_examples
 
     def __len__(self) -> int:
         return self.ends[-1]
@@ -89,6 +93,17 @@ class Examples(Sequence):
             bad = RowError(f"cannot be understood ({type(error).__name__}: {str(error)[:200]})")
             bad.where = where
             raise bad from None
+
+    def system_prompt(self, most: int = 32) -> str:
+        """The system turn that most rows have, by `most` of them from all over the data; "" for
+        none."""
+        found = Counter()
+        for i in range(0, len(self), math.ceil(len(self) / most)):
+            with contextlib.suppress(RowError):
+                first = self[i].messages[0]
+                parts = first["content"] if first["role"] == "system" else []
+                found["".join(part.get("text", "") for part in parts)] += 1
+        return max(found, key=found.get, default=self.defaults[0] or "")
 
 
 def load_data(sources, need=(), system_prompt=None, image_dir: str | None = None) -> Examples:

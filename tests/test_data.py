@@ -15,6 +15,7 @@ from PIL import Image
 from transformers import CLIPImageProcessorPil
 
 from data import (
+    SYSTEM_PROMPT,
     Encoded,
     Group,
     Prompt,
@@ -23,6 +24,7 @@ from data import (
     encode_prompts,
     encode_response,
     encode_views,
+    load_examples,
     make_packs,
     parse_response,
 )
@@ -197,6 +199,79 @@ def test_encoding_in_batches_equals_one_by_one(world, processor):
             together.index == row.index
             and int((alone.input_ids == processor.image_token_id).sum()) == 3
         )
+
+
+# --------------------------------------------------------------------------------------------------
+# What stages share
+
+
+def checkpoint(tmp_path, name: str, **shared) -> str:
+    write_files(tmp_path / name, {"prism.json": json.dumps(shared).encode()})
+    return str(tmp_path / name)
+
+
+def asked(tmp_path, *checkpoints, own=(None,), **flags):
+    """-> (the system turn of each row, what a save tells the next stage). `own` are the rows' own
+    system turns."""
+    rows = [{"question": "q", "answer": "1"} | ({"system": text} if text else {}) for text in own]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    given = {"system_prompt": None, "max_pixels": None, "image_dir": None} | flags
+    config = SimpleNamespace(data=[str(tmp_path / "rows.jsonl")], **given)
+    examples = load_examples(config, ("answer",), *checkpoints)
+    firsts = [example.messages[0] for example in examples]
+    turns = [m["content"][0]["text"] if m["role"] == "system" else "" for m in firsts]
+    assert config.max_pixels == examples.shared["max_pixels"]
+    return turns, examples.shared
+
+
+def test_all_stages_ask_alike(tmp_path, capsys):
+    """A row's own system turn, the flag, the checkpoint's, the project's: in this order."""
+    foreign = checkpoint(tmp_path, "foreign")
+    assert asked(tmp_path, foreign) == (
+        [SYSTEM_PROMPT],
+        {"system_prompt": SYSTEM_PROMPT, "max_pixels": None},
+    )
+    ours = checkpoint(tmp_path, "ours", system_prompt="Ours.", max_pixels=4096)
+    shared = {"system_prompt": "Ours.", "max_pixels": 4096}
+    assert asked(tmp_path, ours) == (["Ours."], shared)
+    assert asked(tmp_path, ours, own=["Ours.", "Ours."]) == (["Ours."] * 2, shared)
+    assert asked(tmp_path, ours, foreign, own=["Ours."]) == (["Ours."], shared)
+    silent = checkpoint(tmp_path, "silent", system_prompt="", max_pixels=None)
+    assert asked(tmp_path, silent) == ([""], {"system_prompt": "", "max_pixels": None})
+    assert asked(tmp_path, str(tmp_path / "none"))[0] == [SYSTEM_PROMPT]
+    assert capsys.readouterr().err == ""
+
+
+def test_what_differs_from_a_checkpoint_is_said_in_one_line(tmp_path, capsys):
+    ours = checkpoint(tmp_path, "ours", system_prompt="Ours.", max_pixels=4096)
+    said = f"{ours}: trained with system_prompt 'Ours.', and this run has "
+    assert asked(tmp_path, ours, system_prompt="Mine.") == (
+        ["Mine."],
+        {"system_prompt": "Mine.", "max_pixels": 4096},
+    )
+    assert capsys.readouterr().err == said + "'Mine.'\n"
+    assert asked(tmp_path, ours, system_prompt="")[0] == [""]
+    assert capsys.readouterr().err == said + "'none'\n"
+    # Most of the rows have a turn of their own, and the next stage is told of that one.
+    turns, shared = asked(tmp_path, ours, own=["A.", "A.", None], max_pixels=1024)
+    assert turns == ["A.", "A.", "Ours."]
+    assert shared == {"system_prompt": "A.", "max_pixels": 1024}
+    first, second = capsys.readouterr().err.splitlines()
+    assert first == said + "'A.'" and "max_pixels '4096', and this run has '1024'" in second
+    # A flag that no row needs changes nothing.
+    asked(tmp_path, ours, own=["Ours."], system_prompt="Mine.")
+    assert capsys.readouterr().err == ""
+    # The discriminator of a game was warmed up with another prompt than the policy's.
+    judge = checkpoint(tmp_path, "judge", system_prompt="Theirs.", max_pixels=4096)
+    assert asked(tmp_path, ours, judge)[0] == ["Ours."]
+    assert f"{judge}: trained with system_prompt 'Theirs.'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"system_prompt": 3}', '{"max_pixels": "many"}'])
+def test_a_damaged_note_of_a_checkpoint_is_one_line(tmp_path, content):
+    (tmp_path / "prism.json").write_text(content)
+    with pytest.raises(UserError, match="prism.json: damaged; .* remove this file"):
+        asked(tmp_path, str(tmp_path))
 
 
 # --------------------------------------------------------------------------------------------------

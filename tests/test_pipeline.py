@@ -16,10 +16,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForImageTextToText
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer
 
 from align import AlignConfig
-from data import encode_prompts
+from data import SYSTEM_PROMPT, encode_prompts
 from discriminator import DiscriminatorConfig
 from eval import EvalConfig
 from rlvr import RLVRConfig
@@ -324,6 +324,40 @@ def test_eval_agrees_with_transformers(world, trained, tmp_path):
             processor.tokenizer.decode(out[0, ids.shape[1] :]).removesuffix("<|im_end|>")
             == row["response"]
         )
+
+
+def test_every_stage_asks_as_sft_did(world, tmp_path):
+    """Rows of one's own without a system turn, and a limit for images, through all stages: each
+    result says what the next one takes, and transformers opens it as it is."""
+    rows = [{k: v for k, v in row.items() if k != "system"} for row in lines(world["prompts"])]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[:24]))
+    flags = ("--data", tmp_path / "rows.jsonl", "--image_dir", Path(world["init"]).parent)
+    steps = ("--max_steps", 1, "--save_steps", 1)
+    roll = (*steps, "--prompts_per_step", 2, "--num_generations", 2, *TINY)
+    at = {name: tmp_path / name for name in ("sft", "discriminator", "align", "rlvr")}
+    more = {
+        "sft": ("--model", world["init"], *steps, "--max_pixels", 512),
+        "discriminator": ("--model", world["init"], "--policy", at["sft"], *steps, *TINY),
+        "align": ("--ckpt", at["sft"], "--discriminator", at["discriminator"], *roll),
+        "rlvr": ("--ckpt", at["align"], *roll),
+    }
+    note = {"system_prompt": SYSTEM_PROMPT, "max_pixels": 512}
+    for stage, own in more.items():
+        done = launch(f"{stage}.py", *flags, *own, "--output_dir", at[stage])
+        assert "trained with" not in done.stderr
+        asked = json.loads((at[stage] / "run.json").read_text())["run"]
+        assert {name: asked[name] for name in note} == note
+        assert json.loads((at[stage] / "prism.json").read_text()) == note
+        assert not hasattr(AutoConfig.from_pretrained(at[stage]), "system_prompt")
+        AutoTokenizer.from_pretrained(at[stage])
+    assert json.loads((at["align"] / "discriminator/prism.json").read_text()) == note
+    AutoModelForImageTextToText.from_pretrained(at["rlvr"])
+    # The template, the ids that end a response and the size of images travel as they were.
+    for name in ("chat_template.json", "generation_config.json", "preprocessor_config.json"):
+        assert (at["rlvr"] / name).read_bytes() == (Path(world["init"]) / name).read_bytes()
+    done = launch("eval.py", *flags, "--ckpt", at["rlvr"], "--system_prompt", "Mine.", *TINY)
+    said = [line for line in done.stderr.splitlines() if "trained with" in line]
+    assert len(said) == 1 and said[0].endswith("and this run has 'Mine.'")
 
 
 def test_eval_of_several_samples(world, trained, tmp_path):

@@ -748,16 +748,16 @@ from support.ranks import rank
 from support.errors import UserError
 from support.run import main
 
-plain = sft.load_data
+plain = sft.load_examples
 
 
-def load_data(*args):
+def load_examples(*args):
     if rank() == 1:
         raise UserError("--data: this node has no such file")
     return plain(*args)
 
 
-sft.load_data = load_data
+sft.load_examples = load_examples
 main(sft.train)
 '''
 
