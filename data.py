@@ -32,7 +32,7 @@ import torch
 from PIL import Image
 
 from support.errors import RowError, Unfit, UserError
-from support.huggingface import read_shared
+from support.huggingface import read_shared, write_chats
 from support.ranks import say
 from support.rows import Example, Examples, load_data, open_image
 
@@ -142,15 +142,16 @@ def _encode_prompts(processor, examples, max_image_size) -> list[Prompt]:
         for token in special if "text" in part else ():
             if token in part["text"]:  # it would be encoded as what controls the model
                 raise RowError(f"the text contains {token}, a control token; remove it")
-    texts = processor.apply_chat_template(chats, add_generation_prompt=True, tokenize=False)
+    texts = write_chats(processor, chats)
     images = [[open_image(image) for image in e.images] for e in examples]
-    for image in itertools.chain.from_iterable(images):
-        if max_image_size is not None:
-            image.thumbnail((max_image_size, max_image_size))
     try:
+        for image in itertools.chain.from_iterable(images):
+            if max_image_size is not None:
+                image.thumbnail((max_image_size, max_image_size))
         inputs = processor(text=texts, images=images if any(images) else None)
-    except (ValueError, IndexError, StopIteration) as error:
-        raise RowError(f"the processor refuses the row ({error})") from None
+    except Exception as error:  # processors raise many kinds, MemoryError among them
+        why = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        raise RowError(f"the processor refuses the row ({why})") from None
     known = {"input_ids", "attention_mask", "mm_token_type_ids", "token_type_ids"}
     unknown = set(inputs) - known - {"pixel_values", "image_grid_thw"}
     if unknown:
@@ -236,11 +237,17 @@ def encode_views(processor, response: Response) -> tuple[torch.Tensor, torch.Ten
 
 def blank_group(processor) -> Group:
     """A blank image that nobody reads. Sharded ranks put it into packs without images, so that
-    every rank calls the collectives of the vision tower. No branch attends to it."""
+    every rank calls the collectives of the vision tower. No branch attends to it. UserError where
+    the processor cannot encode even that."""
     picture = io.BytesIO()
     Image.new("RGB", (1, 1)).save(picture, "PNG")  # the processor makes it as large as it must be
     chat = [{"role": "user", "content": [{"type": "image"}]}]
     (prompt,) = encode_prompts(processor, [Example(-1, "blank", chat, [picture.getvalue()])])
+    if isinstance(prompt, RowError):
+        name = processor.tokenizer.name_or_path
+        raise UserError(
+            f"{name}: cannot encode a blank image, {prompt}; it needs another processor"
+        )
     return Group(prompt, [])
 
 
@@ -278,6 +285,7 @@ class Encoded(torch.utils.data.Dataset):
         self.encode, self.limits = encode, limits
         if limits.get("max_pixels"):
             limit_pixels(processor, limits["max_pixels"])
+        blank_group(processor)  # what is wrong with all rows is said before the first
 
     def __len__(self) -> int:
         return len(self.examples)

@@ -7,10 +7,13 @@ weights transformers renames or turns while it reads them are loaded whole by ev
 sharded afterwards.
 """
 
+import itertools
 import json
 import os
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache, partial
 from pathlib import Path
 
 import torch
@@ -25,7 +28,7 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, GenerationConfig
 from transformers import ProcessorMixin, Qwen3VLMoeConfig, Qwen3VLProcessor
 
-from support.errors import UserError
+from support.errors import RowError, UserError
 from support.ranks import barrier, rank
 
 CPU = torch.device("cpu")
@@ -53,7 +56,7 @@ def read_config(path: str):
     except Exception as error:
         raise UserError(
             f"{path}: neither a Hugging Face directory nor a hub id that can be loaded "
-            f"({str(error).strip().splitlines()[0][:150]})"
+            f"({_first_line(error)})"
         ) from None
 
 
@@ -81,7 +84,7 @@ def load_pretrained(path: str, config, unused: str = "$^", hollow: bool = False)
     except Exception as error:
         raise UserError(
             f"{path}: cannot be loaded as a vision-language model with its processor "
-            f"({str(error).strip().splitlines()[0][:150]})"
+            f"({_first_line(error)})"
         ) from None
     missing = sorted(key for key in found["missing_keys"] if not re.search(unused, key))
     unexpected = sorted(key for key in found["unexpected_keys"] if not re.search(unused, key))
@@ -363,6 +366,76 @@ def load_processor(path: str | Path):
     if processor.chat_template is None:  # it may stand in tokenizer_config.json only
         processor.chat_template = processor.tokenizer.chat_template
     return processor
+
+
+def write_chats(processor, chats: list[list[dict]]) -> list[str]:
+    """Chats, their turns in parts, as the model's chat template writes them, up to where the
+    response begins. RowError where it refuses one of them, UserError where it cannot write any."""
+    form = _chat_form(processor)
+    chats = [form(chat) for chat in chats]
+    try:
+        return processor.apply_chat_template(chats, add_generation_prompt=True, tokenize=False)
+    except Exception as error:  # a template raises whatever its author chose
+        raise RowError(f"the model's chat template refuses it ({_first_line(error)})") from None
+
+
+@lru_cache(maxsize=4)
+def _chat_form(processor) -> Callable:
+    """How to give a chat to the chat template: the first of all forms with which nothing of a chat
+    is lost. A system turn is taken in parts, as text, or as the beginning of the user's turn; a
+    reply in parts or as text."""
+    prompt, question, reply = "Answer as a probe does.", "What does the probe show?", "A line."
+    text = lambda words: {"type": "text", "text": words}
+    system = {"role": "system", "content": [text(prompt)]}
+    picture = {"role": "user", "content": [{"type": "image"}, text(question)]}
+    no_picture = {"role": "user", "content": [text(question)]}
+    more = [{"role": "assistant", "content": [text(reply)]}, no_picture]
+
+    def write(form, *turns) -> str:
+        chat = form(list(turns))
+        return processor.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
+
+    why = "it drops one of them, or writes it as code"
+    forms = [
+        partial(_formed, system=system_as, assistant=reply_as)
+        for system_as in ("parts", "text", "user")
+        for reply_as in ("parts", "text")
+    ]
+    for rest, form in itertools.product((more, []), forms):  # some take a single question only
+        try:
+            written, other = (write(form, system, turn, *rest) for turn in (picture, no_picture))
+        except Exception as error:
+            why = _first_line(error)
+            continue
+        whole = prompt in written and question in written and written != other
+        whole = whole and (reply in written or not rest)
+        if whole and "'type'" not in written:  # a list of parts, written as Python shows it
+            return form
+    name = processor.tokenizer.name_or_path
+    raise UserError(
+        f"{name}: its chat template cannot write a prompt, an image and a question ({why}); put "
+        f"another one into the directory, as chat_template.jinja"
+    )
+
+
+def _formed(chat: list[dict], system: str, assistant: str) -> list[dict]:
+    """A chat with its turns in parts -> the same with those of a role in parts or as text; where
+    `system` is "user", the system turn begins the first turn of the user."""
+    if system == "user" and chat[0]["role"] == "system":
+        prompt = [*chat[0]["content"], {"type": "text", "text": "\n\n"}]
+        first = next(i for i, turn in enumerate(chat) if turn["role"] == "user")
+        asked = chat[first] | {"content": prompt + chat[first]["content"]}
+        chat = [*chat[1:first], asked, *chat[first + 1 :]]
+    form = {"system": system, "assistant": assistant, "user": "parts"}
+    joined = lambda parts: "".join(part.get("text", "") for part in parts)
+    return [
+        turn | {"content": joined(turn["content"])} if form[turn["role"]] == "text" else turn
+        for turn in chat
+    ]
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:150]
 
 
 def processor_files(path: str | Path) -> dict[str, bytes]:

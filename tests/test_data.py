@@ -1,5 +1,7 @@
 """Examples -> prompts, branches, views, batches and packs; and the processor in and out."""
 
+import copy
+import io
 import json
 import random
 import time
@@ -29,7 +31,7 @@ from data import (
     parse_response,
 )
 from support.errors import RowError, Unfit, UserError
-from support.huggingface import load_processor, processor_files, write_files
+from support.huggingface import load_processor, processor_files, write_chats, write_files
 from support.loader import batches, epoch_rows
 from support.rows import Example, load_data
 
@@ -199,6 +201,126 @@ def test_encoding_in_batches_equals_one_by_one(world, processor):
             together.index == row.index
             and int((alone.input_ids == processor.image_token_id).sum()) == 3
         )
+
+
+# --------------------------------------------------------------------------------------------------
+# Chat templates
+
+PARTS = """{%- for part in m.content %}{{ "[image]" if part.type == "image" else part.text }}
+{%- endfor %}"""
+TURNS = "{%- for m in messages %}<{{ m.role }}>" + PARTS + "{%- endfor %}<assistant>"
+ALTERNATE = (
+    """{%- for m in messages[1:] %}{%- if (m.role == "user") != (loop.index0 % 2 == 0) %}
+{{- raise_exception("roles must alternate") }}{%- endif %}{%- endfor %}"""
+    + TURNS
+)
+NO_SYSTEM = (
+    """{%- if messages[0].role == "system" %}{{- raise_exception("no system role") }}
+{%- endif %}"""
+    + TURNS
+)
+DROPS_SYSTEM = TURNS.replace("<{{", "{%- if m.role != 'system' %}<{{", 1)
+DROPS_SYSTEM = DROPS_SYSTEM.replace("{%- endfor %}<a", "{%- endif %}{%- endfor %}<a")
+SYSTEM_AS_TEXT = TURNS.replace(
+    PARTS, "{%- if m.role == 'system' %}{{ m.content }}{%- else %}" + PARTS + "{%- endif %}"
+)
+USER_ONLY_IN_PARTS = SYSTEM_AS_TEXT.replace("== 'system'", "!= 'user'")
+TEXT_ONLY = "{%- for m in messages %}<{{ m.role }}>{{ m.content }}{%- endfor %}<assistant>"
+NO_IMAGE = TURNS.replace("[image]", "")
+ASKED = [
+    {"role": "system", "content": [{"type": "text", "text": "Be brief."}]},
+    {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "How many?"}]},
+]
+MORE = [{"role": "user", "content": [{"type": "text", "text": "And now?"}]}]
+
+
+def with_template(world, template) -> object:
+    processor = load_processor(world["init"])
+    processor.chat_template = template
+    return processor
+
+
+@pytest.mark.parametrize(
+    "template, written",
+    [
+        (TURNS, "<system>Be brief.<user>[image]How many?<assistant>"),
+        (USER_ONLY_IN_PARTS, "<system>Be brief.<user>[image]How many?<assistant>"),
+        (SYSTEM_AS_TEXT, "<system>Be brief.<user>[image]How many?<assistant>"),
+        (NO_SYSTEM, "<user>Be brief.\n\n[image]How many?<assistant>"),
+        (DROPS_SYSTEM, "<user>Be brief.\n\n[image]How many?<assistant>"),
+    ],
+)
+def test_a_prompt_comes_through_every_chat_template(world, template, written):
+    """One that takes no system turn has the prompt in the user's turn."""
+    chats = copy.deepcopy([ASKED, ASKED[1:]])
+    assert write_chats(with_template(world, template), chats) == [
+        written,
+        "<user>[image]How many?<assistant>",
+    ]
+    assert chats == [ASKED, ASKED[1:]]
+    said = {"role": "assistant", "content": [{"type": "text", "text": "Two."}]}
+    (text,) = write_chats(with_template(world, template), [[*ASKED, said, *MORE]])
+    assert text == written.replace("<assistant>", "<assistant>Two.<user>And now?<assistant>")
+
+
+@pytest.mark.parametrize(
+    "template, why",
+    [
+        (None, "does not have a chat template"),
+        ("{% for", "xpected"),
+        ("{{ messages.nothing.at_all }}", "has no attribute"),
+        (TEXT_ONLY, "drops one of them"),
+        (TEXT_ONLY.replace("{{ m.content }}", "{{ 'x' + m.content }}"), "concatenate"),
+        (NO_IMAGE, "drops one of them"),
+    ],
+)
+def test_a_chat_template_that_is_of_no_use_is_one_line_at_the_start(world, template, why):
+    processor = with_template(world, template)
+    with pytest.raises(UserError, match=why) as error:
+        Encoded([], processor, None)
+    assert f"{world['init']}: its chat template cannot" in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_a_row_that_the_chat_template_refuses_is_a_bad_row(world):
+    """The others of its batch are encoded."""
+    template = ALTERNATE.replace("[image]", "<|vision_start|><|image_pad|><|vision_end|>")
+    encoded = Encoded([], with_template(world, template), None)
+    picture = PNG(32, 16)
+    chats = [ASKED, ASKED + MORE, ASKED]
+    rows = [Example(i, f"f:{i}", chat, [picture]) for i, chat in enumerate(chats)]
+    prompts = encode_prompts(encoded.processor, rows)
+    assert [isinstance(prompt, RowError) for prompt in prompts] == [False, True, False]
+    assert "chat template refuses it (roles must alternate)" in str(prompts[1])
+    assert prompts[1].where == "f:1"
+
+
+def PNG(*size) -> bytes:  # noqa: N802
+    file = io.BytesIO()
+    Image.new("RGB", size).save(file, "PNG")
+    return file.getvalue()
+
+
+@pytest.mark.parametrize("error", [MemoryError(), ZeroDivisionError("division by zero"), TypeError])
+def test_whatever_a_processor_raises_of_a_row_makes_it_a_bad_row(world, error):
+    """And of a blank image, one line before the first row."""
+    processor = load_processor(world["init"])
+    plain = processor.image_processor.preprocess
+
+    def preprocess(images, **options):
+        if any(image.size == (48, 16) for row in images for image in row) or error is TypeError:
+            raise error
+        return plain(images, **options)
+
+    processor.image_processor.preprocess = preprocess
+    if error is TypeError:
+        with pytest.raises(UserError, match="cannot encode a blank image, .*TypeError"):
+            Encoded([], processor, None)
+        return
+    rows = [Example(i, "f", ASKED, [PNG(w, 16)]) for i, w in enumerate((32, 48, 32))]
+    prompts = encode_prompts(processor, rows)
+    assert [isinstance(prompt, RowError) for prompt in prompts] == [False, True, False]
+    assert f"refuses the row ({type(error).__name__}" in str(prompts[1])
 
 
 # --------------------------------------------------------------------------------------------------
