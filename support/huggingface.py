@@ -29,7 +29,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor,
 from transformers import ProcessorMixin, Qwen3VLMoeConfig, Qwen3VLProcessor
 
 from support.errors import RowError, UserError
-from support.ranks import barrier, rank
+from support.ranks import all_sum, barrier, rank
 
 CPU = torch.device("cpu")
 
@@ -42,7 +42,7 @@ class Source:
     """What a model was loaded from, besides its weights: what a save has to write again."""
 
     files: dict[str, bytes]  # configuration, processor and chat template, byte for byte
-    dtype: torch.dtype  # of the weights in the files
+    dtype: torch.dtype  # that the configuration names, and servers compute in
 
 
 def read_config(path: str):
@@ -190,22 +190,23 @@ def save_policy(policy, path: str, shared: dict | None = None) -> None:
     `read_shared`; None: as the source has it. Every rank calls it."""
     if rank() == 0:
         write_files(path, policy.source.files | _shared_file(shared))
-    save_weights(policy, path, policy.source.dtype)
+    save_weights(policy, path)
 
 
-def save_weights(module, path: str, dtype: torch.dtype, file_size: str = "5GB") -> None:
-    """Writes the weights in files of at most `file_size`, with an index where there are several.
-    Rank 0 holds one file at a time. Every rank calls it."""
+def save_weights(module, path: str, file_size: str = "5GB") -> None:
+    """Writes the weights, in float32, in files of at most `file_size`, with an index where there
+    are several. Rank 0 holds one file at a time. Every rank calls it.
+
+    The configuration beside them names the type of the source, so servers still compute in that
+    type. The next stage reads all that was learned: published weights lie on bfloat16's grid, and
+    a save in bfloat16 would drop every change that is smaller than half of its spacing."""
     weights = _in_files(module)
-    shapes = {n: torch.empty(t.shape, dtype=dtype, device="meta") for n, t in weights.items()}
+    shapes = {n: torch.empty(t.shape, dtype=t.dtype, device="meta") for n, t in weights.items()}
     split = split_torch_state_dict_into_shards(shapes, max_shard_size=file_size)
     for file, names in split.filename_to_tensors.items():
         content = {}
         for name in names:
-            tensor, layer = weights[name], module.get_submodule(name.rpartition(".")[0])
-            if name.endswith(".weight") and hasattr(layer, "get_delta_weight"):  # W + 2 B A
-                tensor = tensor + layer.get_delta_weight("default").detach()
-            tensor = tensor.to(dtype) if tensor.is_floating_point() else tensor
+            tensor = _merged(module, name, weights[name])
             tensor = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
             if rank() == 0:
                 content[name] = tensor.cpu().contiguous()
@@ -218,10 +219,62 @@ def save_weights(module, path: str, dtype: torch.dtype, file_size: str = "5GB") 
     barrier()
 
 
+def _merged(module, name: str, tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor of `_in_files` with the adapters of its layer, W + 2 B A, where it has any."""
+    layer = module.get_submodule(name.rpartition(".")[0])
+    if not name.endswith(".weight") or not hasattr(layer, "get_delta_weight"):
+        return tensor
+    return tensor + layer.get_delta_weight("default").detach()
+
+
 def write_files(path: str | Path, files: dict[str, bytes]) -> None:
     Path(path).mkdir(parents=True, exist_ok=True)
     for name, content in files.items():
         (Path(path) / name).write_bytes(content)
+
+
+# --------------------------------------------------------------------------------------------------
+# What the type that a configuration names would lose
+
+
+def starting_weights(module) -> dict[str, torch.Tensor]:
+    """Name -> this rank's shard of each weight that learns, as it is now, on the CPU. It takes
+    2 bytes a weight where the source's type holds the weight exactly, as it does of published
+    weights, and 4 otherwise. Empty where the source's type is float32, in which nothing is lost."""
+    start = {}
+    learns = {name for name, p in module.named_parameters() if p.requires_grad}
+    for name, tensor in _in_files(module).items():
+        if name in learns and module.source.dtype != torch.float32:
+            shard = _of_rank(tensor)
+            narrow = shard.to(module.source.dtype)
+            exact = torch.equal(narrow.to(shard.dtype), shard)
+            start[name] = (narrow if exact else shard).to(CPU, copy=True)
+    return start
+
+
+def rounding_loss(module, start: dict[str, torch.Tensor]) -> float | None:
+    """What rounding the weights w to the source's type would change, as a share of what the run
+    has changed: |w - rounded w| / |w - start|, over all weights that learn. None where nothing
+    would be lost or nothing has changed. Every rank calls it.
+
+    It is at most 1 where `start` lies on the grid of the source's type, and may be more elsewhere.
+    """
+    dtype = module.source.dtype
+    sums = torch.zeros(2, dtype=torch.float64)  # squares of what is lost, and of the update
+    for name, tensor in _in_files(module).items() if dtype != torch.float32 else ():
+        after = _merged(module, name, tensor)
+        if name not in start and after is tensor:
+            continue  # it does not learn
+        after, before = _of_rank(after), start.get(name, _of_rank(tensor))
+        for i, other in enumerate((after.to(dtype), before.to(after.device))):
+            gap = torch.linalg.vector_norm(after - other, dtype=torch.float64)
+            sums[i] += gap.cpu().square()
+    lost, changed = all_sum(sums).sqrt().tolist()
+    return lost / changed if changed else None
+
+
+def _of_rank(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 # --------------------------------------------------------------------------------------------------
@@ -325,7 +378,7 @@ def save_discriminator(discriminator, path: str, shared: dict | None = None) -> 
         config.save_pretrained(path)
         processor = {k: v for k, v in source.files.items() if k in PROCESSOR_FILES}
         write_files(path, processor | _shared_file(shared))
-    save_weights(discriminator, path, source.dtype)
+    save_weights(discriminator, path)
 
 
 # --------------------------------------------------------------------------------------------------

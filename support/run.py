@@ -1,7 +1,8 @@
 """A run: its directory and log, its steps, its signals and its end.
 
     output_dir/run.json            every field of the stage's dataclass as it ran, the command and
-                                   the commit; `finished`, the last step, once the result is whole
+                                   the commit; once the result is whole `finished`, the last step,
+                                   and `rounding_loss`, what the result would lose in bfloat16
     output_dir/metrics.jsonl       one line a step, over all ranks; null where nothing was measured
     output_dir/rollouts.jsonl      the rollouts of one prompt a step, with all their scores
     output_dir/left_out.jsonl      every row that was left out, by any rank, and why
@@ -37,6 +38,7 @@ from tqdm import tqdm
 from support import verifier
 from support.errors import Ended, RowError, Unfit, UserError, printable
 from support.flags import parse
+from support.huggingface import rounding_loss, starting_weights
 from support.loader import batches
 from support.metrics import Max, Sum, across_ranks, finite, writer_to
 from support.ranks import all_max, barrier, join_ranks, rank, world_size, say
@@ -163,6 +165,7 @@ class Run:
         self.bar = self.writer = self.lock = self.record = None
         self.left_out, self.bad = 0, set()  # rows: how many, and where the bad ones come from
         self.rows: list[str] = []  # where the rows of this step come from
+        self.rounding_loss: dict[str, float] = {}  # of each model that was saved
         self.asked = 0  # the signal that this rank got
         self.started = False
         for number in (signal.SIGTERM, signal.SIGINT):
@@ -261,6 +264,7 @@ class Run:
         the end. `modules` are name -> (module, optimiser); `save(path)` writes the Hugging Face
         directory."""
         self._start()
+        save = self._measured(save, modules)
         if self.step:
             self.checkpoints.load(self.step, modules)
         disabled, done = rank() != 0, min(self.step, max_steps)
@@ -280,6 +284,24 @@ class Run:
         self.bar.close()
         self.checkpoints.wait()
         self._save_result(modules, save)
+
+    def _measured(self, save: Callable, modules: dict) -> Callable:
+        """`save`, which also says what the weights would lose in the type that servers compute in.
+        The weights are at their start when this is called."""
+        start = {name: starting_weights(module) for name, (module, _) in modules.items()}
+
+        def save_and_measure(path: str) -> None:
+            save(path)
+            for name, (module, _) in modules.items():
+                share, dtype = rounding_loss(module, start[name]), str(module.source.dtype)
+                if share is not None:
+                    self.rounding_loss[name] = share
+                    say(
+                        f"the {name} is saved in float32; {dtype.removeprefix('torch.')} would "
+                        f"lose {share:.0%} of this run's update, by its norm"
+                    )
+
+        return save_and_measure
 
     def _agree_to_stop(self) -> int:
         """The signal that any rank got, so that all ranks stop behind the same step; 0 for none."""
@@ -325,7 +347,8 @@ class Run:
         barrier()
         if rank() == 0:
             force(self.path, self._logs())
-            write_json(os.path.join(self.path, "run.json"), self.record | {"finished": self.step})
+            end = {"rounding_loss": self.rounding_loss, "finished": self.step}
+            write_json(os.path.join(self.path, "run.json"), self.record | end)
 
     @contextlib.contextmanager
     def phase(self, name: str):

@@ -7,6 +7,7 @@ right by being 0 or 1.
 
 import inspect
 import io
+import json
 import math
 import shutil
 import statistics
@@ -1197,7 +1198,8 @@ def test_the_released_layout(world, tmp_path):
         torch.testing.assert_close(some, expected["scores"], atol=1e-4, rtol=1e-5)
     save_discriminator(discriminator, str(tmp_path / "again"))
     again = load_file(tmp_path / "again" / "model.safetensors")
-    assert {tensor.dtype for tensor in again.values()} == {torch.bfloat16}
+    assert {tensor.dtype for tensor in again.values()} == {torch.float32}
+    assert json.loads((tmp_path / "again" / "config.json").read_text())["dtype"] == "bfloat16"
 
 
 def test_a_fresh_head_is_drawn_as_in_the_paper(dense):

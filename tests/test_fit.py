@@ -313,6 +313,19 @@ def test_the_table_of_the_docs(published):
     assert table == expected
 
 
+def test_what_the_disk_and_the_host_must_hold(published):
+    """A checkpoint has 12 bytes a parameter, a result 4."""
+    policy = fit.read_model(published["4B"]).whole
+    judge = fit.read_model(published["2B"], experts=4, head=False).whole
+    both = policy + judge
+    gb, gib = (lambda size: f"{size / 1e9:.0f} GB"), (lambda size: f"{size / 2**30:.0f} GiB")
+    counted = [gib(4 * judge), gib(32 * judge), gb(12 * policy), gb(12 * both), gb(4 * policy)]
+    counted += [gb(4 * both), gb(36 * policy), gb(36 * both), gb(2 * policy), gb(4 * both)]
+    text = (ROOT / "docs/gpus.md").read_text()
+    rows = text.split("<!-- disk -->\n")[1].split("\n<!-- /disk")[0].splitlines()[2:]
+    assert [row.split(" | ")[1].removesuffix(" |") for row in rows] == counted
+
+
 @pytest.mark.parametrize("script", ["align.py", "eval.py"])
 def test_a_dry_run_reads_a_configuration_and_writes_nothing(small, script, tmp_path):
     path, *_ = small

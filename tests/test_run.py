@@ -297,7 +297,7 @@ def test_run_json_says_how_the_run_was_made(nursery, whole, tmp_path):
     done = nursery.run(*base, *more, log=tmp_path / "log")
     assert done.codes == [0], done.said
     record = json.loads((out / "run.json").read_text())
-    assert list(record) == ["stage", "command", "commit", "run", "finished"]
+    assert list(record) == ["stage", "command", "commit", "run", "rounding_loss", "finished"]
     assert (record["stage"], record["finished"]) == ("sft", STEPS)
     assert shlex.split(record["command"]) == [*map(str, (*base, *more))]
     git = ["git", "rev-parse", "HEAD"]

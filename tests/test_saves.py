@@ -1,0 +1,129 @@
+"""What a save holds: all that was learned, in a directory that servers open as they open its
+source."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForImageTextToText
+
+from discriminator import load_discriminator
+from model import load_policy
+from support.huggingface import rounding_loss, save_discriminator, starting_weights
+from tests.chaos import flags_of
+from tests.test_run import stopped_at
+
+
+@pytest.fixture(scope="module")
+def published(trained, tmp_path_factory) -> str:
+    """A policy as it is published: bfloat16, which its configuration names."""
+    out = tmp_path_factory.mktemp("published") / "policy"
+    shutil.copytree(trained, out, ignore=shutil.ignore_patterns("run.json", "*.jsonl", "ranks"))
+    weights = load_file(out / "model.safetensors")
+    halves = {name: weight.bfloat16() for name, weight in weights.items()}
+    save_file(halves, out / "model.safetensors", {"format": "pt"})
+    config = json.loads((out / "config.json").read_text())
+    (out / "config.json").write_text(json.dumps(config | {"dtype": "bfloat16"}))
+    return str(out)
+
+
+def lost(before: dict, after: dict) -> float:
+    """By the files alone: the share of the update's norm that rounding takes away."""
+    gone = sum((w.double() - w.bfloat16().double()).square().sum() for w in after.values())
+    moved = sum((w.double() - before[n].double()).square().sum() for n, w in after.items())
+    return float((gone / moved).sqrt())
+
+
+def weights_of(path) -> dict:
+    return load_file(Path(path) / "model.safetensors")
+
+
+@pytest.fixture(scope="module")
+def run(nursery, world, tmp_path_factory):
+    """Runs SFT at the alignment's rate -> its directory, what it printed, its run.json."""
+    folder = tmp_path_factory.mktemp("runs")
+
+    def make(name: str, source, *flags, ranks: int = 1):
+        base = flags_of("sft.py", world, str(source), str(source))
+        words = (*base, "--learning_rate", 1e-6, "--warmup_steps", 0, *flags)
+        out = folder / name
+        done = nursery.run("sft.py", *words, "--output_dir", out, ranks=ranks, log=folder / "log")
+        assert done.codes == [0] * ranks, done.said
+        return out, done.said, json.loads((out / "run.json").read_text())
+
+    return make
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_stage_hands_on_all_that_it_has_learned(run, published, ranks):
+    """Also what bfloat16 rounds away; how much that is, it says, and run.json has it. The next
+    stage begins with the very weights, and its own update is measured from them."""
+    out, said, record = run(f"first-{ranks}", published, "--save_hf_steps", 3, ranks=ranks)
+    before, after = weights_of(published), weights_of(out)
+    assert {w.dtype for w in after.values()} == {torch.float32}
+    share = lost(before, after)
+    assert 0.2 < share <= 1
+    assert record["rounding_loss"] == {"policy": pytest.approx(share, rel=1e-5)}
+    line = "the policy is saved in float32; bfloat16 would lose {:.0%} of this run's update"
+    assert line.format(share) in said
+    assert line.format(lost(before, weights_of(out / "checkpoint-3"))) in said
+    assert (out / "config.json").read_bytes() == Path(published, "config.json").read_bytes()
+
+    served = AutoModelForImageTextToText.from_pretrained(out)
+    assert {p.dtype for p in served.parameters()} == {torch.bfloat16}
+    begun, _ = load_policy(str(out))
+    assert all(torch.equal(p, after[name]) for name, p in begun.named_parameters())
+
+    second, _, record = run(f"second-{ranks}", out, ranks=ranks)
+    share = lost(after, weights_of(second))
+    assert record["rounding_loss"] == {"policy": pytest.approx(share, rel=1e-5)}
+
+
+def test_a_resumed_run_measures_from_its_start(nursery, world, published, run, tmp_path):
+    _, _, record = run("whole", published)
+    base = ("sft.py", *flags_of("sft.py", world, published, published))
+    base += ("--learning_rate", 1e-6, "--warmup_steps", 0)
+    stopped_at(nursery, base, tmp_path / "out")
+    again = (*base, "--output_dir", tmp_path / "out", "--resume")
+    assert nursery.run(*again, log=tmp_path / "log").codes == [0]
+    resumed = json.loads((tmp_path / "out" / "run.json").read_text())
+    assert resumed["rounding_loss"] == record["rounding_loss"]
+
+
+def test_in_float32_nothing_is_lost_and_nothing_said(run, trained):
+    _, said, record = run("float32", trained)
+    assert record["rounding_loss"] == {} and "would lose" not in said
+
+
+def test_frozen_weights_do_not_count(run, published):
+    """Neither do they lose anything, nor are they held twice."""
+    out, _, record = run("frozen", published, "--freeze_vision", True)
+    before, after = weights_of(published), weights_of(out)
+    assert record["rounding_loss"]["policy"] == pytest.approx(lost(before, after), rel=1e-5)
+    policy, _ = load_policy(published)
+    whole = starting_weights(policy)
+    assert whole.keys() == before.keys() and {w.dtype for w in whole.values()} == {torch.bfloat16}
+    policy.model.visual.requires_grad_(False)
+    assert starting_weights(policy).keys() == {n for n in before if ".visual." not in n}
+
+
+def test_a_discriminators_update_begins_behind_its_upcycling(published, tmp_path):
+    """Experts are copies with noise, so their start lies on no grid and is kept in float32."""
+    discriminator, _ = load_discriminator(published)
+    start = {n: p.detach().clone() for n, p in discriminator.named_parameters()}
+    kept = starting_weights(discriminator)
+    experts = [kept[name] for name in kept if ".experts." in name]
+    assert {w.dtype for w in experts} == {torch.float32}
+    assert rounding_loss(discriminator, kept) is None  # nothing has changed
+    torch.manual_seed(0)
+    for parameter in discriminator.parameters():
+        parameter.data += 1e-5 * torch.randn_like(parameter)
+    share = rounding_loss(discriminator, kept)
+    save_discriminator(discriminator, str(tmp_path))
+    after = weights_of(tmp_path)
+    assert {w.dtype for w in after.values()} == {torch.float32}
+    assert json.loads((tmp_path / "config.json").read_text())["dtype"] == "bfloat16"
+    assert share == pytest.approx(lost(start, after), rel=1e-5)
