@@ -3,12 +3,13 @@
     output_dir/checkpoint-N/state/           weights, or adapters only, and the optimiser's moments
                                              (torch.distributed.checkpoint, sharded as the run was)
     output_dir/checkpoint-N/state/progress.json      what the run had counted
-    output_dir/checkpoint-N/checksums-RANK.json      checksums of all files, each rank its share
+    output_dir/checkpoint-N/checksums.json           of all its other files
     output_dir/checkpoint-N/                 every `save_hf_steps` a Hugging Face directory as well
 
 A checkpoint is written beside its place, checked, forced to the disk and renamed, so a kill leaves
-the old or the new, never a half. Training goes on meanwhile: what is written is a copy in the CPU's
-memory. Rates and schedules are functions of the step and need no state.
+the old or the new, never a half; an old one is renamed before it is removed. Training goes on
+meanwhile: what is written is a copy in the CPU's memory. Rates and schedules are functions of the
+step and need no state.
 """
 
 import contextlib
@@ -28,6 +29,10 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from support.errors import UserError
 from support.ranks import all_max, barrier, rank, world_size, say
+
+
+CHECKSUMS = "checksums.json"
+REMOVED = ".removed"  # the ending of a checkpoint that is being removed
 
 
 class Checkpoints:
@@ -108,11 +113,14 @@ class Checkpoints:
             mine = files_below(beside)[rank() :: world_size()]
             force(beside, mine)
             sums = {name: _checksum(os.path.join(beside, name)) for name in mine}
-            barrier(self.group)
-            write_json(os.path.join(beside, f"checksums-{rank()}.json"), sums)
-            barrier(self.group)
+            of_ranks = [sums] * world_size()
+            if world_size() > 1:
+                dist.all_gather_object(of_ranks, sums, group=self.group)
+            if rank() == 0:
+                every = {name: total for sums in of_ranks for name, total in sums.items()}
+                write_json(os.path.join(beside, CHECKSUMS), every)
         if rank() == 0:
-            shutil.rmtree(self.folder(step), ignore_errors=True)
+            _remove(self.folder(step))
             os.rename(beside, self.folder(step))
             folder = os.open(self.path, os.O_RDONLY)
             os.fsync(folder)
@@ -120,7 +128,7 @@ class Checkpoints:
             # A later one is damaged: this run has passed it over.
             kept = [number for number in self.steps() if number <= step][-self.keep :]
             for number in set(self.steps()) - set(kept):
-                shutil.rmtree(self.folder(number))
+                _remove(self.folder(number))
         barrier(self.group)
 
     def wait(self) -> None:
@@ -186,18 +194,23 @@ def _checksum(path: str) -> int:
 
 def _is_whole(path: str) -> bool:
     """Whether this rank's share of a checkpoint's files has the checksums of the save."""
-    expected = {}
     try:
-        for name in os.listdir(path):
-            if name.startswith("checksums-"):
-                with open(os.path.join(path, name)) as file:
-                    expected |= json.load(file)
+        with open(os.path.join(path, CHECKSUMS)) as file:
+            expected = json.load(file)
         mine = sorted(expected)[rank() :: world_size()]
         return bool(expected) and all(
             _checksum(os.path.join(path, name)) == expected[name] for name in mine
         )
     except (OSError, ValueError, TypeError):
         return False
+
+
+def _remove(path: str) -> None:
+    """Removes a checkpoint, if it is there. A kill meanwhile leaves no half under its name."""
+    shutil.rmtree(path + REMOVED, ignore_errors=True)
+    if os.path.isdir(path):
+        os.rename(path, path + REMOVED)
+        shutil.rmtree(path + REMOVED)
 
 
 # --------------------------------------------------------------------------------------------------

@@ -42,7 +42,7 @@ from support.huggingface import rounding_loss, starting_weights
 from support.loader import batches
 from support.metrics import Max, Sum, across_ranks, finite, writer_to
 from support.ranks import all_max, barrier, join_ranks, rank, world_size, say
-from support.resuming import Checkpoints, all_or_nothing, check_weights, files_below, force
+from support.resuming import REMOVED, Checkpoints, all_or_nothing, check_weights, files_below, force
 from support.resuming import of_another_rank, replacing, write_json
 
 # --------------------------------------------------------------------------------------------------
@@ -480,7 +480,7 @@ class Run:
             for name in set(os.listdir(os.path.join(self.path, "ranks"))) - {"lock"}:
                 os.remove(os.path.join(self.path, "ranks", name))
             for name in self.found:
-                if name.endswith(".incomplete"):
+                if name.endswith((".incomplete", REMOVED)):
                     shutil.rmtree(os.path.join(self.path, name))
             for name in self._logs():
                 self._cut(name)

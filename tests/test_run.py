@@ -35,7 +35,7 @@ from sft import SFTConfig
 from support.errors import UserError
 from support.flags import check_ranges
 from support.loader import batches, epoch_rows
-from support.resuming import Checkpoints
+from support.resuming import Checkpoints, _is_whole
 from support.rows import load_data
 from support.run import Run
 from tests.chaos import STAGES, STEPS, differences, flags_of, free_port, fuzz, in_a_save, numbers
@@ -225,7 +225,7 @@ def test_hugging_face_directories_come_when_they_are_asked_for(nursery, whole, t
         names = set(os.listdir(tmp_path / "out" / f"checkpoint-{step}"))
         whole_model = {"model.safetensors", "config.json", "tokenizer.json"}
         assert "state" in names and (whole_model <= names) == (step != 3)
-        assert step != 3 or names == {"state", "checksums-0.json"}
+        assert step != 3 or names == {"state", "checksums.json"}
 
 
 def test_the_comparison_sees_a_difference(whole, tmp_path):
@@ -463,8 +463,8 @@ DAMAGE = {
     "empty": lambda path: os.truncate(next((path / "state").glob("*.distcp")), 0),
     "index": lambda path: flip(path / "state" / ".metadata"),
     "gone": lambda path: (path / "state" / "progress.json").unlink(),
-    "checksums": lambda path: (path / "checksums-0.json").write_text("{"),
-    "no checksums": lambda path: (path / "checksums-0.json").write_text("[1]"),
+    "checksums": lambda path: (path / "checksums.json").write_text("{"),
+    "no checksums": lambda path: (path / "checksums.json").write_text("[1]"),
 }
 
 
@@ -480,6 +480,62 @@ def test_a_damaged_checkpoint_is_passed_over(nursery, whole, stopped, tmp_path, 
     assert f"{out}/checkpoint-{newest} is damaged; taking the one before" in done.said
     assert f"resumed from {out}/checkpoint-{older}" in done.said
     assert differences(expected, out) == []
+
+
+def test_a_checkpoint_is_whole_with_every_file_of_its_own(nursery, short, tmp_path):
+    """Of two ranks: without any one of its files, or with that of another checkpoint in its place,
+    it is damaged. A file may be the same in both."""
+    out = tmp_path / "out"
+    older, newest = stopped_at(nursery, short("sft.py"), out, 2, ranks=2)
+    theirs, mine = (out / f"checkpoint-{step}" for step in (older, newest))
+    every = [path for path in mine.rglob("*") if path.is_file()]
+    assert len(every) > 4 and Checkpoints(str(out), keep=2).newest() == newest
+    for path in every:
+        before, other = path.read_bytes(), (theirs / path.relative_to(mine)).read_bytes()
+        path.unlink()
+        assert Checkpoints(str(out), keep=2).newest() == older, path
+        path.write_bytes(other)
+        assert Checkpoints(str(out), keep=2).newest() == older or before == other, path
+        path.write_bytes(before)
+    assert Checkpoints(str(out), keep=2).newest() == newest
+
+
+KILLED_IN_A_REMOVAL = '''"""Stage 1, killed when it has removed one file of an old checkpoint."""
+
+import os
+import shutil
+import signal
+
+import sft
+from support.run import main
+
+
+def remove(path, *args, **more):
+    files = [os.path.join(top, name) for top, _, names in os.walk(path) for name in names]
+    if "checkpoint" in path and files:
+        os.remove(files[0])
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+shutil.rmtree = remove
+main(sft.train)
+'''
+
+
+def test_what_has_the_name_of_a_checkpoint_is_whole(nursery, whole, tmp_path):
+    """Also where the run is killed while it removes an old one; what is left goes on --resume."""
+    base, expected = whole("sft.py")
+    script, out = tmp_path / "sft.py", tmp_path / "out"
+    script.write_text(KILLED_IN_A_REMOVAL)
+    words = (*base[1:], "--save_steps", 1, "--save_total_limit", 1, "--output_dir", out)
+    killed = nursery.run(script, *words, log=tmp_path / "log")
+    assert killed.codes == [-signal.SIGKILL], killed.said
+    left = checkpoints(out)
+    assert left and all(_is_whole(str(out / f"checkpoint-{step}")) for step in left)
+    done = nursery.run("sft.py", *words, "--resume", log=tmp_path / "log")
+    assert done.codes == [0] and f"resumed from {out}/checkpoint-{left[-1]}" in done.said
+    assert differences(expected, out) == []
+    assert [name for name in os.listdir(out) if "checkpoint" in name] == [f"checkpoint-{STEPS - 1}"]
 
 
 def test_with_no_checkpoint_left_a_run_starts_from_step_1(nursery, whole, stopped, tmp_path):
