@@ -508,6 +508,8 @@ def build_model(path: Path, tokenizer: PreTrainedTokenizerFast, world: World) ->
         eos_token_id=[end, pad], pad_token_id=pad, bos_token_id=pad
     )
     model.save_pretrained(path)
+    # safetensors would keep the weights to their owner.
+    (path / "model.safetensors").chmod((path / "config.json").stat().st_mode)
     # Rotary settings as the published files have them: older versions read no other names.
     config = json.loads((path / "config.json").read_text())
     rope = config["text_config"].pop("rope_parameters")

@@ -11,6 +11,7 @@ import itertools
 import json
 import os
 import re
+import stat
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache, partial
@@ -47,6 +48,7 @@ class Source:
 
 def read_config(path: str):
     """The configuration of a Hugging Face directory or hub id, or UserError."""
+    _check_readable(path)
     if os.path.exists(path) and not os.path.isfile(os.path.join(path, "config.json")):
         raise UserError(
             f"{path}: no config.json in it; give a Hugging Face model directory or a hub id"
@@ -58,6 +60,23 @@ def read_config(path: str):
             f"{path}: neither a Hugging Face directory nor a hub id that can be loaded "
             f"({_first_line(error)})"
         ) from None
+
+
+def _check_readable(path: str) -> None:
+    """UserError where this user may not read a model's directory or one of its files. Libraries say
+    of some that they do not exist."""
+    if not os.path.isdir(path):
+        return
+    names = [""]
+    if os.access(path, os.R_OK | os.X_OK):
+        wanted = {"config.json", "generation_config.json", *PROCESSOR_FILES}
+        names = [n for n in os.listdir(path) if n in wanted or n.endswith(".safetensors")]
+    for name in sorted(names):
+        file = os.path.join(path, name)
+        if not os.access(file, os.R_OK):
+            raise UserError(
+                f"{file}: this user may not read it; ask its owner for chmod -R a+rX {path}"
+            )
 
 
 def load_pretrained(path: str, config, unused: str = "$^", hollow: bool = False):
@@ -211,7 +230,7 @@ def save_weights(module, path: str, file_size: str = "5GB") -> None:
             if rank() == 0:
                 content[name] = tensor.cpu().contiguous()
         if rank() == 0:
-            save_file(content, os.path.join(path, file), {"format": "pt"})
+            _write_tensors(os.path.join(path, file), content)
     if rank() == 0 and split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
         index = json.dumps(index, indent=2).encode()
@@ -225,6 +244,16 @@ def _merged(module, name: str, tensor: torch.Tensor) -> torch.Tensor:
     if not name.endswith(".weight") or not hasattr(layer, "get_delta_weight"):
         return tensor
     return tensor + layer.get_delta_weight("default").detach()
+
+
+def _write_tensors(path: str, tensors: dict[str, torch.Tensor]) -> None:
+    """Writes a safetensors file with the mode of any new file. `save_file` alone would keep it from
+    all other users."""
+    with open(path, "wb") as plain:
+        mode = stat.S_IMODE(os.fstat(plain.fileno()).st_mode)
+    save_file(tensors, path, {"format": "pt"})
+    if stat.S_IMODE(os.stat(path).st_mode) != mode:
+        os.chmod(path, mode)
 
 
 def write_files(path: str | Path, files: dict[str, bytes]) -> None:

@@ -2,7 +2,11 @@
 source."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -12,8 +16,10 @@ from transformers import AutoModelForImageTextToText
 
 from discriminator import load_discriminator
 from model import load_policy
-from support.huggingface import rounding_loss, save_discriminator, starting_weights
+from support import digits
+from support.huggingface import rounding_loss, save_discriminator, save_policy, starting_weights
 from tests.chaos import flags_of
+from tests.conftest import ROOT, WORLD
 from tests.test_run import stopped_at
 
 
@@ -127,3 +133,58 @@ def test_a_discriminators_update_begins_behind_its_upcycling(published, tmp_path
     assert {w.dtype for w in after.values()} == {torch.float32}
     assert json.loads((tmp_path / "config.json").read_text())["dtype"] == "bfloat16"
     assert share == pytest.approx(lost(start, after), rel=1e-5)
+
+
+# --------------------------------------------------------------------------------------------------
+# Who may read it
+
+
+@pytest.mark.parametrize("mask, mode", [(0o022, 0o644), (0o002, 0o664), (0o077, 0o600)])
+def test_files_have_the_mode_that_the_umask_gives(trained, tmp_path, mask, mode):
+    policy, _ = load_policy(trained)
+    before = os.umask(mask)
+    try:
+        save_policy(policy, str(tmp_path / "out"))
+        digits.build(tmp_path / "world", digits.World(**WORLD))
+    finally:
+        os.umask(before)
+    for path in (tmp_path / "out", tmp_path / "world" / "init"):
+        modes = {file.name: file.stat().st_mode & 0o777 for file in path.iterdir()}
+        assert len(modes) > 5 and set(modes.values()) == {mode}, modes
+
+
+AS_ANOTHER = """
+import os, sys
+from discriminator import load_discriminator
+from model import load_policy
+import transformers.models.qwen3_vl.modeling_qwen3_vl
+from support.errors import UserError
+
+if os.getuid() == 0:
+    os.setuid(65534)  # nobody
+for path in sys.argv[1:]:
+    for load in (load_policy, load_discriminator):
+        try:
+            load(path)
+        except UserError as error:
+            print(error)
+"""
+
+
+def test_what_a_user_may_not_read_is_named(trained):
+    """A file or the whole directory. They lie in a folder that every user reaches, unlike
+    pytest's own."""
+    with tempfile.TemporaryDirectory() as folder:
+        os.chmod(folder, 0o755)
+        paths, lines = [], []
+        for name in ("model.safetensors", "tokenizer.json", "config.json", ""):
+            paths.append(shutil.copytree(trained, os.path.join(folder, f"of-{name}")))
+            refused = os.path.join(paths[-1], name)
+            os.chmod(refused, 0)
+            remedy = f"this user may not read it; ask its owner for chmod -R a+rX {paths[-1]}"
+            lines += 2 * [f"{refused}: {remedy}"]
+        env = os.environ | {"PYTHONPATH": str(ROOT)}
+        command = [sys.executable, "-c", AS_ANOTHER, *paths]
+        done = subprocess.run(command, capture_output=True, text=True, env=env)
+        os.chmod(paths[-1], 0o755)
+    assert done.stdout.splitlines() == lines, done.stderr
