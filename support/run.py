@@ -180,7 +180,7 @@ class Run:
             )
         before = self._before() if config.resume else {}
         if before.get("finished"):
-            raise Ended(f"{self.path}: finished at step {before['finished']}; nothing to do", 0)
+            self._end_again(before)
         self.step = self.checkpoints.newest() if config.resume else 0  # the last that is done
         # What a checkpoint keeps besides tensors. `position`: how many rows all ranks have drawn.
         self.progress = {"position": 0, "skipped": 0, "skipped_in_a_row": 0, "rows_used": 0}
@@ -467,6 +467,24 @@ class Run:
                 said = f"its {name} is {theirs[name]}, not {mine[name]}"
                 raise UserError(f"--resume: {self.path} belongs to another run: {said}")
         return before
+
+    def _end_again(self, before: dict) -> None:
+        """Ended: the run has finished. UserError where it is now asked for more."""
+        config, earlier, finished = self.config, before["run"], before["finished"]
+        name, more = "max_steps", config.max_steps > finished
+        if config.max_steps <= 0:  # the epochs count
+            name = "num_train_epochs"
+            more = earlier["max_steps"] > 0 or config.num_train_epochs > earlier[name]
+        if not more:
+            raise Ended(f"{self.path}: finished at step {finished}; nothing to do", 0)
+        result = f"--{'model' if hasattr(config, 'model') else 'ckpt'} {self.path}"
+        if hasattr(config, "discriminator"):
+            result += f" --discriminator {self.path}/discriminator"
+        raise UserError(
+            f"--{name} {getattr(config, name)}: the run in {self.path} has finished at step "
+            f"{finished}, and so has its schedule; to learn more, start from its result: {result} "
+            f"--output_dir ANOTHER"
+        )
 
     def _start(self) -> None:
         """Locks the directory, writes run.json and opens the logs. All that can go wrong at the

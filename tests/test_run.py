@@ -400,6 +400,38 @@ def test_a_finished_run_is_left_as_it_is(nursery, whole, tmp_path):
         assert files(out) == before
 
 
+def test_more_steps_of_a_finished_run(nursery, whole, tmp_path):
+    """Are not to be had from it; the line says how to get them, and its own command does that."""
+    for script, start in (
+        ("sft.py", "--model {0}"),
+        ("align.py", "--ckpt {0} --discriminator {0}/discriminator"),
+    ):
+        base, expected = whole(script)
+        out = shutil.copytree(expected, tmp_path / script)
+        before, words = files(out), (*base, "--output_dir", out, "--resume")
+        line = refused(nursery.start(*words, "--max_steps", STEPS + 4, log=tmp_path / "log"))
+        assert f"--max_steps {STEPS + 4}: the run in {out} has finished at step {STEPS}" in line
+        assert f"start from its result: {start.format(out)}" in line
+        assert files(out) == before
+        fewer = nursery.run(*words, "--max_steps", STEPS - 1, log=tmp_path / "log")
+        assert fewer.codes == [0] and "nothing to do" in fewer.said
+    more = re.search(r"--ckpt .* --discriminator \S+", line)[0].split()
+    once = (*base, *more, "--max_steps", 1, "--output_dir", tmp_path / "more")
+    done = nursery.run(*once, log=tmp_path / "log")
+    assert done.codes == [0] and f"saved {tmp_path}/more" in done.said, done.said
+
+
+@pytest.mark.parametrize("before, now", [(("--max_steps", 1), 0.01), (("--max_steps", -1), 0.1)])
+def test_more_epochs_of_a_finished_run(nursery, short, tmp_path, before, now):
+    base, log = (*short("sft.py"), "--output_dir", tmp_path / "out"), tmp_path / "log"
+    done = nursery.run(*base, *before, "--num_train_epochs", 0.01, log=log)
+    assert done.codes == [0], done.said
+    more = ("--max_steps", -1, "--num_train_epochs", now, "--resume")
+    refused(nursery.start(*base, *more, log=log), f"--num_train_epochs {now}: the run in")
+    again = nursery.run(*base, *before, "--num_train_epochs", 0.01, "--resume", log=log)
+    assert again.codes == [0] and "nothing to do" in again.said
+
+
 def test_resuming_where_nothing_is(nursery, whole, tmp_path):
     """No directory, an empty one, and one whose run was killed before its first step."""
     base, expected = whole("sft.py")
