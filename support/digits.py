@@ -65,6 +65,7 @@ from transformers import (
 
 from support.huggingface import load_processor
 from support.errors import UserError
+from support.resuming import UNSUPPORTED
 
 
 @dataclass
@@ -610,6 +611,10 @@ def _alone(path: Path):
         except BlockingIOError:
             print(f"waiting for another process ({path})", file=sys.stderr)
             fcntl.flock(lock, fcntl.LOCK_EX)
+        except OSError as error:
+            if error.errno not in UNSUPPORTED:
+                raise
+            print(f"{path}: no locks here; start one process at a time", file=sys.stderr)
         yield
 
 

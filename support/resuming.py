@@ -13,6 +13,7 @@ step and need no state.
 """
 
 import contextlib
+import errno
 import json
 import os
 import re
@@ -123,7 +124,7 @@ class Checkpoints:
             _remove(self.folder(step))
             os.rename(beside, self.folder(step))
             folder = os.open(self.path, os.O_RDONLY)
-            os.fsync(folder)
+            to_disk(folder)
             os.close(folder)
             # A later one is damaged: this run has passed it over.
             kept = [number for number in self.steps() if number <= step][-self.keep :]
@@ -249,7 +250,7 @@ def replacing(path: str):
         with open(path + ".new", "w") as file:
             yield file
             file.flush()
-            os.fsync(file.fileno())
+            to_disk(file.fileno())
         os.replace(path + ".new", path)
     except OSError as error:
         with contextlib.suppress(OSError):
@@ -272,4 +273,17 @@ def force(path: str, names: list[str]) -> None:
     """Forces files of a directory to the disk."""
     for name in names:
         with open(os.path.join(path, name), "rb") as file:
-            os.fsync(file.fileno())
+            to_disk(file.fileno())
+
+
+# What a file system says that has no locks, or that cannot force a folder to the disk.
+UNSUPPORTED = {errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.ENOLCK, errno.EINVAL}
+
+
+def to_disk(descriptor: int) -> None:
+    """Forces an open file or folder to the disk, where its file system can do that."""
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in UNSUPPORTED:
+            raise

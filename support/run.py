@@ -42,8 +42,8 @@ from support.huggingface import rounding_loss, starting_weights
 from support.loader import batches
 from support.metrics import Max, Sum, across_ranks, finite, writer_to
 from support.ranks import all_max, barrier, join_ranks, rank, world_size, say
-from support.resuming import REMOVED, Checkpoints, all_or_nothing, check_weights, files_below, force
-from support.resuming import of_another_rank, replacing, write_json
+from support.resuming import REMOVED, UNSUPPORTED, Checkpoints, all_or_nothing, check_weights
+from support.resuming import files_below, force, of_another_rank, replacing, write_json
 
 # --------------------------------------------------------------------------------------------------
 # The end of a run, whatever it is
@@ -526,8 +526,13 @@ class Run:
         self.lock = open(os.path.join(self.path, "ranks", "lock"), "w")  # noqa: SIM115
         try:
             fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise UserError(f"--output_dir {self.path}: another run is writing there") from None
+        except OSError as error:
+            if error.errno not in UNSUPPORTED:
+                raise UserError(f"--output_dir {self.path}: another run is writing there") from None
+            say(
+                f"--output_dir {self.path}: its file system has no locks ({error.strerror}), so a "
+                f"second run there would not be noticed; start one at a time"
+            )
         if self._holds() != self.found:
             raise UserError(f"--output_dir {self.path}: another run has just written there")
 

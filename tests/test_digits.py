@@ -1,5 +1,6 @@
 """The embedded world: what its rows say, and what no stage may see of another's."""
 
+import errno
 import random
 import re
 from pathlib import Path
@@ -123,3 +124,13 @@ def test_defaults_have_the_papers_proportions():
     assert world.curated_share == pytest.approx(113 / 1373, abs=0.005)
     curated = world.curated_share * world.sft_rows
     assert world.prompt_rows / curated == pytest.approx(5.9 / 113, abs=0.005)
+
+
+def test_a_world_is_built_where_there_are_no_locks(monkeypatch, capsys, tmp_path):
+    def no_locks(*args):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("fcntl.flock", no_locks)
+    paths = digits.build(tmp_path / "world", digits.World(**WORLD))
+    assert all(Path(path).exists() for path in paths.values())
+    assert "no locks here; start one process at a time" in capsys.readouterr().err

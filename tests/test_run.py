@@ -705,6 +705,48 @@ def test_the_lock_goes_with_its_process(nursery, whole, tmp_path):
     assert differences(expected, out) == []
 
 
+WITHOUT = '''"""Stage 1, on a file system without locks that cannot force a folder to the disk."""
+
+import errno
+import fcntl
+import os
+import stat
+
+import sft
+from support.run import main
+
+plain = os.fsync
+
+
+def no_locks(*args):
+    raise OSError(errno.ENOLCK, "No locks available")
+
+
+def fsync(descriptor):
+    if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+        raise OSError(errno.EINVAL, "Invalid argument")
+    plain(descriptor)
+
+
+fcntl.lockf, os.fsync = no_locks, fsync
+main(sft.train)
+'''
+
+
+def test_a_file_system_that_lacks_something(nursery, whole, tmp_path):
+    """A line says what is not noticed there; the run saves and goes on as elsewhere."""
+    base, expected = whole("sft.py")
+    script, out = tmp_path / "stage.py", tmp_path / "out"
+    script.write_text(WITHOUT)
+    stopped_at(nursery, (script, *base[1:]), out)
+    words = (script, *base[1:], "--output_dir", out, "--resume")
+    done = nursery.run(*words, log=tmp_path / "log")
+    assert done.codes == [0] and "resumed from" in done.said, done.said
+    line = f"--output_dir {out}: its file system has no locks (No locks available), so a second run"
+    assert line in done.said and "Traceback" not in done.said
+    assert differences(expected, out) == []
+
+
 @pytest.fixture
 def small_disk(tmp_path):
     """A disk of 24 MB."""
