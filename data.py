@@ -360,6 +360,16 @@ class Pack:
         return [length for segment in self.segments for length in segment.branches]
 
     @property
+    def read(self) -> torch.Tensor:
+        """(R,) where in the row the branches and the prompts that they read stand. What is left out
+        is a blank image, which only keeps ranks in step and must reach no loss."""
+        out = [torch.zeros(0, dtype=torch.long)]
+        for segment in self.segments:
+            end = segment.start + segment.prompt + sum(segment.branches)
+            out += [torch.arange(segment.start, end)] if segment.branches else []
+        return torch.cat(out).to(self.input_ids.device)
+
+    @property
     def mask(self) -> torch.Tensor:
         """(B, longest) boolean: the real tokens of the pack's branches as padded rows."""
         lengths = torch.tensor(self.lengths, dtype=torch.long, device=self.targets.device)

@@ -396,7 +396,7 @@ def judge(
     packs = view_packs(comparisons, processor, max_tokens, text_only=text_only)
     # The denominators of (7) and of the balance loss, over all ranks.
     pairs = sum(len(view_pack.pairs) for view_pack in packs)
-    tokens = sum(view_pack.pack.input_ids.numel() for view_pack in packs)
+    tokens = sum(len(view_pack.pack.read) for view_pack in packs)
     num_pairs, num_tokens = all_sum([pairs, tokens]).tolist()
 
     most = max((len(comparison.students) for comparison in comparisons), default=1)
@@ -411,13 +411,13 @@ def judge(
             scores = of_pairs(with_dropout, view_pack.pairs)
             # The loss (7), this pack's share of it.
             loss = discriminator_loss(scores, max(num_pairs, 1), score_l2)
-            if discriminator.sparse:
+            read = view_pack.pack.read
+            if discriminator.sparse and len(read):
                 balance = balance_loss(
-                    [mlp.probabilities for mlp in discriminator.sparse],
-                    [mlp.chosen for mlp in discriminator.sparse],
+                    [mlp.probabilities.index_select(0, read) for mlp in discriminator.sparse],
+                    [mlp.chosen.index_select(0, read) for mlp in discriminator.sparse],
                 )
-                share = view_pack.pack.input_ids.numel() / num_tokens
-                share = share if num_pairs else 0.0  # a batch without pairs moves nothing
+                share = len(read) / num_tokens
                 loss = loss + balance_coef * share * balance
                 balance_total = balance_total + share * balance.detach()
                 routing.count(view_pack)

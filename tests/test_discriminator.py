@@ -36,6 +36,7 @@ from data import (
     Group,
     Prompt,
     Response,
+    blank_group,
     decode,
     encode_prompts,
     encode_response,
@@ -53,7 +54,7 @@ from discriminator import (
     upcycle,
     view_packs,
 )
-from model import adapt, load_policy, token_logprobs
+from model import _with_blank, adapt, load_policy, token_logprobs
 from sampler import Sampling, generate
 from support import digits
 from support.errors import UserError
@@ -398,6 +399,42 @@ def test_the_gradient_does_not_depend_on_the_cut(world, prompts, kind):
     for gradient, loss in zip(gradients[1:], losses[1:]):
         assert (gradient - gradients[0]).norm() < 1e-5 * gradients[0].norm()
         assert loss == pytest.approx(losses[0], rel=1e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_keeps_ranks_in_step_reaches_no_loss(world, monkeypatch, kind):
+    """Blank images behind packs without one, and packs of nothing else: every gradient, score and
+    number is as without them. The vision tower, which only they reach, learns nothing."""
+    discriminator, processor = build(world, kind)
+    chat = lambda text: [{"role": "user", "content": [{"type": "text", "text": text}]}]
+    rows = [Example(i, "row", chat(text), []) for i, text in enumerate(("No image.", "Neither."))]
+    some = [Comparison(p, TEACHER, [OTHER, LONG]) for p in encode_prompts(processor, rows)]
+    (blank,) = make_packs([blank_group(processor)])
+
+    def with_blanks(packs, _):
+        return [*(_with_blank(pack, blank) for pack in packs), blank, blank]
+
+    judgements, gradients = [], []
+    for even in (None, with_blanks):
+        if even:
+            monkeypatch.setattr("model.even_packs", even)
+        discriminator.zero_grad(set_to_none=True)
+        judged = judge(discriminator, some, processor, 400, balance_coef=10.0, backward=True)
+        judgements.append(judged)
+        gradients.append({n: p.grad for n, p in discriminator.named_parameters()})
+    plain, padded = gradients
+    seen = {name for name, gradient in plain.items() if gradient is None}
+    assert seen and seen == {name for name in plain if ".visual." in name}
+    assert not any(padded[name].any() for name in seen)
+    for name in plain.keys() - seen:
+        torch.testing.assert_close(padded[name], plain[name], rtol=1e-5, atol=1e-6, msg=name)
+    one, two = (
+        {name: getattr(value, "value", value) for name, value in judged.metrics.items()}
+        for judged in judgements
+    )
+    assert one.keys() == two.keys()
+    for name in ("discriminator_loss", *(("balance_loss",) if discriminator.sparse else ())):
+        assert two[name] == pytest.approx(one[name], rel=1e-5)
 
 
 # --------------------------------------------------------------------------------------------------

@@ -134,11 +134,9 @@ def test_a_rank_without_prompts_plays_the_game_along(world, trained, tmp_path):
         assert len(rows) == 3
     one, two = steps
     assert one["format_valid"] > 0 and one["grad_norm"] > 0 and one["d_grad_norm"] > 0
-    for name in ("loss", "entropy", "grad_norm", "score_gap_perception", "score_gap_reasoning"):
+    same = ("loss", "entropy", "grad_norm", "score_gap_perception", "score_gap_reasoning")
+    for name in (*same, "discriminator_loss", "d_grad_norm", "balance_loss"):
         assert two[name] == pytest.approx(one[name], rel=1e-4, abs=1e-6), name
-    # Blank packs choose experts too, so the balance loss differs a little, and so its gradient.
-    for name in ("discriminator_loss", "d_grad_norm", "balance_loss"):
-        assert two[name] == pytest.approx(one[name], rel=1e-2), name
     for name in ("prompts_without_valid", "ranks_without_valid", "tokens", "rows_left_out"):
         assert two[name] == one[name], name
 
