@@ -109,6 +109,16 @@ class Group:
         return len(self.prompt.input_ids) + sum(map(len, self.branches))
 
 
+@dataclass
+class Comparison:
+    """A prompt, its supervision response, and the students that are compared with it; a student
+    whose format is broken is None."""
+
+    prompt: Prompt
+    teacher: Response
+    students: list[Response | None]
+
+
 def limit_pixels(processor, max_pixels: int) -> None:
     """Sets the largest image to `max_pixels` pixels, by the processor's own resizing. Sides are
     rounded to whole patches and an image has at least one, so a small limit may be exceeded.

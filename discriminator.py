@@ -38,30 +38,29 @@ D13 A twentieth of the pairs is held out, so the warm-up has 1,782 steps and not
 """
 
 import math
-import random
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
 
-from data import Encoded, Group, Pack, Prompt, Response
+from data import Comparison, Encoded, Group, Pack, Prompt
 from data import decode, encode_views, load_examples, parse_response
 from model import adapt, load_policy, model_inputs, rank_packs
 from sampler import Sampling, generate
 from support.errors import RowError, Unfit, UserError
 from support.flags import Count, NonNegative, Positive, RunConfig, Schedule, Share
 from support.huggingface import open_discriminator, same_prompts, save_discriminator
-from support.loader import run_length
+from support.loader import hold_out, run_length
 from support.metrics import Loss, Mean, Sum, add
 from support.optimizer import adamw, learning_rate_at, optimizer_step
 from support.ranks import all_sum, say, shard
 from support.run import Run, main
+from support.scores import VIEWS, PairTable, Routing
 
 # learned (the paper): a router over all experts; dedicated: half of the experts for each view; the
 # ablations: dense (no experts) and text (experts, but no image).
 Kind = Literal["learned", "dedicated", "dense", "text"]
-VIEWS = ("perception", "reasoning")
 
 
 @dataclass
@@ -213,7 +212,8 @@ def balance_loss(probabilities, chosen) -> torch.Tensor:
 
 class Discriminator(torch.nn.Module):
     """(5): a backbone and a score vector for each view. `kind` is one of Kind.
-    Takes along: SparseMLP, view_of_tokens, VIEWS, model.adapt, model.model_inputs."""
+    Takes along: SparseMLP, view_of_tokens, support.scores.VIEWS, model.adapt,
+    model.model_inputs."""
 
     def __init__(self, backbone, kind: str, dropout: float = 0.1):
         super().__init__()
@@ -286,16 +286,6 @@ def discriminator_loss(scores: torch.Tensor, num_pairs: int, score_l2: float = 0
 
 # --------------------------------------------------------------------------------------------------
 # Comparisons -> packs of views -> scores
-
-
-@dataclass
-class Comparison:
-    """A prompt, its supervision response, and the students that are compared with it; a student
-    whose format is broken is None."""
-
-    prompt: Prompt
-    teacher: Response
-    students: list[Response | None]
 
 
 @dataclass
@@ -401,7 +391,7 @@ def judge(
 
     most = max((len(comparison.students) for comparison in comparisons), default=1)
     table = PairTable.empty(len(comparisons), most)
-    routing = Routing(discriminator, device)
+    routing = Routing(discriminator.sparse, device)
     loss_total = balance_total = torch.zeros((), device=device)
     with torch.set_grad_enabled(backward):
         for view_pack in packs:
@@ -420,7 +410,7 @@ def judge(
                 share = len(read) / num_tokens
                 loss = loss + balance_coef * share * balance
                 balance_total = balance_total + share * balance.detach()
-                routing.count(view_pack)
+                routing.count(view_of_tokens(view_pack.pack, view_pack.views))
             if backward:
                 loss.backward()
             loss_total = loss_total + loss.detach()
@@ -451,81 +441,6 @@ def of_pairs(scores: torch.Tensor, pairs: torch.Tensor) -> torch.Tensor:
     By index_select: a supervision view is in many pairs, and on a CPU torch sums the gradient of
     `scores[pairs]` in no fixed order."""
     return scores.index_select(0, pairs.flatten()).view(-1, 4)
-
-
-@dataclass
-class PairTable:
-    """Scores of P prompts with N students each. The first dimension of all but `valid` is the view;
-    0 where a student has no views."""
-
-    teacher: torch.Tensor  # (2, P, N) scores of the supervision response
-    student: torch.Tensor  # (2, P, N) scores of the students
-    length: torch.Tensor  # (2, P, N) tokens of the students' views
-    differs: torch.Tensor  # (2, P, N) boolean: the two sides are not the same text
-    valid: torch.Tensor  # (P, N) boolean
-
-    @classmethod
-    def empty(cls, prompts: int, students: int) -> "PairTable":
-        shape = prompts, students
-        scores = [torch.zeros(len(VIEWS), *shape) for _ in range(3)]
-        differs = torch.zeros(len(VIEWS), *shape, dtype=torch.bool)
-        return cls(*scores, differs, torch.zeros(shape, dtype=torch.bool))
-
-    def fill(self, view_pack: ViewPack, scores: torch.Tensor) -> None:
-        """Puts the (U, 4) scores of a pack's pairs where they belong."""
-        p, n = view_pack.students.cpu().T
-        pairs, scores = view_pack.pairs.cpu(), scores.cpu()
-        lengths = torch.tensor(view_pack.pack.lengths)
-        for view in range(len(VIEWS)):
-            self.teacher[view, p, n] = scores[:, view]
-            self.student[view, p, n] = scores[:, len(VIEWS) + view]
-            self.length[view, p, n] = lengths[pairs[:, len(VIEWS) + view]].float()
-            self.differs[view, p, n] = pairs[:, view] != pairs[:, len(VIEWS) + view]
-        self.valid[p, n] = True
-
-    def metrics(self) -> dict:
-        """Mean scores, their gap (the paper's figure), and the share of pairs in which the
-        supervision scores higher, of those whose sides are not the same text."""
-        out = {}
-        for view, name in enumerate(VIEWS):
-            teacher, student = self.teacher[view][self.valid], self.student[view][self.valid]
-            differs = self.differs[view][self.valid]
-            higher = (teacher > student)[differs]
-            out[f"score_teacher_{name}"] = Mean(teacher.sum(), len(teacher))
-            out[f"score_student_{name}"] = Mean(student.sum(), len(student))
-            out[f"score_gap_{name}"] = Mean((teacher - student).sum(), len(teacher))
-            out[f"pair_accuracy_{name}"] = Mean(higher.sum(), differs.sum())
-        return out
-
-
-class Routing:
-    """Counts the experts that the tokens of each view choose."""
-
-    def __init__(self, discriminator: Discriminator, device):
-        self.sparse = discriminator.sparse
-        self.num_experts = len(self.sparse[0].gate.weight) if self.sparse else 0
-        shape = len(self.sparse), len(VIEWS), self.num_experts
-        self.chosen = torch.zeros(shape, device=device)  # (layers, 2, E)
-
-    def count(self, view_pack: ViewPack) -> None:
-        """Adds the choices of the last forward."""
-        view_of_token = view_of_tokens(view_pack.pack, view_pack.views)
-        views = torch.arange(len(VIEWS), device=view_of_token.device)
-        of_view = (view_of_token == views[:, None]).float()  # (2, T)
-        for layer, mlp in enumerate(self.sparse):
-            choices = F.one_hot(mlp.chosen, self.num_experts).sum(1).float()  # (T, E)
-            self.chosen[layer] += of_view @ choices
-
-    def shares(self) -> dict[str, list]:
-        """For each view and layer the share of the choices that each expert took, over all ranks.
-        Every rank calls it."""
-        counts = all_sum(self.chosen.cpu())
-        shares = (counts / counts.sum(-1, keepdim=True)).mul(1e4).round().div(1e4)
-        return {
-            f"expert_share_{name}": shares[:, view].tolist()
-            for view, name in enumerate(VIEWS)
-            if counts.numel() and counts[:, view].sum() > 0
-        }
 
 
 # --------------------------------------------------------------------------------------------------
@@ -679,18 +594,6 @@ def warm_up() -> None:
     values = [(name, line[f"validation_{name}"]) for name in shown]
     values = [f"{name} {value:.3f}" for name, value in values if value is not None]
     say(f"held out, {line['validation_pairs']} pairs:", ", ".join(values))
-
-
-def hold_out(examples, share: float, seed: int) -> tuple:
-    """-> (rows to train on, rows that are held out), drawn at random. UserError where none is left
-    to train on."""
-    order = list(range(len(examples)))
-    random.Random(seed).shuffle(order)
-    count = math.ceil(share * len(examples))
-    if count == len(examples):
-        raise UserError(f"--data: {len(examples)} pairs leave none beside {count} held out")
-    subset = torch.utils.data.Subset
-    return subset(examples, order[count:]), subset(examples, order[:count])
 
 
 if __name__ == "__main__":

@@ -6,11 +6,13 @@ the stream is row n of the shuffled epochs, whoever draws it.
 
 import itertools
 import math
+import random
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
 
 import torch
 
+from support.errors import UserError
 from support.ranks import world_size
 
 
@@ -24,6 +26,18 @@ def run_length(config, rows: int) -> tuple[int, int | None, int]:
         return batch_size, None, config.max_steps
     total = math.ceil(rows * config.num_train_epochs)
     return batch_size, total, math.ceil(total / batch_size)
+
+
+def hold_out(examples: Sequence, share: float, seed: int) -> tuple[Sequence, Sequence]:
+    """-> (rows to train on, rows that are held out), drawn at random. UserError where none is left
+    to train on."""
+    order = list(range(len(examples)))
+    random.Random(seed).shuffle(order)
+    count = math.ceil(share * len(examples))
+    if count == len(examples):
+        raise UserError(f"--data: {len(examples)} pairs leave none beside {count} held out")
+    subset = torch.utils.data.Subset
+    return subset(examples, order[count:]), subset(examples, order[:count])
 
 
 @lru_cache(maxsize=2)  # a batch may end one epoch and begin the next

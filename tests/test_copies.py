@@ -32,6 +32,7 @@ FILES = (
     "support.ranks",
     "support.errors",
     "support.fit",
+    "support.scores",
     "support.verifier",
     "data",
     "model",
