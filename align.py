@@ -31,13 +31,14 @@ from data import Encoded, decode, load_examples, parse_response
 from discriminator import Comparison, judge, load_discriminator
 from model import load_policy, rank_packs
 from policy_gradient import Objective, group_advantage, policy_backward
+from probe import in_words, probe, trials_beside_the_game
 from sampler import Sampling, generate
 from support.errors import RowError
-from support.flags import Count, NonNegative, Positive, RunConfig, Schedule, Share
+from support.flags import Count, Natural, NonNegative, Positive, RunConfig, Schedule, Share
 from support.huggingface import save_discriminator, save_policy
 from support.metrics import Mean, Sum
 from support.optimizer import adamw, learning_rate_at, optimizer_step
-from support.ranks import shard
+from support.ranks import all_sum, say, shard
 from support.run import Run, main
 
 
@@ -70,6 +71,7 @@ class AlignConfig(RunConfig):
     length_beta_reasoning: NonNegative = 0.0  # length debiasing (12) of reasoning; paper: off
     max_grad_norm: Positive = 1.0  # gradients are clipped to this norm; paper: not stated
     max_rollout_rows: Count | None = 32  # rows sampled at a time, others wait; none: all
+    probe_steps: Natural = 50  # steps between probes of the discriminator; 0: none, see probe.py
 
 
 def alignment_advantage(
@@ -127,6 +129,10 @@ def train() -> None:
     limits = dict(max_prompt_length=config.max_prompt_length, max_pixels=config.max_pixels)
     rows = Encoded(examples, processor, encode, **limits)
     stream = run.batches(rows, config.prompts_per_step)
+    trials = trials_beside_the_game(config, examples, processor) if config.probe_steps else []
+    num_trials = int(all_sum([len(trials)])[0])
+    if config.probe_steps and not num_trials:
+        say("probe: none, no rows are known from which the discriminator does not learn")
     sampling = Sampling.of(config)
     # The ratio and the mean of (14) to (16) are by token, as in GRPO, without a dual clip.
     objective = Objective("grpo", config.epsilon, config.epsilon, temperature=config.temperature)
@@ -208,8 +214,16 @@ def train() -> None:
             "learning_rate": rate,
             "d_learning_rate": d_rate,
         }
+        # Now and then ask, on rows that it does not learn from: is the discriminator blind?
+        due = num_trials and (step == 1 or step % config.probe_steps == 0)
+        if due:
+            with run.phase("probe"):
+                max_tokens = config.max_tokens_per_pack
+                metrics |= probe(judge, discriminator, trials, processor, max_tokens)
         tokens = sum(lengths) + sum(len(prompt.input_ids) for prompt in prompts)
-        run.log(step, metrics, grad_norms=[grad_norm, d_grad_norm], tokens=tokens)
+        line = run.log(step, metrics, grad_norms=[grad_norm, d_grad_norm], tokens=tokens)
+        if due:
+            say(f"step {step}:", in_words(line))
         if batch:
             run.log_rollouts(
                 step,

@@ -47,6 +47,7 @@ import torch.nn.functional as F
 from data import Comparison, Encoded, Group, Pack, Prompt
 from data import decode, encode_views, load_examples, parse_response
 from model import adapt, load_policy, model_inputs, rank_packs
+from probe import draw_trials, in_words, probe
 from sampler import Sampling, generate
 from support.errors import RowError, Unfit, UserError
 from support.flags import Count, NonNegative, Positive, RunConfig, Schedule, Share
@@ -590,10 +591,15 @@ def warm_up() -> None:
         metrics = add(metrics, {name: judged.metrics[name] for name in shown})
     held_out = {f"validation_{name}": metrics[name] for name in shown}
     held_out["validation_pairs"] = Sum(int(metrics["score_gap_perception"].count))
+
+    # Does it hold responses against their prompts, or has it learned the students' words?
+    trials = draw_trials(validation, processor, config.max_length, config.max_image_size)
+    held_out |= probe(judge, discriminator, trials, processor, config.max_tokens_per_pack)
     line = run.log(max_steps, held_out)
     values = [(name, line[f"validation_{name}"]) for name in shown]
     values = [f"{name} {value:.3f}" for name, value in values if value is not None]
     say(f"held out, {line['validation_pairs']} pairs:", ", ".join(values))
+    say(in_words(line))
 
 
 if __name__ == "__main__":

@@ -8,12 +8,14 @@ import itertools
 import math
 
 VIEWS = ("perception", "reasoning")
+PROBES = ("picture", "digit", "question", "answer")
 # Title, unit of the vertical axis, metrics. A metric that is in no group has a plot of its own.
 GROUPS = [
     ("Loss", "loss", ["loss"]),
     ("Reward, accuracy, format", "share or reward", ["reward", "accuracy", "format_valid"]),
     ("Score gap by view: supervision - policy", "score", [f"score_gap_{v}" for v in VIEWS]),
     ("Pair accuracy: supervision above policy", "share", [f"pair_accuracy_{v}" for v in VIEWS]),
+    ("Probe of the discriminator: 0.5 is blind", "share", [f"probe_{k}" for k in PROBES]),
     ("Scores", "score", [f"score_{side}_{v}" for v in VIEWS for side in ("teacher", "student")]),
     ("Discriminator loss", "loss", ["discriminator_loss"]),
     ("Groups whose rollouts differ in accuracy", "share of groups", ["groups_with_spread"]),
@@ -128,8 +130,9 @@ def figure(title, ylabel, series, xlabel="step", colors=None, top=None, kind="li
 
 
 def column(run: dict, name: str) -> list[tuple]:
-    """Returns (step, value or None) for one metric; [] where it was never measured."""
-    points = [(line["step"], number(line.get(name))) for line in run["lines"]]
+    """Returns (step, value or None) for one metric, of the steps whose line has it; [] where it was
+    never measured."""
+    points = [(line["step"], number(line[name])) for line in run["lines"] if name in line]
     return points if any(y is not None for _, y in points) else []
 
 

@@ -370,6 +370,7 @@ def run_page(run: dict, compared: bool = False) -> None:
     pictures, (figures, constant) = Pictures(run["folders"]), curves(run)
     logged = read_lines(path / "rollouts.jsonl", notes)
     rollouts = shelve(run, "rollouts.jsonl", logged, TEXT_BYTES, pictures)
+    told = lambda name: name.startswith(("validation_", "probe_"))
     wrong = wrong_answers(run, pictures)
     if pictures.dropped:
         missing = f"{pictures.dropped} of {len(pictures.places)} images are not on this page"
@@ -382,7 +383,7 @@ def run_page(run: dict, compared: bool = False) -> None:
         compared=compared or (path / ".." / "results.json").exists(),
         run=run,
         last=run["lines"][-1] if run["lines"] else {},
-        held=[[k[11:], v] for k, v in run["held"].items() if k.startswith("validation_")],
+        held=[[k.removeprefix("validation_"), v] for k, v in run["held"].items() if told(k)],
         figures=figures,
         constant=constant,
         experts=experts(run),

@@ -74,10 +74,8 @@ class Examples(Sequence):
             return [self[j] for j in range(*i.indices(len(self)))]
         if not 0 <= i < len(self):
             raise IndexError(i)
-        part = bisect_right(self.ends, i)
-        source, table = self.tables[part]
-        at = i - (self.ends[part - 1] if part else 0)
-        where = f"{source}:{table.numbers[at]}" if isinstance(table, Lines) else f"{source}[{at}]"
+        _, table, at = self._place(i)
+        where = self.where(i)
         try:
             row = table[at]
             example = parse_row(row, i, where, *self.defaults)
@@ -104,6 +102,16 @@ class Examples(Sequence):
                 parts = first["content"] if first["role"] == "system" else []
                 found["".join(part.get("text", "") for part in parts)] += 1
         return max(found, key=found.get, default=self.defaults[0] or "")
+
+    def where(self, i: int) -> str:
+        """What messages call row `i`, whether or not it can be read."""
+        source, table, at = self._place(i)
+        return f"{source}:{table.numbers[at]}" if isinstance(table, Lines) else f"{source}[{at}]"
+
+    def _place(self, i: int) -> tuple:
+        """-> (source, its table, the row's number in that table)."""
+        part = bisect_right(self.ends, i)
+        return *self.tables[part], i - (self.ends[part - 1] if part else 0)
 
 
 def load_data(sources, need=(), system_prompt=None, image_dir: str | None = None) -> Examples:
