@@ -7,13 +7,13 @@ A supervision response y+ is compared with itself, one thing changed by a rule:
     reasoning     question    D(picture, question, y+)  >  D(picture, other question, y+)
                   answer      D(x, y+)  >  D(x, y+ with another answer behind its reasoning)
 
-Each is the share of comparisons in which this holds. Ties count half, so 0.5 is blind. The warm-up
-can end with a pair accuracy of 1 and a blind discriminator, where students differ from supervision
-in their words: this is what the pair accuracy does not tell.
+A probe measures the share of comparisons in which each of these holds. Ties count half, so 0.5 is
+blind. The pair accuracy does not tell: it is 1 for a blind discriminator that has learned in which
+words students differ from supervision.
 
-Rows stand in twos, and each takes the other's picture, question and answer. What a score gives to a
-picture or to a text for itself then helps one of the two and harms the other, so a score that never
-holds one against the other gets 0.5, not only in the mean.
+Rows stand in twos, partners, and each takes the other's picture, question and answer. A score may
+prefer one of two pictures, whatever is said of it. That helps one partner and harms the other, so
+such a score gets exactly 0.5. The same holds for questions and answers.
 """
 
 import json

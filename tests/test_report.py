@@ -231,6 +231,8 @@ def test_alignment_page(tmp_path, run):
         learning_rate=1e-6,
     )
     lines[0]["time/step"] = 500.0
+    lines[0] |= {"probe_picture": 0.5, "probe_digit": None}  # a probe comes now and then
+    lines[49] |= {"probe_picture": 0.75, "probe_digit": None}
     make(tmp_path, lines, stage="align", format_penalty=1.5)
     run(tmp_path)
     page = Page(tmp_path / "report.html")
@@ -242,6 +244,10 @@ def test_alignment_page(tmp_path, run):
         -0.02,
         1.02,
     ]
+    probe = page.figure("Probe of the discriminator: 0.5 is blind")
+    line = probe["lines"].pop("probe_picture")
+    assert (line["x"], line["y"]) == ([1, 50], [0.5, 0.75]) and not probe["lines"]
+    assert line["mode"] == "lines" and probe["layout"]["yaxis"]["range"] == [-0.02, 1.02]
     assert "Experts at step 50" in page.text and "perception, layer 1" in page.text
     assert "even would be 0.250" in page.text and "alignment, 50 steps" in page.text
     routing = page.figure("Routing in the perception view, mean over layers")["lines"]
@@ -626,6 +632,7 @@ def test_comparison(tmp_path, run):
     )
     make(tmp_path / "base", [], RESULT)
     held = {"validation_pairs": 7, "validation_pair_accuracy_reasoning": 0.875}
+    held |= {"probe_picture": 0.625}
     make(
         tmp_path / "discriminator",
         [*steps(3, loss=1.0), {"step": 3, "time/step": 1.0, **held}],
@@ -669,6 +676,7 @@ def test_comparison(tmp_path, run):
     assert all((tmp_path / link).exists() for link in links)
     held = Page(tmp_path / "discriminator" / "report.html")
     assert "Held-out pairs" in held.text and "0.875" in held.text
+    assert "0.625" in held.text and "0.5 is blind" in held.text
     assert "discriminator warm-up, 3 steps, 7 s" in held.text
 
 
