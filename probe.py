@@ -38,49 +38,55 @@ KINDS = ("picture", "digit", "question", "answer")
 
 @dataclass
 class Trial:
-    """A row and what is changed in it; None where a row cannot be changed so."""
+    """A row and what is changed in it. What cannot be changed stays as it is and does not count."""
 
     prompt: Prompt
     response: Response  # y+
-    other_picture: Prompt | None  # the question with its partner's picture
-    other_digit: Response | None
-    other_question: Prompt | None  # the picture with its partner's question
-    other_answer: Response | None
+    changed: Response  # y+ with another digit in its caption and another answer
+    other_picture: Prompt
+    other_question: Prompt
+
+    def has(self, kind: str) -> bool:
+        """Whether something is changed in this way."""
+        return {
+            "picture": self.other_picture is not self.prompt,
+            "digit": self.changed.caption != self.response.caption,
+            "question": self.other_question is not self.prompt,
+            "answer": self.changed.answer != self.response.answer,
+        }[kind]
 
 
 def probe(judge: Callable, discriminator, trials: list[Trial], processor, max_tokens: int) -> dict:
     """-> `probe_<kind>` -> Mean, for the log. `judge` is discriminator.judge, which is given since
     the warm-up, in the same file, ends with a probe. Every rank calls it with its own trials."""
 
-    def scores(name: str):
-        """All responses under the prompts of one name, or under their own where there is none.
-        Only the prompts differ, so what a discriminator does not read of them moves no bit."""
+    def judged(prompts: list[Prompt]):
+        """The scores of all responses under these prompts. Two calls differ in the prompts only, so
+        what a discriminator does not read of a prompt moves no bit of a score."""
         comparisons = []
-        for trial in trials:
-            students = [trial.response, trial.other_digit, trial.other_answer]
-            prompt = getattr(trial, name) or trial.prompt
-            comparisons.append(Comparison(prompt, trial.response, students))
+        for prompt, trial in zip(prompts, trials):
+            comparisons.append(Comparison(prompt, trial.response, [trial.changed]))
         return judge(discriminator, comparisons, processor, max_tokens, backward=False)
 
     training = discriminator.training
     discriminator.eval()
-    own, moved, asked = map(scores, ("prompt", "other_picture", "other_question"))
+    own = judged([trial.prompt for trial in trials])
+    other_picture = judged([trial.other_picture for trial in trials])
+    other_question = judged([trial.other_question for trial in trials])
     discriminator.train(training)
 
-    shape = len(trials), 3  # students, also where a rank has no trials
-    perception, reasoning = own.perception.view(shape), own.reasoning.view(shape)
-    right_wrong = {
-        "picture": (perception[:, 0], moved.perception.view(shape)[:, 0]),
-        "digit": (perception[:, 0], perception[:, 1]),
-        "question": (reasoning[:, 0], asked.reasoning.view(shape)[:, 0]),
-        "answer": (reasoning[:, 0], reasoning[:, 2]),
+    # The caption is all of the perception view, think and answer are the reasoning view.
+    right_and_wrong = {
+        "picture": (own.teacher_perception, other_picture.teacher_perception),
+        "digit": (own.teacher_perception, own.perception),
+        "question": (own.teacher_reasoning, other_question.teacher_reasoning),
+        "answer": (own.teacher_reasoning, own.reasoning),
     }
     found = {}
-    for kind, (right, wrong) in right_wrong.items():
-        there = [getattr(trial, f"other_{kind}") is not None for trial in trials]
-        there = torch.tensor(there, dtype=torch.bool)
+    for kind, (right, wrong) in right_and_wrong.items():
+        counts = torch.tensor([trial.has(kind) for trial in trials], dtype=torch.bool)
         won = (right > wrong) + 0.5 * (right == wrong)
-        found[f"probe_{kind}"] = Mean(won[there].sum(), there.sum())
+        found[f"probe_{kind}"] = Mean(won[counts].sum(), counts.sum())
     return found
 
 
@@ -142,30 +148,31 @@ def make_trial(row: Example, partner: Example, processor, rng, longest, size) ->
             chats["other_picture"] = replace(row, images=partner.images)
         if row.messages != partner.messages:
             chats["other_question"] = replace(row, messages=partner.messages)
-    prompts = dict.fromkeys(("prompt", "other_picture", "other_question"))
+    prompts = {}
     for name, prompt in zip(chats, encode_prompts(processor, list(chats.values()), size)):
         if isinstance(prompt, Prompt) and len(prompt.input_ids) <= longest:
             prompts[name] = prompt
-    if prompts["prompt"] is None:
+    own = prompts.get("prompt")
+    if own is None:
         return None
-    response, answer = parse_response(row.response), parse_response(partner.response).answer
+    response, other = parse_response(row.response), parse_response(partner.response)
     return Trial(
-        **prompts,
+        prompt=own,
         response=response,
-        other_digit=replace_digit(response, rng),
-        other_answer=replace(response, answer=answer) if answer != response.answer else None,
+        changed=replace(response, caption=change_digit(response.caption, rng), answer=other.answer),
+        other_picture=prompts.get("other_picture", own),
+        other_question=prompts.get("other_question", own),
     )
 
 
-def replace_digit(response: Response, rng) -> Response | None:
-    """The response with one digit of its caption replaced by another; None where it has none."""
-    caption = response.caption
-    places = [i for i, character in enumerate(caption) if character in string.digits]
+def change_digit(text: str, rng: random.Random) -> str:
+    """The text with one of its digits, where it has any, replaced by another digit."""
+    places = [i for i, character in enumerate(text) if character in string.digits]
     if not places:
-        return None
+        return text
     at = rng.choice(places)
-    digit = rng.choice(string.digits.replace(caption[at], ""))
-    return replace(response, caption=caption[:at] + digit + caption[at + 1 :])
+    digit = rng.choice(string.digits.replace(text[at], ""))
+    return text[:at] + digit + text[at + 1 :]
 
 
 def trials_beside_the_game(config, examples, processor) -> list[Trial]:

@@ -4,6 +4,7 @@ rows, and that a run's log, its page and its user are told."""
 
 import json
 import os
+import zlib
 from types import SimpleNamespace
 
 import pytest
@@ -33,10 +34,6 @@ def rows(world):
     return load_data(world["prompts"], ("response",))[:20]
 
 
-def other(trial, kind: str):
-    return getattr(trial, f"other_{kind}")
-
-
 def test_what_is_changed_in_a_trial(world, rows):
     """One thing, and it is the partner's: checked against the rows, encoded apart."""
     processor = load_processor(world["init"])
@@ -51,25 +48,18 @@ def test_what_is_changed_in_a_trial(world, rows):
             assert torch.equal(trial.prompt.pixel_values, mine.pixel_values)
             assert torch.equal(trial.other_picture.pixel_values, theirs.pixel_values)
             assert torch.equal(trial.other_picture.input_ids, mine.input_ids)
-            asked = not torch.equal(mine.input_ids, theirs.input_ids)
-            assert (trial.other_question is not None) == asked
-            if asked:
-                assert torch.equal(trial.other_question.pixel_values, mine.pixel_values)
-                assert torch.equal(trial.other_question.input_ids, theirs.input_ids)
-            a, b = trial.response, trial.other_digit
+            assert torch.equal(trial.other_question.pixel_values, mine.pixel_values)
+            assert torch.equal(trial.other_question.input_ids, theirs.input_ids)
+            asks_the_same = torch.equal(mine.input_ids, theirs.input_ids)
+            assert trial.has("picture") and trial.has("question") != asks_the_same
+            a, b = trial.response, trial.changed
             (at,) = (i for i, (x, y) in enumerate(zip(a.caption, b.caption)) if x != y)
-            assert a.caption[at].isdigit() and b.caption[at].isdigit()
-            assert (a.think, a.answer) == (b.think, b.answer)
-            if partner.response.answer == a.answer:
-                assert trial.other_answer is None
-            else:
-                assert trial.other_answer == parse_response(
-                    f"<caption>{a.caption}</caption><think>{a.think}</think>"
-                    f"<answer>{partner.response.answer}</answer>"
-                )
+            assert a.caption[at].isdigit() and b.caption[at].isdigit() and trial.has("digit")
+            assert b.think == a.think and b.answer == partner.response.answer
+            assert trial.has("answer") == (a.answer != b.answer)
     again = draw_trials(rows, processor, LONGEST)
-    assert [t.other_digit for t in again] == [t.other_digit for t in trials]
-    assert len({t.other_digit for t in trials}) > len(rows)  # and with other digits
+    assert [t.changed for t in again] == [t.changed for t in trials]
+    assert len({t.changed for t in trials}) > len(rows)  # and with other digits
 
 
 def test_rows_without_pictures_digits_or_another_question(world, rows):
@@ -83,7 +73,7 @@ def test_rows_without_pictures_digits_or_another_question(world, rows):
         chat = [{"role": "user", "content": parts}]
         made.append(probing.Example(index, str(index), chat, images, response=plain))
     trials = draw_trials(made, processor, LONGEST)
-    assert len(trials) == 64 and all(not other(t, kind) for t in trials for kind in KINDS)
+    assert len(trials) == 64 and not any(t.has(kind) for t in trials for kind in KINDS)
     discriminator, _ = build(world)
     found = probe(judge, discriminator, trials, processor, 4000)
     assert all(found[name].count == 0 for name in NAMES)
@@ -107,12 +97,12 @@ def test_each_share_is_that_of_separate_forwards(world, rows, kind, monkeypatch)
     with torch.no_grad():
         for name, view in zip(KINDS, (0, 0, 1, 1)):
             points = []
-            for trial in (trial for trial in trials if other(trial, name)):
+            for trial in (trial for trial in trials if trial.has(name)):
                 right = score(view, trial.prompt, trial.response)
                 if name in ("picture", "question"):
-                    wrong = score(view, other(trial, name), trial.response)
+                    wrong = score(view, getattr(trial, f"other_{name}"), trial.response)
                 else:
-                    wrong = score(view, trial.prompt, other(trial, name))
+                    wrong = score(view, trial.prompt, trial.changed)
                 points.append(0.5 if abs(right - wrong) < 1e-5 else float(right > wrong))
             expected[f"probe_{name}"] = sum(points) / len(points)
             ties |= {name} if 0.5 in points else set()
@@ -140,15 +130,18 @@ def test_a_score_that_holds_nothing_against_anything_gets_half(world, rows):
     trials = draw_trials(rows, processor, LONGEST)
 
     def likes(thing) -> float:
-        return hash(str(thing)) % 1009 / 1009
+        return zlib.crc32(str(thing).encode()) / 2**32
+
+    def score(prompt, response) -> float:
+        prefers = likes(prompt.pixel_values.sum()) + likes(prompt.input_ids)
+        return prefers + likes(response.think) + likes(response.answer)
 
     def fond(_, comparisons, *args, **kwargs):
-        scores = []
-        for c in comparisons:
-            ofprompt = likes(c.prompt.pixel_values.sum()), likes(c.prompt.input_ids)
-            students = [(s.think, s.answer) if s else ("", "") for s in c.students]
-            scores.append([sum(ofprompt) + likes(t) + likes(a) for t, a in students])
-        return SimpleNamespace(perception=torch.tensor(scores), reasoning=torch.tensor(scores))
+        """What probe asks of a judge, the same for both views."""
+        teacher = torch.tensor([[score(c.prompt, c.teacher)] for c in comparisons])
+        student = torch.tensor([[score(c.prompt, c.students[0])] for c in comparisons])
+        supervision = dict(teacher_perception=teacher, teacher_reasoning=teacher)
+        return SimpleNamespace(**supervision, perception=student, reasoning=student)
 
     found = shares(probe(fond, torch.nn.Identity(), trials, processor, 4000))
     assert found["probe_picture"] == found["probe_question"] == found["probe_answer"] == 0.5
