@@ -285,7 +285,7 @@ def load_examples(config, need: tuple, *checkpoints: str) -> Examples:
     return examples
 
 
-class Encoded(torch.utils.data.Dataset):
+class Encoded:
     """Rows that are encoded when they are drawn. `encode(example, prompt)` makes of a row what the
     stage trains on, or raises RowError. `limits` may hold max_prompt_length in tokens,
     max_image_size (see `encode_prompts`) and max_pixels (see `limit_pixels`)."""

@@ -32,7 +32,7 @@ Natural = Annotated[int, 0, math.inf]
 Positive = Annotated[float, 1e-9, 1e9]  # so that it and what is divided by it stay finite
 NonNegative = Annotated[float, 0.0, sys.float_info.max]
 Share = Annotated[float, 0.0, 1.0]
-Minutes = Annotated[float, 1e-9, 1e6]
+Minutes = Annotated[float, 1e-9, 30_000.0]  # a socket waits no longer
 Seed = Annotated[int, 0, 2**32 - 1]
 # The schedules of transformers that a peak, a warm-up and a length determine.
 Schedule = Literal[
@@ -61,11 +61,11 @@ class RunConfig:
     lora_rank: Natural = 0  # rank of adapters that learn in the policy's place; 0: no adapters
     hsdp: bool = False  # share parameters inside a node only, so each node has all of them
     dry_run: Natural = 0  # print the bytes a GPU of this run on so many GPUs, and end
-    dataloader_num_workers: Natural = 1  # processes that encode rows ahead
+    dataloader_num_workers: Natural = 1  # workers: processes that encode rows ahead
     save_steps: Count = 100  # steps between checkpoints for --resume; 12 bytes a parameter each
     save_hf_steps: Natural = 0  # steps between Hugging Face directories; 0: only at the end
     save_total_limit: Count = 2  # checkpoints that are kept
-    timeout: Minutes = 30.0  # minutes that a rank waits for another
+    timeout: Minutes = 30.0  # minutes that a rank waits for another, or for a worker
     max_skipped: Count = 5  # steps in a row without a finite gradient that end the run
     report_to: Literal["none", "tensorboard", "wandb"] = "none"  # where metrics go as well
     seed: Seed = 0  # of all random numbers

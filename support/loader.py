@@ -2,18 +2,29 @@
 
 What a batch holds depends neither on the number of ranks nor on where a run was resumed. Place n of
 the stream is row n of the shuffled epochs, whoever draws it.
+
+A worker is a process that encodes rows ahead and sends them through a socket. The DataLoader of
+torch puts each tensor into shared memory, under a file descriptor of its own. Where one of the two
+runs out, as in a container with the usual 64 MB of /dev/shm, a run would wait for ever.
 """
 
 import itertools
 import math
+import os
+import pickle
 import random
-from collections.abc import Iterator, Sequence
+import signal
+import socket
+import sys
+import traceback
+from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
+from typing import BinaryIO, NoReturn
 
 import torch
 
 from support.errors import UserError
-from support.ranks import world_size
+from support.ranks import rank, world_size
 
 
 def run_length(config, rows: int) -> tuple[int, int | None, int]:
@@ -59,22 +70,109 @@ def batches(
     total: int | None = None,
     share: tuple[int, int] = (0, 1),
     workers: int = 0,
+    timeout: float | None = None,
 ) -> Iterator[list]:
     """This rank's `share` (rank, ranks) of one global batch after another.
 
     `rows[draws]` encodes some draws, (place in the stream, number of the row) each; see
     `data.Encoded`. Batches are cuts of the stream from place `start` on. Behind place `total` they
-    are empty. Rows are encoded ahead in `workers` processes, where there are any."""
+    are empty. Rows are encoded ahead in `workers` processes, where there are any. UserError where
+    one of these is gone, or sends nothing for `timeout` seconds."""
 
-    def draws():
+    def draws() -> Iterator[list[tuple[int, int]]]:
         for first in itertools.count(start, batch_size):
             last = first + batch_size if total is None else min(first + batch_size, total)
             numbers = epoch_rows(first, last, len(rows), seed)
             yield list(enumerate(numbers, first))[share[0] :: share[1]]
 
-    own = torch.Generator()  # otherwise the loader would draw from the global one, as dropout does
-    return iter(
-        torch.utils.data.DataLoader(
-            rows, None, sampler=draws(), num_workers=workers, collate_fn=list, generator=own
-        )
+    return _ahead(rows, draws, workers, timeout) if workers else map(rows.__getitem__, draws())
+
+
+# --------------------------------------------------------------------------------------------------
+# Workers
+
+
+def _ahead(rows, draws: Callable, workers: int, timeout: float | None) -> Iterator[list]:
+    """The batches, which the workers encode in turns. Each has one ready and waits until that is
+    taken, so one worker is a batch ahead of the run."""
+    started = [
+        _start_worker(rows, itertools.islice(draws(), worker, None, workers), timeout)
+        for worker in range(workers)
+    ]
+    for batch, (pid, sent) in zip(draws(), itertools.cycle(started)):
+        try:
+            items = pickle.load(sent)
+        except TimeoutError:
+            how = f"sent nothing for {timeout:g} seconds"
+            remedy = "see whether their files can be read, or raise --timeout"
+            raise _lost(pid, how, batch, remedy) from None
+        except (EOFError, ConnectionError, pickle.UnpicklingError):
+            remedy = "see whether memory ran out; --dataloader_num_workers 0 starts no worker"
+            raise _lost(pid, None, batch, remedy) from None
+        if isinstance(items, UserError):
+            raise items
+        yield items
+
+
+def _start_worker(rows, draws: Iterator, timeout: float | None) -> tuple[int, BinaryIO]:
+    """Forks a process that encodes `draws`, batch after batch. -> its number, and the file that it
+    writes batches to. It ends when it writes and nobody is left to read."""
+    stops = {signal.SIGTERM, signal.SIGINT}  # sent to a whole job, they are for the run alone
+    try:
+        here, there = socket.socketpair()
+        here.settimeout(timeout)
+        held = signal.pthread_sigmask(signal.SIG_BLOCK, stops)
+        pid = os.fork()
+    except OSError as error:
+        raise UserError(
+            f"a worker cannot be started ({error.strerror}); free some memory or processes, or "
+            f"pass --dataloader_num_workers 0"
+        ) from None
+    if pid == 0:
+        here.close()
+        _work(rows, draws, there.makefile("wb"))
+    signal.pthread_sigmask(signal.SIG_SETMASK, held)
+    there.close()
+    return pid, here.makefile("rb")
+
+
+def _work(rows, draws: Iterator, file: BinaryIO) -> NoReturn:
+    """What a worker does, from its first batch to its end."""
+    try:
+        torch.set_num_threads(1)  # a fork has none of its parent's other threads
+        for batch in draws:
+            try:
+                items = rows[batch]
+            except UserError as error:
+                items = error
+            _Pickler(file, protocol=5).dump(items)
+            file.flush()
+    except ConnectionError:
+        pass  # the run has ended
+    except BaseException:  # whatever it is, it may not be possible to send it
+        traceback.print_exc()
+        sys.stderr.flush()
+    finally:
+        os._exit(1)
+
+
+class _Pickler(pickle.Pickler):
+    """Tensors as the bytes that they show. Pickled by torch, each row of a batch would bring the
+    pixels of the whole batch, of which its own are a view."""
+
+    def reducer_override(self, value):
+        if isinstance(value, torch.Tensor):
+            return torch.from_numpy, (value.numpy(),)
+        return NotImplemented
+
+
+def _lost(pid: int, how: str | None, batch: list, remedy: str) -> UserError:
+    """The error of a run whose worker is gone, or is too late and is ended here."""
+    os.kill(pid, signal.SIGKILL)
+    code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    how = how or (f"was killed by signal {-code}" if code < 0 else f"ended with exit code {code}")
+    numbers = ", ".join(str(number) for _, number in batch[:4]) + ", ..." * (len(batch) > 4)
+    return UserError(
+        f"a worker of rank {rank()} {how} while it encoded rows {numbers} of --data (counted from "
+        f"0); {remedy}; then go on with --resume"
     )

@@ -100,15 +100,16 @@ def _die(message: str, code: int) -> None:
         if run and run.bar:
             run.bar.close()
         print(f"error: {' '.join(printable(message).split())}", file=sys.stderr)
+    sys.stdout.flush()
     sys.stderr.flush()
     if code == 2 and run:
         run.checkpoints.settle()  # a checkpoint from before the error
-    os._exit(code) if dist.is_initialized() else sys.exit(code)  # others wait in a collective
+    os._exit(code)  # as in `_crash`
 
 
 def _crash() -> None:
-    """A traceback and the end, at once. The interpreter's own end would wait for the loader's
-    workers, which no signal ends, and other ranks would wait for this one."""
+    """A traceback and the end, at once. The interpreter's own end waits for threads and processes
+    that are left, and meanwhile other ranks wait for this one."""
     sys.excepthook(*sys.exc_info())
     sys.stdout.flush()
     sys.stderr.flush()
@@ -223,11 +224,10 @@ class Run:
         start, share = 0 if held_out else self.progress["position"], (rank(), world_size())
         workers = 0 if held_out else self.config.dataloader_num_workers
         most = len(rows) + (self.drawn if held_out else 0)
-        # What encodes rows ahead ends with this process, not by signals to the whole job.
-        held = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT})
-        stream = batches(rows, batch_size, self.config.seed, start, total, share, workers)
-        signal.pthread_sigmask(signal.SIG_SETMASK, held)
-        for items in stream:
+        seconds = 60 * self.config.timeout
+        for items in batches(
+            rows, batch_size, self.config.seed, start, total, share, workers, seconds
+        ):
             self.progress["position"] += 0 if held_out else batch_size
             self.drawn = min(self.drawn + len(items), most)
             used = []

@@ -42,14 +42,6 @@ STEPS = 5  # of a run
 # Processes that start at once
 
 
-def command(script: str, *args) -> list[str]:
-    """The words of a run. A stage encodes its rows itself, where no number of workers is given:
-    starting them takes longer than the rows."""
-    if script in STAGES and "--dataloader_num_workers" not in args:
-        args = (*args, "--dataloader_num_workers", 0)
-    return [*map(str, (script, *args))]
-
-
 def free_port() -> int:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -78,10 +70,11 @@ class Nursery:
         if ranks > 1:
             port = str(free_port())
             env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(ranks)}
+        words = [*map(str, (script, *args))]
         logs, pids = [f"{log}.{rank}" for rank in range(ranks)], []
         for rank in range(ranks):
             own = {"RANK": str(rank), "LOCAL_RANK": str(rank)} if ranks > 1 else {}
-            pids.append(self.ask(start=command(script, *args), env=env | own, log=logs[rank]))
+            pids.append(self.ask(start=words, env=env | own, log=logs[rank]))
         return Started(self, pids, logs)
 
     def run(self, *args, **more) -> "Started":

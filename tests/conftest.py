@@ -24,7 +24,7 @@ os.chdir(ROOT)
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
-from tests.chaos import Nursery, command  # noqa: E402
+from tests.chaos import Nursery  # noqa: E402
 
 WORLD = dict(
     digits=3,
@@ -147,7 +147,7 @@ def launch(
     """Runs a script as `ranks` processes and captures what they say. They are forked from one that
     has imported everything. With `real`, or an environment of their own, or where it matters what
     torchrun makes of a failure, `python` or torchrun starts them, as a user would."""
-    words = command(script, *args)
+    words = [*map(str, (script, *args))]
     if real or env or (ranks > 1 and not check):
         start = [sys.executable]
         if ranks > 1:

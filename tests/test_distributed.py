@@ -144,7 +144,7 @@ def test_a_rank_without_prompts_plays_the_game_along(world, trained, tmp_path):
 def test_two_nodes_that_share_nothing_but_gradients(world, tmp_path):
     """--hsdp on two nodes of two ranks, each node under its own torchrun, is one process."""
     flags = ["--model", world["init"], "--data", world["sft"], "--max_steps", 3]
-    flags += ["--learning_rate", 1e-3, "--warmup_steps", 0, "--dataloader_num_workers", 0]
+    flags += ["--learning_rate", 1e-3, "--warmup_steps", 0]
     one = ["--output_dir", tmp_path / "1", "--per_device_train_batch_size", 8]
     launch("sft.py", *flags, *one)
     four = ["--output_dir", tmp_path / "4", "--per_device_train_batch_size", 2, "--hsdp", True]

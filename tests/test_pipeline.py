@@ -443,8 +443,6 @@ def test_a_killed_run_resumes(world, trained, discriminator, tmp_path, script, f
         "constant",
         "--save_steps",
         2,
-        "--dataloader_num_workers",
-        0,
     )
     launch(script, *common, "--output_dir", tmp_path / "whole")
     arguments = [

@@ -195,7 +195,7 @@ def test_training_goes_on_during_a_save(nursery, whole, tmp_path, ranks, end):
     base, expected = whole("sft.py", ranks)
     script, out, log = tmp_path / "sft.py", tmp_path / "out", tmp_path / "log"
     script.write_text(SLOW_SAVE)
-    words = (*base[1:], "--dataloader_num_workers", 0, "--output_dir", out, "--save_steps", 2)
+    words = (*base[1:], "--output_dir", out, "--save_steps", 2)
     started = nursery.start(script, *words, ranks=ranks, log=log)
     logged = lambda: (out / "metrics.jsonl").exists() and len(lines(out / "metrics.jsonl"))
     until(lambda: logged() >= 3 or started.gone())
@@ -293,7 +293,7 @@ def test_run_json_says_how_the_run_was_made(nursery, whole, tmp_path):
     out = tmp_path / "a folder's"  # a shell takes it in quotes only
     stopped_at(nursery, base, out, 2)
     assert list(json.loads((out / "run.json").read_text())) == ["stage", "command", "commit", "run"]
-    more = ("--dataloader_num_workers", 0, "--output_dir", out, "--seed", 5, "--resume")
+    more = ("--output_dir", out, "--seed", 5, "--resume")
     done = nursery.run(*base, *more, log=tmp_path / "log")
     assert done.codes == [0], done.said
     record = json.loads((out / "run.json").read_text())
@@ -370,7 +370,7 @@ def test_torchrun_passes_a_signal_on(short, tmp_path):
     base = short("sft.py")
     out = tmp_path / "out"
     start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    words = [*base, "--max_steps", 100_000, "--output_dir", out, "--dataloader_num_workers", 0]
+    words = [*base, "--max_steps", 100_000, "--output_dir", out]
     with open(tmp_path / "log", "w") as log:
         launched = subprocess.Popen(
             [*start, *map(str, words)], cwd=ROOT, stdout=log, stderr=subprocess.STDOUT
@@ -779,7 +779,7 @@ def test_a_full_disk_is_one_line(nursery, whole, small_disk, tmp_path, ranks):
     before = files(out / f"checkpoint-{kept}")
     fill(small_disk, size // 2)
     started = nursery.start(*words, ranks=ranks, log=tmp_path / "log")
-    codes = started.wait()
+    codes = started.wait(60)
     assert 2 in codes and set(codes) <= {1, 2} and "Traceback" not in started.said, started.said
     (line,) = started.errors
     assert f"{out}/checkpoint-{kept + 1}" in line and "could not be written" in line, line
@@ -907,6 +907,98 @@ def test_what_fails_on_all_ranks_is_said_once(short, tmp_path, fault):
     assert done.returncode and len(said) == 1 and wanted[fault] in said[0], done.stderr
 
 
+WORKER = '''"""Stage 1, whose worker on the last rank fails at its sixth row."""
+
+import os
+import signal
+
+import sft
+from support.errors import UserError
+from support.ranks import rank, world_size
+from support.run import main
+
+plain, calls, run = sft.encode_response, 0, os.getpid()
+
+
+class Lost(BaseException):
+    def __reduce__(self):
+        raise TypeError("cannot be pickled")
+
+
+def encode_response(*args):
+    global calls
+    calls += 1
+    if calls == 6 and rank() == world_size() - 1 and os.getpid() != run:
+        FAULT
+    return plain(*args)
+
+
+sft.encode_response = encode_response
+main(sft.train)
+'''
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize(
+    "fault, said",
+    [
+        ("os.kill(os.getpid(), signal.SIGKILL)", "was killed by signal 9"),  # for lack of memory
+        ("os._exit(3)", "ended with exit code 3"),
+        ("raise Lost('a bug')", "ended with exit code 1"),
+        ("raise KeyboardInterrupt", "ended with exit code 1"),
+        ("os.kill(os.getpid(), signal.SIGSTOP)", "sent nothing for 6 seconds"),
+        ("raise UserError('the folder is gone; mount it')", "the folder is gone; mount it"),
+    ],
+)
+def test_a_lost_worker_is_one_line(nursery, whole, tmp_path, ranks, fault, said):
+    """It names the rank and the rows, and the run goes on from its last checkpoint."""
+    base, expected = whole("sft.py", ranks)
+    script, out = tmp_path / "stage.py", tmp_path / "out"
+    script.write_text(WORKER.replace("FAULT", fault))
+    words = (*base[1:], "--output_dir", out, "--save_steps", 1, "--resume")
+    limit = ("--timeout", 0.1) if "SIGSTOP" in fault else ()
+    started = nursery.start(script, *words, *limit, ranks=ranks, log=tmp_path / "log")
+    codes = started.wait(60)
+    assert codes[-1] == 2 and {*codes} <= {1, 2}, (codes, started.said)
+    (line,) = started.errors
+    assert said in line and ("UserError" in fault or f"a worker of rank {ranks - 1} " in line)
+    assert "UserError" in fault or re.search(r"rows \d+, \d+, \d+, \d+ of --data", line), line
+    bug = re.search("Lost|KeyboardInterrupt", fault)
+    assert started.said.count("Traceback") == bool(bug), started.said
+    assert not bug or bug[0] in started.said
+    done = nursery.run("sft.py", *words, ranks=ranks, log=tmp_path / "log")
+    assert done.codes == [0] * ranks, done.said
+    assert differences(expected, out) == []
+
+
+LITTLE = '''"""Stage 1 with hardly any shared memory, and few files that may be open."""
+
+import ctypes
+import resource
+import subprocess
+
+import sft
+from support.run import main
+
+resource.setrlimit(resource.RLIMIT_NOFILE, (96, 96))
+if ctypes.CDLL(None).unshare(0x20000) == 0:  # root alone may have mounts of its own
+    subprocess.run(["mount", "--make-rprivate", "/"], check=True)
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4k", "tmpfs", "/dev/shm"], check=True)
+main(sft.train)
+'''
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_workers_need_no_shared_memory_and_few_files(nursery, short, tmp_path, ranks):
+    """As in a container with the usual /dev/shm and large images, or with many rows a step."""
+    script = tmp_path / "stage.py"
+    script.write_text(LITTLE)
+    more = ("--per_device_train_batch_size", 64, "--save_steps", 1, "--max_steps", 2)
+    words = (script, *short("sft.py")[1:], *more, "--output_dir", tmp_path / "out")
+    started = nursery.start(*words, ranks=ranks, log=tmp_path / "log")
+    assert started.wait(60) == [0] * ranks, started.said
+
+
 CRASH = """
 import sft
 from support.run import main
@@ -923,7 +1015,6 @@ def test_a_bug_is_a_traceback_and_the_end(short, tmp_path):
     """At once, with a worker that reads ahead, and of all ranks where it was on one."""
     _, *base = short("sft.py")
     (tmp_path / "stage.py").write_text(CRASH)
-    base += ["--dataloader_num_workers", 1]
     for ranks in (1, 2):
         out = tmp_path / str(ranks)
         start = time.monotonic()
@@ -1028,7 +1119,7 @@ def test_one_bad_step_is_skipped_counted_and_named(nursery, whole, tmp_path, ran
     script = tmp_path / "sft.py"
     script.write_text(BAD_STEP)
     out, log = tmp_path / "out", tmp_path / "log"
-    words = (script, *base[1:], "--dataloader_num_workers", 0, "--output_dir", out)
+    words = (script, *base[1:], "--output_dir", out)
     started = nursery.start(*words, "--save_steps", 3, ranks=ranks, log=log)
     until(lambda: (out / "checkpoint-3").exists() or started.gone())
     started.signal(signal.SIGTERM)
