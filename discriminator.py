@@ -176,7 +176,7 @@ def upcycle(
 
     def noise(like, std):
         drawn = torch.randn(like.shape, generator=generator, dtype=torch.float32)
-        return drawn.to(like.dtype) * std
+        return drawn.to(like) * std
 
     for layer in backbone.language_model.layers:
         mlp = layer.mlp

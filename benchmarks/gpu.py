@@ -76,7 +76,7 @@ def trained(module, device):
     module = shard(module, device, flags).train()
     size = sum(p.numel() for p in module.parameters())
     if device.type == "cuda" and 16 * size > 0.55 * torch.cuda.mem_get_info()[1]:
-        return module, torch.optim.SGD(module.parameters(), lr=1e-6, fused=True), "SGD"
+        return module, torch.optim.SGD(module.parameters(), lr=1e-6, foreach=True), "SGD"
     return module, torch.optim.AdamW(module.parameters(), lr=1e-6, fused=True), "AdamW"
 
 
@@ -138,7 +138,7 @@ def sft_step(shape, clock, device, peak) -> None:
     policy = make(shape, device)
     size = fit.count(policy)
     policy, optimizer, name = trained(policy, device)
-    (pack,) = make_packs(demonstrations(16384 if clock.gpu else 512, vocab))
+    (pack,) = make_packs(demonstrations(512 if shape == "tiny" else 16384, vocab))
     tokens, targets = pack.input_ids.numel(), len(pack.targets)
     pack = pack.to(device)
 
@@ -168,8 +168,8 @@ def decode(shape, clock, device, copied) -> None:
     size = fit.count(policy)
     policy = shard(policy, device)
     prompts = [prompt(i, PROMPT, vocab) for i in range(PROMPTS)]
-    short, long = (64, 224) if clock.gpu else (4, 20)
-    for rows in (16, 64) if clock.gpu else (8, 16):
+    short, long = (4, 20) if shape == "tiny" else (64, 224)
+    for rows in (8, 16) if shape == "tiny" else (16, 64):
 
         def run(limit, rows=rows):
             generate(policy, prompts, Sampling(rows // PROMPTS, limit, max_rollout_rows=rows))
@@ -210,13 +210,15 @@ def comparisons(vocab: int, views: int = 60) -> list[Comparison]:
 
 def rl_step(shape, clock, device, processor, judged_by=None) -> None:
     """A step of stage 3 or, with the shape of a discriminator, of stage 2."""
-    vocab, limit = SHAPES[shape][6], 256 if clock.gpu else 8
+    vocab, limit = SHAPES[shape][6], 8 if shape == "tiny" else 256
     policy, optimizer, name = trained(make(shape, device), device)
     parts, peaks = {}, []
     if judged_by:
         backbone = make(judged_by, device, seed=1).base_model
         upcycle(backbone)
-        found = trained(Discriminator(backbone, "learned").to(device), device)
+        with torch.device(device):
+            judging = Discriminator(backbone, "learned")
+        found = trained(judging, device)
         discriminator, d_optimizer, name = *found[:2], f"{name}, {found[2]}"
     batch = comparisons(vocab)
     for repeat in range(2):  # the first warms up
@@ -274,7 +276,7 @@ def parity(clock, device, processor) -> None:
 
 def ratios(shape, clock, device, processor) -> None:
     """Packs against the prompt repeated for every branch, and `generate` against transformers'."""
-    vocab, limit = SHAPES[shape][6], 128 if clock.gpu else 6
+    vocab, limit = SHAPES[shape][6], 6 if shape == "tiny" else 128
     policy = make(shape, device)
     plain = copy.deepcopy(policy)
     plain.set_attn_implementation("sdpa")

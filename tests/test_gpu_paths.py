@@ -1,0 +1,188 @@
+"""What runs only on a GPU, run without one: `benchmarks/gpu.py` and the code that it calls.
+
+Tensors are fake: they have shapes, dtypes, strides and a device, `cuda`, and no values. So what is
+found is an operation that mixes devices or dtypes, that a GPU's kernel or FSDP2 does not have, or
+that a CUDA graph cannot record. What is computed is tested elsewhere, on the CPU.
+"""
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch._subclasses import fake_tensor
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp._fully_shard import _fsdp_collectives, _fsdp_init, _fsdp_param_group
+from torch.distributed.fsdp._fully_shard import _fsdp_state
+from torch.distributed.tensor import DTensor
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+import sampler
+from data import Prompt
+from discriminator import Discriminator, judge, upcycle
+from model import rank_packs
+from policy_gradient import Objective, policy_backward, rescore
+from sampler import Rows, Sampling, generate
+from support import ranks
+from support.huggingface import load_processor
+from support.ranks import shard
+from tests.conftest import ROOT
+
+GPU = torch.device("cuda", 0)
+
+
+class FakeGPU(FakeTensorMode):
+    """Fake tensors on a GPU, also where torch is built without CUDA. A value that is asked for is
+    1, and of the elements of a mask half are true. While `recording`, nothing can be asked for."""
+
+    recording = False
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs, aten = dict(kwargs or {}), torch.ops.aten
+        device = getattr(kwargs.get("device"), "type", None)
+        values = aten._local_scalar_dense.default, aten.nonzero.default, aten.bincount.default
+        if self.recording and (func in values or device == "cpu"):
+            raise RuntimeError(f"{func} is not permitted while a stream is recorded")
+        if func is aten._local_scalar_dense.default:
+            return torch.ones((), dtype=args[0].dtype).tolist()
+        if func is aten.nonzero.default:
+            true = (args[0].numel() + 1) // 2
+            return args[0].new_empty(true, args[0].ndim, dtype=torch.long)
+        if func is aten.bincount.default:
+            return args[0].new_empty(args[2])
+        if device == "meta":  # what C++ makes like another tensor, see `gpu`
+            kwargs["device"] = GPU
+        return super().__torch_dispatch__(func, types, args, kwargs)
+
+
+class Graph:
+    """A CUDA graph that refuses what cannot be recorded, and replays nothing."""
+
+    recorded = 0
+
+    def __init__(self, mode: FakeGPU):
+        self.mode, self.replays = mode, 0
+
+    def __enter__(self):
+        self.mode.recording = True
+        Graph.recorded += 1
+
+    def __exit__(self, *error):
+        self.mode.recording = False
+
+    def replay(self):
+        self.replays += 1
+
+
+def idle(self: Rows) -> torch.Tensor:
+    """In place of `Rows.idle`: first all slots are idle, then in turns none and three of four."""
+    self.asked = getattr(self, "asked", -1) + 1
+    slots = len(self.row)
+    count = [slots, 0, slots * 3 // 4, 0, slots * 3 // 4, slots][min(self.asked, 5)]
+    return torch.arange(count, device=self.row.device)
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """`benchmarks/gpu.py` as a module, on a fake GPU."""
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    import gpu
+
+    # C++ is told that what is on the GPU is on `meta`, for which every build has autograd.
+    meta = lambda args: torch.device("meta" if args[0].is_cuda else "cpu")
+    monkeypatch.setitem(fake_tensor._DISPATCH_META_HANDLERS, torch.ops.prim.device.default, meta)
+    monkeypatch.setattr(FakeTensor, "is_cuda", property(lambda self: self.device.type == "cuda"))
+    monkeypatch.setattr(DTensor, "device", property(lambda self: self._local_tensor.device))
+    monkeypatch.setattr(fake_tensor, "CONSTANT_NUMEL_LIMIT", -1)  # small ones have no values either
+    # FSDP takes the CPU's streams, which do nothing.
+    for part in (_fsdp_collectives, _fsdp_init, _fsdp_param_group, _fsdp_state):
+        monkeypatch.setattr(part, "_get_device_handle", lambda *args: torch.cpu)
+    monkeypatch.setattr(torch.cpu, "current_device", lambda: GPU.index)
+    group = _fsdp_param_group.FSDPParamGroup
+    monkeypatch.setattr(group, "_validate_no_meta_params", lambda self: None)
+    # Images are cut by their values, which fake ones do not have.
+    monkeypatch.setattr(gpu, "prompt", text_prompt)
+    monkeypatch.setattr(Rows, "idle", idle)
+    sampler._starts.cache_clear()
+    mode = FakeGPU()
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: Graph(mode))
+    monkeypatch.setattr(torch.cuda, "graph", lambda graph, **kwargs: graph)
+    monkeypatch.setattr(Graph, "recorded", 0)
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=1)
+    try:
+        mesh = init_device_mesh("cuda", (1,), mesh_dim_names=("ranks",))
+        monkeypatch.setattr(ranks, "init_device_mesh", lambda *args, **kwargs: mesh)
+        with mode:
+            yield gpu
+    finally:
+        dist.destroy_process_group()
+
+
+def text_prompt(index: int, tokens: int, vocab: int = 0) -> Prompt:
+    return Prompt(index, torch.zeros(tokens, dtype=torch.long), torch.arange(tokens).expand(3, -1))
+
+
+class Clock:
+    """In place of the benchmark's: the n-th call takes n seconds and no memory."""
+
+    gpu, memory, calls = True, 0.0, 0
+
+    def __call__(self, run, *args, **kwargs):
+        self.result = run(*args, **kwargs)
+        self.calls += 1
+        return self.calls
+
+    def median(self, run, repeats=1):
+        return self(run)
+
+
+@pytest.mark.parametrize("optimizer", ["AdamW", "SGD"])
+def test_a_step_of_sft(gpu, monkeypatch, capsys, optimizer):
+    room = dict(AdamW=10**12, SGD=1)[optimizer]
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (room, room))
+    gpu.sft_step("tiny", Clock(), GPU, peak=1.0)
+    assert optimizer in capsys.readouterr().out
+
+
+def test_decoding(gpu):
+    gpu.decode("tiny", Clock(), GPU, copied=1.0)
+    assert Graph.recorded > 0
+
+
+@pytest.mark.parametrize("judged_by", [None, "tiny"])
+def test_a_step_of_reinforcement(gpu, monkeypatch, world, judged_by):
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (10**12, 10**12))
+    processor = load_processor(world["init"])
+    gpu.rl_step("tiny", Clock(), GPU, processor, judged_by)
+    assert Graph.recorded > 0
+
+
+@pytest.mark.parametrize("algorithm", ["dapo", "gspo"])
+def test_steps_off_the_policy_with_a_reference(gpu, algorithm):
+    policy, reference = (shard(gpu.make("tiny", GPU), GPU) for _ in range(2))
+    prompts = [text_prompt(i, 30) for i in range(2)]
+    groups = generate(policy, prompts, Sampling(4, 8, max_rollout_rows=6))
+    packs = rank_packs(groups, None)
+    rescore(policy, packs, groups, temperature=0.9)
+    objective = Objective(algorithm, 0.2, 0.2, 3.0, temperature=0.9, beta=0.1, on_policy=False)
+    policy_backward(policy, packs, groups, torch.ones(2, 4), objective, reference)
+
+
+def test_experts_of_one_view(gpu, world):
+    backbone = gpu.make("tiny", GPU).base_model
+    upcycle(backbone)
+    with GPU:
+        discriminator = shard(Discriminator(backbone, "dedicated"), GPU)
+    comparisons = gpu.comparisons(2048)[:2]
+    judge(discriminator, comparisons, load_processor(world["init"]), 16384, backward=True)
+
+
+def test_the_machine(gpu):
+    gpu.machine(Clock(), GPU)
+
+
+def test_ratios_in_bfloat16(monkeypatch):
+    """With values, on the CPU: transformers' side reads those of the images."""
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    import gpu
+
+    gpu.ratios("tiny", Clock(), torch.device("cpu"), None)
