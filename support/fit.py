@@ -2,7 +2,8 @@
 
 Only the model's config.json is read. States and weights are counted from the parameters of an empty
 model (P in all, R of them outside the blocks, B in the largest block), which N GPUs, or with --hsdp
-those of one node, share as ranks.shard does. S is the number of GPUs that share.
+those of one node, share as ranks.shard does. S is the number of GPUs that share. What they cannot
+share equally is counted on the GPU that holds most, see `share`.
 
     weights        4 P / S        float32
     optimiser      8 P / S        two moments of what is trained
@@ -30,7 +31,7 @@ import torch
 from transformers import AutoModelForImageTextToText, PreTrainedConfig
 
 from support.huggingface import read_config
-from support.ranks import blocks, vision_tower
+from support.ranks import blocks, sharded_dimension, vision_tower
 
 # What model.py and sampler.py hold at a time.
 LOGIT_ROWS = 1024  # rows of logits over the vocabulary
@@ -57,7 +58,8 @@ class Model:
     k: int  # values of a key, all heads
     layers: int
     words: int  # V
-    chosen: int  # experts that a token goes through, 0 for a dense MLP
+    experts: int  # of a layer, 0 for a dense MLP
+    chosen: int  # of them, those that a token goes through
     vision: PreTrainedConfig
 
 
@@ -78,6 +80,7 @@ def count(model, experts: int = 0, frozen: bool = False) -> Model:
     # (3): a dense model's layers are given copies of their MLP, and a router.
     more = (experts - 1) * 3 * h * i + experts * h if experts else 0
     more = 0 if hasattr(text, "num_experts") else more
+    experts = getattr(text, "num_experts", experts)
     size = lambda module: sum(p.numel() for p in module.parameters())
     parts = [size(block) for block in blocks(model)]
     whole = size(model) + more * text.num_hidden_layers
@@ -85,8 +88,18 @@ def count(model, experts: int = 0, frozen: bool = False) -> Model:
     sizes = whole, size(model) - sum(parts), max(parts) + more, trained
     widths = h, i, heads * dim, text.num_key_value_heads * dim
     chosen = getattr(text, "num_experts_per_tok", 2 if experts else 0)
-    rest = text.num_hidden_layers, text.vocab_size, chosen, model.config.vision_config
+    rest = text.num_hidden_layers, text.vocab_size, experts, chosen, model.config.vision_config
     return Model(*sizes, *widths, *rest)
+
+
+def share(m: Model, size: int, shards: int) -> float:
+    """Of `size` parameters those of the GPU that holds most: S GPUs share all but experts equally,
+    and experts too where a dimension of theirs is divided by S."""
+    most = size / shards
+    for shape in ((m.experts, 2 * m.i, m.h), (m.experts, m.h, m.i)) if m.experts else ():
+        length = shape[sharded_dimension(shape, shards)]
+        most += m.layers * math.prod(shape) * (math.ceil(length / shards) / length - 1 / shards)
+    return most
 
 
 def layer(m: Model, tokens: int, keys: int) -> int:
@@ -116,7 +129,7 @@ def activations(m: Model, tokens: int, keys: int, checkpointing: bool, images=IM
 
 def training(m: Model, shards: int, tokens: int, keys: int, checkpointing, policy, images=IMAGES):
     """Three moments of a backward: at the head of a policy, in a layer, and at the root."""
-    shard, gathered = 4 * m.trained / shards, 2 * m.root + 4 * m.block
+    shard, gathered = 4 * share(m, m.trained, shards), 2 * m.root + 4 * m.block
     kept, work = activations(m, tokens, keys, checkpointing, images)
     own = 2 * m.words * m.h if policy else 0  # the head's gradient, which waits for the root's
     first = dict(gradients=shard, gathered=gathered, activations=kept)
@@ -159,8 +172,8 @@ def phases(config, gpus: int) -> list[tuple[str, dict]]:
     learns = policy if stage in ("sft", "align", "rlvr") else None
     reference = policy if get("beta") else None
     held = [m for m in (policy, judge, reference) if m]
-    states = dict(weights=sum(4 * m.whole / shards for m in held))
-    states["optimiser"] = sum(8 * m.trained / shards for m in (learns, judge) if m)
+    states = dict(weights=sum(4 * share(m, m.whole, shards) for m in held))
+    states["optimiser"] = sum(8 * share(m, m.trained, shards) for m in (learns, judge) if m)
 
     prompt, limit = get("max_prompt_length", PROMPT), get("max_completion_length", 0)
     n = get("num_generations") or get("num_samples", 1)

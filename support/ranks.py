@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import Shard
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 from tqdm import tqdm
 
@@ -115,14 +116,25 @@ def shard(module, device: torch.device, config=None):
     # Inputs stay as the model made them, as they do where the hooks are put aside (`gathered`).
     half = dict(param_dtype=torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False)
     precision = MixedPrecisionPolicy(**(half if device.type == "cuda" else {}))
+    sharding = dict(mesh=mesh, mp_policy=precision)
+    sharding["shard_placement_fn"] = lambda p: Shard(sharded_dimension(p.shape, shape[-1]))
     for block in blocks(module):
-        fully_shard(block, mesh=mesh, mp_policy=precision)
-    fully_shard(module, mesh=mesh, mp_policy=precision)
+        fully_shard(block, **sharding)
+    fully_shard(module, **sharding)
     for part in module.modules():
         if isinstance(part, FSDPModule):
             part.set_gradient_divide_factor(1.0)
             part.set_force_sum_reduction_for_comms(True)  # gloo has no other, nccl needs none
     return module
+
+
+def sharded_dimension(shape, count: int) -> int:
+    """The dimension in which `count` ranks share a parameter: the first. That of experts is their
+    number, of which 8 ranks could not have equal parts of 4; then it is one that can be shared
+    equally, where there is one."""
+    if len(shape) == 3 and shape[0] % count:
+        return next((d for d in (1, 2) if shape[d] % count == 0), 0)
+    return 0
 
 
 def recompute(model) -> None:

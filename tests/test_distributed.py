@@ -215,3 +215,60 @@ def test_sampled_and_scored_in_turns(world, tmp_path, family):
     family(world, tmp_path / "model")
     (tmp_path / "again.py").write_text(AGAIN)
     launch(tmp_path / "again.py", tmp_path / "model", world["prompts"], ranks=2)
+
+
+# Three experts on two ranks, which share another dimension than their number, against experts that
+# every rank has whole: gradients, a step, and what is saved.
+EXPERTS = """
+import copy
+import sys
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file
+from data import encode_prompts, parse_response
+from discriminator import Comparison, Discriminator, judge, upcycle
+from model import adapt
+from support.huggingface import open_discriminator, save_discriminator
+from support.optimizer import optimizer_step
+from support.ranks import join_ranks, rank, shard
+from support.rows import load_data
+
+device = join_ranks()
+saved = open_discriminator(sys.argv[1])
+backbone = adapt(saved.model).base_model
+upcycle(backbone, num_experts=3)
+torch.manual_seed(0)
+whole = Discriminator(backbone, "learned", dropout=0.0)
+parts = shard(copy.deepcopy(whole), device)
+parts.source = saved.model.source
+placements = {p.ndim: p.placements[0].dim for p in parts.parameters()}
+assert placements[3] == 1 and placements[2] == 0
+rows = load_data(sys.argv[2])[4 * rank() : 4 * rank() + 4]
+answers = [parse_response(row.response) for row in rows]
+prompt = encode_prompts(saved.processor, rows[:1])[0]
+for one in (whole, parts):
+    judge(one, [Comparison(prompt, answers[0], answers[1:])], saved.processor, 400, backward=True)
+for p in whole.parameters():
+    p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+    dist.all_reduce(p.grad)
+for (name, p), q in zip(whole.named_parameters(), parts.parameters()):
+    if q.grad is not None:
+        torch.testing.assert_close(q.grad.full_tensor(), p.grad, atol=1e-6, rtol=1e-4, msg=name)
+sgd = [torch.optim.SGD(m.parameters(), lr=1.0) for m in (whole, parts)]
+one, two = (optimizer_step(m, steps, 1.0, 1.0) for m, steps in zip((whole, parts), sgd))
+assert abs(one / two - 1) < 1e-5, (one, two)
+save_discriminator(parts, sys.argv[3])
+dist.barrier()
+for name, tensor in load_file(f"{sys.argv[3]}/model.safetensors").items():
+    torch.testing.assert_close(tensor, whole.state_dict()[name], atol=1e-5, rtol=1e-4, msg=name)
+print(f"equal {rank()}", flush=True)
+"""
+
+
+def test_experts_that_are_shared_in_another_dimension(world, trained, tmp_path):
+    (tmp_path / "experts.py").write_text(EXPERTS)
+    out = tmp_path / "out"
+    out.mkdir()
+    words = trained, world["prompts"], out
+    done = launch(tmp_path / "experts.py", *words, ranks=2)
+    assert "equal 0" in done.stdout and "equal 1" in done.stdout

@@ -31,7 +31,7 @@ from sampler import Sampling, generate
 from sft import SFTConfig
 from support import fit
 from support.huggingface import load_processor
-from support.ranks import blocks, recompute, vision_tower
+from support.ranks import blocks, recompute, shard, vision_tower
 from support.rows import Example
 from tests.conftest import ROOT, launch
 
@@ -220,6 +220,29 @@ def test_discriminator(small):
         counted = fit.activations(m, tokens, keys, checkpointing, share)
         measured = passes(judge, lambda: judge(pack, views), checkpointing)
         compare(m, counted, measured, tokens, keys, 0 if checkpointing else 6)
+
+
+@pytest.mark.parametrize("ranks", [4, 7, 8, 16])
+def test_experts_are_shared_by_all_ranks(small, ranks):
+    """Experts are most of a discriminator. Every rank holds what is counted, unless the ranks
+    divide neither dimension of an expert, as 7 do; then none holds more."""
+    path, policy, _ = small
+    m = fit.read_model(path, experts=4, head=False)
+    held = []
+    for rank in range(ranks):
+        dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=ranks)
+        try:
+            with torch.device("meta"):
+                judge = AutoModelForImageTextToText.from_config(policy.config).base_model
+                upcycle(judge)
+                judge = shard(Discriminator(judge, "learned"), torch.device("cpu"))
+            held.append(sum(p.to_local().numel() for p in judge.parameters()))
+        finally:
+            dist.destroy_process_group()
+    counted = fit.share(m, m.whole, ranks)
+    print(held, counted)
+    assert max(held) == pytest.approx(counted, rel=0.02)
+    assert ranks == 7 or min(held) == pytest.approx(counted, rel=0.02)
 
 
 def test_cache(small):

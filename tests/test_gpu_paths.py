@@ -16,6 +16,7 @@ from torch.distributed.fsdp._fully_shard import _fsdp_state
 from torch.distributed.tensor import DTensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
+import model
 import sampler
 from data import Prompt
 from discriminator import Discriminator, judge, upcycle
@@ -24,6 +25,7 @@ from policy_gradient import Objective, policy_backward, rescore
 from sampler import Rows, Sampling, generate
 from support import ranks
 from support.huggingface import load_processor
+from support.optimizer import adamw, optimizer_step
 from support.ranks import shard
 from tests.conftest import ROOT
 
@@ -82,8 +84,11 @@ def idle(self: Rows) -> torch.Tensor:
 
 
 @pytest.fixture
-def gpu(monkeypatch):
-    """`benchmarks/gpu.py` as a module, on a fake GPU."""
+def gpu(monkeypatch, request):
+    """`benchmarks/gpu.py` as a module, on a fake GPU, or on one of as many as a test asks for. What
+    is summed over them is 1, so each has as many packs as it makes."""
+    count = getattr(request, "param", 1)
+    monkeypatch.setattr(model, "world_size", lambda: 1)
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
     import gpu
 
@@ -107,9 +112,9 @@ def gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: Graph(mode))
     monkeypatch.setattr(torch.cuda, "graph", lambda graph, **kwargs: graph)
     monkeypatch.setattr(Graph, "recorded", 0)
-    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=1)
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=count)
     try:
-        mesh = init_device_mesh("cuda", (1,), mesh_dim_names=("ranks",))
+        mesh = init_device_mesh("cuda", (count,), mesh_dim_names=("ranks",))
         monkeypatch.setattr(ranks, "init_device_mesh", lambda *args, **kwargs: mesh)
         with mode:
             yield gpu
@@ -167,13 +172,17 @@ def test_steps_off_the_policy_with_a_reference(gpu, algorithm):
     policy_backward(policy, packs, groups, torch.ones(2, 4), objective, reference)
 
 
-def test_experts_of_one_view(gpu, world):
+@pytest.mark.parametrize("gpu", [1, 8, 16], indirect=True)
+def test_experts(gpu, world):
+    """Those that each rank holds a part of are whole again in a forward, as `grouped_mm` takes
+    them, and so is their gradient."""
     backbone = gpu.make("tiny", GPU).base_model
     upcycle(backbone)
     with GPU:
         discriminator = shard(Discriminator(backbone, "dedicated"), GPU)
     comparisons = gpu.comparisons(2048)[:2]
     judge(discriminator, comparisons, load_processor(world["init"]), 16384, backward=True)
+    optimizer_step(discriminator, adamw(discriminator, 0.0), 1e-6, 1.0)
 
 
 def test_the_machine(gpu):
