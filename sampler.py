@@ -117,7 +117,9 @@ class RowCache:
             for layer, kv in enumerate(self.own):  # again never twice in memory
                 self.own[layer] = [F.pad(x[: len(self.length)], (0, 0, 0, longer)) for x in kv]
             self.generation += 1
-        self.seen = self.own[0][0].shape[2] if self.fixed else self.filled
+        # Ragged attention is told how much of the room to read; a part of it would be a copy.
+        whole = self.fixed or has_varlen(self.slots)
+        self.seen = self.own[0][0].shape[2] if whole else self.filled
 
     def begin_step(self) -> None:
         """Before each forward of the S rows, one token a row."""
@@ -194,6 +196,7 @@ class Rows:
         self.row = torch.full_like(cache.length, self.nobody)
         self.token = torch.zeros_like(self.row)
         self.graph, self.warm, self.recorded = None, -1, -1
+        self.records = cache.fixed
 
     def idle(self) -> torch.Tensor:
         """The slots whose rows have ended. This waits for the device."""
@@ -214,7 +217,7 @@ class Rows:
         """One more token for the row in every slot."""
         self.cache.reserve()
         now = self.cache.generation
-        if self.cache.fixed and now == self.warm != self.recorded:
+        if self.records and now == self.warm != self.recorded:
             self._record()
         if self.recorded == now:
             self.graph.replay()
@@ -224,15 +227,17 @@ class Rows:
         self.warm = now
 
     def _record(self) -> None:
-        self.graph = torch.cuda.CUDAGraph()
         try:
-            with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
-                self._step()
+            self.graph = torch.cuda.CUDAGraph()
+            # Where recording fails, torch leaves its own stream as the current one.
+            with torch.cuda.stream(torch.cuda.current_stream()):
+                with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
+                    self._step()
             self.recorded = self.cache.generation
         except RuntimeError as error:
             said = f"this call of generate goes on without CUDA graphs: {error}"
             warnings.warn(said, stacklevel=2)
-            self.graph, self.cache.fixed = None, False
+            self.graph, self.records = None, False
 
     def _step(self) -> None:
         cache = self.cache

@@ -111,6 +111,7 @@ def gpu(monkeypatch, request):
     mode = FakeGPU()
     monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: Graph(mode))
     monkeypatch.setattr(torch.cuda, "graph", lambda graph, **kwargs: graph)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: None)
     monkeypatch.setattr(Graph, "recorded", 0)
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=count)
     try:

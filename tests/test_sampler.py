@@ -1,6 +1,7 @@
 """Sampling: what is sampled is what is scored, a row depends on itself alone, and recorded steps
 give the same branches."""
 
+import contextlib
 import copy
 import weakref
 from dataclasses import replace
@@ -17,7 +18,7 @@ from model import load_policy, token_logprobs
 from sampler import RowCache, Sampling, generate, uniforms
 from support.errors import UserError
 from support.rows import load_data
-from tests.conftest import as_on_a_gpu, same_samples
+from tests.conftest import as_on_a_gpu, same_samples, varlen_by_mask
 from tests.test_model import devices, example, on
 
 
@@ -117,9 +118,29 @@ class Recorded(TorchDispatchMode):
 
 @pytest.fixture
 def recorded(monkeypatch) -> type[Recorded]:
-    """The recorder in the CUDA graph's place."""
+    """The recorder in the CUDA graph's place. As torch does, it leaves the stream that it records
+    on where recording fails."""
+    here = ["main"]
+
+    @contextlib.contextmanager
+    def stream(name):
+        before, here[0] = here[0], name
+        try:
+            yield
+        finally:
+            here[0] = before
+
+    @contextlib.contextmanager
+    def graph(recorded, **options):
+        before, here[0] = here[0], "side"
+        with recorded:
+            yield
+        here[0] = before
+
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Recorded)
-    monkeypatch.setattr(torch.cuda, "graph", lambda graph, **kwargs: graph)
+    monkeypatch.setattr(torch.cuda, "graph", graph)
+    monkeypatch.setattr(torch.cuda, "stream", stream)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: here[0])
     monkeypatch.setattr(Recorded, "made", 0)
     monkeypatch.setattr(Recorded, "replays", 0)
     return Recorded
@@ -156,9 +177,21 @@ def test_a_step_that_cannot_be_recorded(world, trained, recorded):
     handle = policy.lm_head.register_forward_hook(
         lambda module, inputs, logits: logits * logits.isfinite().all().item()
     )
-    with pytest.warns(UserWarning, match="without CUDA graphs: .*not permitted"):
+    with pytest.warns(UserWarning, match="without CUDA graphs: .*not permitted") as warned:
         fixed = generate(policy, prompts, replace(sampling, fixed=True))
     handle.remove()
+    assert len(warned) == 1 and torch.cuda.current_stream() == "main"
+    assert same_samples(policy, plain, fixed, 1.3, seed=5) > 0
+
+
+def test_fixed_shapes_without_a_gpu(world, trained):
+    """They are sampled without graphs, which torch does not have there."""
+    policy, processor = load_policy(trained)
+    prompts = encode_prompts(processor, load_data(world["validation"])[:2])
+    sampling = Sampling(4, 40, temperature=1.3, seed=5)
+    plain = generate(policy, prompts, sampling)
+    with pytest.warns(UserWarning, match="without CUDA graphs"):
+        fixed = generate(policy, prompts, replace(sampling, fixed=True))
     assert same_samples(policy, plain, fixed, 1.3, seed=5) > 0
 
 
@@ -314,6 +347,29 @@ def test_row_cache_is_plain_attention(request, attention, fixed):
             torch.testing.assert_close(out[i, 0], plain[:, 0], atol=1e-5, rtol=1e-5)
         cache.length += 1
     assert len(rows) == 2 and cache.own[0][0].shape[2] < 300
+
+
+@pytest.mark.parametrize("fixed", [False, True])
+def test_ragged_attention_reads_the_cache_in_place(ragged, monkeypatch, fixed):
+    """Its room is larger than what is filled, and a slice of it would be copied for each layer and
+    step."""
+    collected = [(torch.randn(2, 4, 8), torch.randn(2, 4, 8))]
+    cache = RowCache(collected, [4], n=3, slots=3, limit=300, fixed=fixed)
+    cache.enter(torch.arange(3), torch.zeros(3, dtype=torch.long))
+    read = []
+
+    def spy(q, k, v, *args, **kwargs):
+        read.append((k.data_ptr(), v.data_ptr()))
+        return varlen_by_mask(q, k, v, *args, **kwargs)
+
+    monkeypatch.setattr(sampler, "varlen_attn", spy)
+    for _ in range(3):
+        read.clear()
+        cache.reserve()
+        cache.begin_step()
+        cache.attend(0, *(torch.randn(3, 2, 1, 8) for _ in range(3)), 0.3)
+        assert tuple(x.data_ptr() for x in cache.own[0]) in read
+        cache.length += 1
 
 
 def test_the_cache_is_as_large_as_it_must_be():
