@@ -241,17 +241,15 @@ def parse_row(row: dict, index: int, where: str, system_prompt=None, image_dir=N
     turns = row.get("messages") or row.get("conversations") or row.get("prompt")
     response = None
     if isinstance(turns, list):
-        turns = [
-            (turn.get("role", turn.get("from")), turn.get("content", turn.get("value")))
-            for turn in turns
-        ]
+        turns = [(_first(turn, "role", "from"), _first(turn, "content", "value")) for turn in turns]
         if any(role not in ROLES for role, _ in turns):
             raise RowError(f"a turn needs a role among {sorted(ROLES)} and a content")
         turns = [(ROLES[role], content) for role, content in turns]
+        turns = [turn for turn in turns if turn[0] != "system" or not _blank(turn[1])]
         if turns and turns[-1][0] == "assistant":
             response = _written(turns.pop()[1])
     else:
-        question = row.get("question", row.get("prompt"))
+        question = _first(row, "question", "prompt")
         if not isinstance(question, str) or not question.strip():
             raise RowError(f"found {sorted(row)}, expected `messages`, or `question` with `image`")
         if "<image>" not in question:
@@ -259,7 +257,7 @@ def parse_row(row: dict, index: int, where: str, system_prompt=None, image_dir=N
         turns = [("user", question)]
     if not any(role == "user" for role, _ in turns):
         raise RowError("no user turn; a row needs a question")
-    if row.get("system"):
+    if not _blank(row.get("system")):
         turns.insert(0, ("system", row["system"]))
     if system_prompt and turns[0][0] != "system":
         turns.insert(0, ("system", system_prompt))
@@ -279,7 +277,8 @@ def parse_row(row: dict, index: int, where: str, system_prompt=None, image_dir=N
     folders = [os.path.dirname(where), image_dir]
     truth = row.get("reward_model") or {}
     equivalent = row.get("equivalent_answers") or truth.get("equivalent_answers")
-    answers = _accepted(row.get("answer", truth.get("ground_truth"))) + _accepted(equivalent)
+    answers = _accepted(row.get("answer")) or _accepted(truth.get("ground_truth"))
+    answers += _accepted(equivalent)
     return Example(
         index=index,
         where=where,
@@ -291,6 +290,17 @@ def parse_row(row: dict, index: int, where: str, system_prompt=None, image_dir=N
         captions=_accepted(row.get("caption")),
         source=_text(str(row.get("source") or row.get("data_source") or "data")),
     )
+
+
+def _first(fields: dict, *names: str):
+    """The first of some fields that holds something: a table has null or "" in the columns that a
+    row of another schema does not use."""
+    return next((fields[name] for name in names if fields.get(name) not in (None, "")), None)
+
+
+def _blank(content) -> bool:
+    """Whether a turn says nothing. A blank system turn is none."""
+    return content in (None, []) or isinstance(content, str) and not content.strip()
 
 
 def _parts(content, images: Iterator, ordered: list) -> Iterator[dict]:

@@ -108,6 +108,25 @@ def test_schemas_give_the_same_example(tmp_path):
     )
 
 
+@pytest.mark.parametrize("empty", [None, ""])
+def test_empty_columns_hide_no_other(tmp_path, empty):
+    """A table of several schemas has all columns in every row."""
+    names = {*SHAREGPT, *OLDER, *PLAIN, *VERL, *PAIR, "system", "equivalent_answers", "caption"}
+    turns = dict.fromkeys(("role", "from", "content", "value"), empty)
+    filled = []
+    for row in (SHAREGPT, OLDER, PLAIN, VERL, PAIR):
+        row = dict.fromkeys(names, empty) | copy.deepcopy(row)
+        for name in ("messages", "conversations", "prompt"):
+            if isinstance(row[name], list):
+                row[name] = [turns | turn for turn in row[name]]
+        filled.append(row)
+    plain = load_data(write(tmp_path, SHAREGPT, OLDER, PLAIN, VERL, PAIR))[:]
+    assert load_data(write(tmp_path, *filled))[:] == plain
+    asked = {"question": empty, "prompt": "How many?", "answer": empty}
+    example = parse_row(asked | {"reward_model": {"ground_truth": "2"}}, 0, "f:1")
+    assert example.answer == ["2"] and example.messages[0]["content"][0]["text"] == "How many?"
+
+
 def test_warm_up_pairs(tmp_path):
     whole = {"prompt": "q", "image": "a.png", "teacher_response": "x", "student_response": "y"}
     a, b = load_data(write(tmp_path, PAIR, whole), need=("response", "student"))
@@ -190,6 +209,12 @@ def test_system_turns(tmp_path):
             assert roles == (["user"] if text is None else ["system", "user"])
             if text is not None:
                 assert example.messages[0]["content"] == [{"type": "text", "text": text}]
+    for blank in ("", " \n", None, []):  # none
+        empty = {"messages": [{"role": "system", "content": blank}, *users["messages"]]}
+        for row in (empty, empty | {"system": "p"}, users | {"system": blank}):
+            example = parse_row(row, 0, "f:1", system_prompt="p")
+            assert [m["role"] for m in example.messages] == ["system", "user"]
+            assert example.messages[0]["content"] == [{"type": "text", "text": "p"}]
     with pytest.raises(RowError, match="a system turn that is not the first"):
         parse_row(own | {"system": "two"}, 0, "f:1")
 
