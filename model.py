@@ -23,7 +23,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 
 from data import Pack, blank_group, make_packs
 from support.errors import UserError
-from support.fit import LOGIT_ROWS
+from support.fit import LOGIT_ROWS, check_layers
 from support.huggingface import add_adapters, fill, load_pretrained, read_config
 from support.ranks import all_max, shard, world_size
 
@@ -204,14 +204,9 @@ def adapt(model, where: str = "the model"):
     Its language layers attend through a layout. Its head gives log-probabilities where they are
     asked for. Patches are embedded by a matrix product, and a norm is one operation. `forbidden`
     are the ids that are never sampled (D16).
-    Takes along: _attention, Patches, Norm, Head, LogProbs, _logits, support.errors.UserError."""
+    Takes along: _attention, Patches, Norm, Head, LogProbs, _logits, support.fit.check_layers."""
+    check_layers(model.config, where)
     text = model.config.get_text_config()
-    kinds = set(getattr(text, "layer_types", None) or ["full_attention"])
-    if kinds != {"full_attention"}:
-        raise UserError(
-            f"{where}: found {', '.join(sorted(kinds))} among the layers of "
-            f"{model.config.model_type}, expected full_attention in all; packs have no other"
-        )
     AttentionInterface.register("layout", _attention)
     AttentionMaskInterface.register("layout", lambda *args, **kwargs: None)
     model.set_attn_implementation({"text_config": "layout", "vision_config": "sdpa"})

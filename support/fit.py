@@ -28,8 +28,9 @@ import os
 from dataclasses import dataclass
 
 import torch
-from transformers import AutoModelForImageTextToText, PreTrainedConfig
+from transformers import AutoModelForImageTextToText
 
+from support.errors import UserError
 from support.huggingface import read_config
 from support.ranks import blocks, sharded_dimension, vision_tower
 
@@ -60,16 +61,63 @@ class Model:
     words: int  # V
     experts: int  # of a layer, 0 for a dense MLP
     chosen: int  # of them, those that a token goes through
-    vision: PreTrainedConfig
+    vision: "Vision"
+
+
+@dataclass
+class Vision:
+    """What is counted of a vision tower."""
+
+    h: int  # width
+    i: int  # width of an MLP
+    layers: int
+    mergers: int  # that bring its output to the language model
+    pixels: int  # values of a patch, all colours and frames
+    patches: int  # that become one image token
+
+    @classmethod
+    def of(cls, config) -> "Vision":
+        """By the names that the families have for it. AttributeError where there is none."""
+        own = config.vision_config
+        get = lambda name, default=None: getattr(own, name, default)
+        h = get("embed_dim") or own.hidden_size  # Qwen2-VL's hidden_size is the language model's
+        layers = get("depth") or own.num_hidden_layers
+        i = get("intermediate_size") or int(h * own.mlp_ratio)
+        mergers = 1 + len(get("deepstack_visual_indexes", ()))
+        sides = own.patch_size if isinstance(own.patch_size, list | tuple) else [own.patch_size] * 2
+        pixels = 3 * get("temporal_patch_size", 1) * math.prod(sides)
+        merge = get("spatial_merge_size") or getattr(config, "scale_factor", 1)
+        merge = round(1 / getattr(config, "downsample_ratio", 1 / merge))  # InternVL's name
+        return cls(h, i, layers, mergers, pixels, merge**2)
+
+
+def check_layers(config, where: str) -> None:
+    """UserError where the attention of a language layer is not that of packs.
+    Takes along: support.errors.UserError."""
+    text = config.get_text_config()
+    kinds = set(getattr(text, "layer_types", None) or ["full_attention"])
+    if kinds != {"full_attention"}:
+        raise UserError(
+            f"{where}: found {', '.join(sorted(kinds))} among the layers of {config.model_type}, "
+            f"expected full_attention in all; packs have no other"
+        )
 
 
 def read_model(path: str, experts: int = 0, head=True, frozen=False) -> Model:
     """The model of a Hugging Face directory or hub id, as a policy or, without its head, as a
     discriminator: a dense one is given `experts` (0: stays dense)."""
     config = read_config(path)
-    with torch.device("meta"):
-        model = AutoModelForImageTextToText.from_config(config)
-    return count(model if head else model.base_model, experts, frozen)
+    check_layers(config, path)
+    try:
+        with torch.device("meta"):
+            model = AutoModelForImageTextToText.from_config(config)
+        return count(model if head else model.base_model, experts, frozen)
+    except (AttributeError, ImportError, StopIteration, TypeError, ValueError) as error:
+        said = (str(error).strip() or repr(error)).splitlines()[0][:150]
+        raise UserError(
+            f"--dry_run: {path}: a {config.model_type} cannot be counted ({said}); run one step "
+            f"of the stage instead"
+        ) from None
 
 
 def count(model, experts: int = 0, frozen: bool = False) -> Model:
@@ -88,7 +136,8 @@ def count(model, experts: int = 0, frozen: bool = False) -> Model:
     sizes = whole, size(model) - sum(parts), max(parts) + more, trained
     widths = h, i, heads * dim, text.num_key_value_heads * dim
     chosen = getattr(text, "num_experts_per_tok", 2 if experts else 0)
-    rest = text.num_hidden_layers, text.vocab_size, experts, chosen, model.config.vision_config
+    vision = Vision.of(model.config)
+    rest = text.num_hidden_layers, text.vocab_size, experts, chosen, vision
     return Model(*sizes, *widths, *rest)
 
 
@@ -113,12 +162,10 @@ def layer(m: Model, tokens: int, keys: int) -> int:
 
 def activations(m: Model, tokens: int, keys: int, checkpointing: bool, images=IMAGES):
     """-> (bytes at the end of forward, those that one layer's backward adds)."""
-    v, get = m.vision.hidden_size, lambda name, default: getattr(m.vision, name, default)
-    patch = 4 * v if checkpointing else 22 * v + 4 * m.vision.intermediate_size
-    mergers = 1 + len(get("deepstack_visual_indexes", ()))
-    pixels = 3 * get("temporal_patch_size", 1) * m.vision.patch_size**2
-    patch = m.vision.num_hidden_layers * patch + mergers * 6 * v + 2 * pixels
-    patches = images * tokens * get("spatial_merge_size", 1) ** 2
+    v = m.vision
+    patch = 4 * v.h if checkpointing else 22 * v.h + 4 * v.i
+    patch = v.layers * patch + v.mergers * 6 * v.h + 2 * v.pixels
+    patches = images * tokens * v.patches
     kept = 2 * (m.h + m.q) * tokens if checkpointing else layer(m, tokens, keys)
     kept = m.layers * kept + 4 * m.h * tokens  # the last norm
     kept += patches * patch if m.trained == m.whole else 0

@@ -20,7 +20,8 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import AutoModelForImageTextToText, Qwen3VLConfig
+from transformers import AutoModelForImageTextToText, Blip2Config, Gemma3Config, InternVLConfig
+from transformers import Qwen2VLConfig, Qwen3VLConfig
 
 from align import AlignConfig
 from data import Group, Prompt, encode_prompts, make_packs
@@ -30,10 +31,11 @@ from rlvr import RLVRConfig
 from sampler import Sampling, generate
 from sft import SFTConfig
 from support import fit
+from support.errors import UserError
 from support.huggingface import load_processor
 from support.ranks import blocks, recompute, shard, vision_tower
 from support.rows import Example
-from tests.conftest import ROOT, launch
+from tests.conftest import ROOT, fails, launch
 
 
 class Live(TorchDispatchMode):
@@ -347,6 +349,36 @@ def test_what_the_disk_and_the_host_must_hold(published):
     text = (ROOT / "docs/gpus.md").read_text()
     rows = text.split("<!-- disk -->\n")[1].split("\n<!-- /disk")[0].splitlines()[2:]
     assert [row.split(" | ")[1].removesuffix(" |") for row in rows] == counted
+
+
+def test_other_families(tmp_path):
+    """Whose configurations name the sizes of their vision towers otherwise."""
+    text = dict(hidden_size=64, intermediate_size=96, num_hidden_layers=2, vocab_size=300)
+    text |= dict(num_attention_heads=4, num_key_value_heads=2)
+    qwen2 = dict(embed_dim=32, depth=3, num_heads=2, hidden_size=64, patch_size=14, mlp_ratio=2)
+    intern = dict(hidden_size=32, num_hidden_layers=3, num_attention_heads=2, patch_size=[14, 14])
+    intern |= dict(intermediate_size=64, image_size=[28, 28])
+    for kind, vision, pixels in ((Qwen2VLConfig, qwen2, 1176), (InternVLConfig, intern, 588)):
+        path = tmp_path / kind.model_type
+        kind(text_config=text, vision_config=vision).save_pretrained(path)
+        m = fit.read_model(str(path))
+        assert m.vision == fit.Vision(h=32, i=64, layers=3, mergers=1, pixels=pixels, patches=4)
+        for config in (SFTConfig(model=str(path), dry_run=8), AlignConfig(ckpt=str(path))):
+            config.dry_run, config.discriminator = 8, str(path)
+            assert "| yes |" in fit.table(config)
+
+
+def test_what_a_stage_refuses_has_no_count(tmp_path):
+    """The line is that of the stage. What cannot be counted is one line as well."""
+    Gemma3Config().save_pretrained(tmp_path / "gemma")
+    Blip2Config().save_pretrained(tmp_path / "blip")
+    said = fails("sft.py", "--model", tmp_path / "gemma", "--dry_run", 8)
+    expected = f"{tmp_path / 'gemma'}: found full_attention, sliding_attention among the layers of"
+    assert said.startswith(f"error: {expected} gemma3")
+    with torch.device("meta"), pytest.raises(UserError, match="found full_attention, sliding"):
+        adapt(AutoModelForImageTextToText.from_config(Gemma3Config()))
+    said = fails("sft.py", "--model", tmp_path / "blip", "--dry_run", 8)
+    assert said.startswith(f"error: --dry_run: {tmp_path / 'blip'}: a blip-2 cannot be counted")
 
 
 @pytest.mark.parametrize("script", ["align.py", "eval.py"])
