@@ -32,7 +32,7 @@ from support.metrics import Mean
 from support.ranks import rank, world_size
 from support.rows import Example, load_data
 
-TRIALS = 64  # over all ranks; a share of so many is known to about 0.06
+TRIALS = 48  # over all ranks; a share of so many is known to about 0.07
 KINDS = ("picture", "digit", "question", "answer")
 
 
