@@ -92,6 +92,11 @@ class World:
     base_misread_digits: int = 2  # those that the base takes for another, the last of CONFUSIONS
     base_misread_rate: float = 0.6  # how often
     slip_rate: float = 0.3  # how often a public demonstration's last step is off by one
+    # For benchmarks/judge_study.py: supervision that is hard to imitate, RL that covers less
+    answer_first: float = 0.0  # share of demonstrations that state the answer before the steps
+    question_kinds: list[str] = field(default_factory=list)  # kinds that RLVR asks; none: all
+    question_without: list[int] = field(default_factory=list)  # digits that RLVR never shows
+    scans_seed: int | None = None  # splits the scans; none: seed
     # The model (0.36M parameters)
     merges: int = 224  # of the byte-level BPE on top of 256 bytes; fewer where there are no more
     hidden_size: int = 64
@@ -261,10 +266,11 @@ def own_words(kind: str, digits: tuple[int, ...], details: list) -> str:
     return f"{captions(digits)[1]} {steps} The answer is {answer}."
 
 
-def demonstration(kind: str, digits: tuple[int, ...], details: list, slip: int = 0) -> str:
-    """A response in the format, exact unless there is a slip."""
+def demonstration(kind, digits: tuple[int, ...], details: list, slip: int = 0, first=False) -> str:
+    """A response in the format, exact unless there is a slip. With `first` the answer stands before
+    the steps."""
     steps, answer = work(kind, digits, details, slip)
-    think = f"{steps} So the answer is {answer}."
+    think = f"The answer is {answer}. {steps}" if first else f"{steps} So the answer is {answer}."
     caption = captions(digits)[0]
     return f"<caption>{caption}</caption>\n<think>{think}</think>\n<answer>{answer}</answer>"
 
@@ -275,11 +281,11 @@ def base_response(kind, digits, details, world: World, rng: random.Random) -> st
     return own_words(kind, misread(digits, confusions, world.base_misread_rate, rng), details)
 
 
-def public_response(kind, digits, details, world: World, rng: random.Random) -> str:
+def public_response(kind, digits, details, world: World, rng: random.Random, first=False) -> str:
     """A public demonstration. The reasoning goes on from what was misread."""
     read = misread(digits, CONFUSIONS[: world.misread_digits], world.misread_rate, rng)
     slip = rng.choice((-1, 1)) if rng.random() < world.slip_rate else 0
-    return demonstration(kind, read, details, slip)
+    return demonstration(kind, read, details, slip, first)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -296,10 +302,11 @@ def scans_of_digits():
 def split_scans(world: World) -> dict[str, dict[int, list[int]]]:
     """Indices into load_digits: split -> digit -> scans, each digit in the same proportion."""
     labels = scans_of_digits().target
+    seed = world.seed if world.scans_seed is None else world.scans_seed
     scans: dict[str, dict[int, list[int]]] = {"train": {}, "validation": {}, "test": {}}
     for digit in range(10):
         indices = np.flatnonzero(labels == digit).tolist()
-        random.Random(f"{world.seed} scans {digit}").shuffle(indices)
+        random.Random(f"{seed} scans {digit}").shuffle(indices)
         train = round(world.train_share * len(indices))
         validation = train + round(world.validation_share * len(indices))
         scans["train"][digit] = indices[:train]
@@ -325,13 +332,16 @@ def draw(
         )
     rng = random.Random(f"{world.seed} {name}")
     pictures = scans_of_digits().images
-    kinds = [world.kinds[i % len(world.kinds)] for i in range(rows)]
+    asked, hidden = world.kinds, set()
+    if name == "questions":
+        asked, hidden = world.question_kinds or asked, {*world.question_without}
+    kinds = [asked[i % len(asked)] for i in range(rows)]
     rng.shuffle(kinds)
     for i, kind in enumerate(kinds):
         for _ in range(10_000):
             digits = tuple(rng.randrange(10) for _ in range(world.digits))
             picture = tuple(rng.choice(scans[digit]) for digit in digits)
-            if picture not in used:
+            if picture not in used and hidden.isdisjoint(digits):
                 break
         else:
             raise UserError(
@@ -352,11 +362,12 @@ def build_data(root: Path, world: World) -> list[str]:
     """Writes images and JSONL files. -> the text on which the tokenizer is trained."""
     (root / "images").mkdir()
     scans, used, texts = split_scans(world), set(), []
-    wrong = random.Random(f"{world.seed} wrong")
+    wrong, manner = (random.Random(f"{world.seed} {name}") for name in ("wrong", "manner"))
+    first = lambda: manner.random() < world.answer_first
 
     for name, rows, respond in (
         ("pretrain", world.pretrain_rows, partial(base_response, world=world, rng=wrong)),
-        ("prompts", world.prompt_rows, demonstration),
+        ("prompts", world.prompt_rows, lambda *task: demonstration(*task, first=first())),
         ("questions", world.question_rows, None),
         ("validation", world.validation_rows, None),
         ("test", world.test_rows, None),
@@ -383,26 +394,15 @@ def build_data(root: Path, world: World) -> list[str]:
     demonstrations = []
     for name, rows in (("curated", curated_rows), ("public", world.sft_rows - curated_rows)):
         chats = []
-        for kind, question, details, digits, path in draw(
-            name, rows, scans["train"], world, root, used
-        ):
-            response = (
-                demonstration(kind, digits, details)
-                if name == "curated"
-                else public_response(kind, digits, details, world, wrong)
-            )
-            chats.append(
-                {
-                    "messages": [
-                        {"role": "system", "content": SYSTEM},
-                        {"role": "user", "content": f"<image>{question}"},
-                        {"role": "assistant", "content": response},
-                    ],
-                    "images": [path],
-                    "source": name,
-                    "kind": kind,
-                }
-            )
+        own_scans = scans["train"]
+        for kind, question, details, digits, path in draw(name, rows, own_scans, world, root, used):
+            if name == "curated":
+                response = demonstration(kind, digits, details, first=first())
+            else:
+                response = public_response(kind, digits, details, world, wrong, first())
+            said = {"system": SYSTEM, "user": f"<image>{question}", "assistant": response}
+            messages = [{"role": role, "content": text} for role, text in said.items()]
+            chats.append({"messages": messages, "images": [path], "source": name, "kind": kind})
             # The public ones have no wording of their own.
             texts += [SYSTEM, question, response] if name == "curated" else []
         _write_rows(root / f"{name}.jsonl", chats)
@@ -413,9 +413,8 @@ def build_data(root: Path, world: World) -> list[str]:
 
 
 def _write_rows(path: Path, rows: list[dict]) -> None:
-    path.write_text(
-        "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8"
-    )
+    lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
+    path.write_text("".join(lines), encoding="utf-8")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -675,7 +674,9 @@ def _holds(out: Path, world: World) -> bool:
         return False
     if not (out / "world.json").exists():
         raise UserError(f"{out} is not a digits world: give another directory")
-    there, wanted = json.loads((out / "world.json").read_text()), asdict(world)
+    # A world that was built before a field was there has that field's default.
+    there = asdict(World()) | json.loads((out / "world.json").read_text())
+    wanted = asdict(world)
     other = sorted(key for key in there.keys() | wanted.keys() if there.get(key) != wanted.get(key))
     if other:
         raise UserError(
