@@ -515,10 +515,10 @@ def tables() -> dict[str, list[list]]:
     }
 
 
-def write(path: Path) -> None:
-    """Puts the tables between their marks in a Markdown file."""
+def write(path: Path, known: dict[str, list[list]] | None = None) -> None:
+    """Puts tables, by default the study's, between their marks in a Markdown file."""
     text = path.read_text(encoding="utf-8")
-    for name, (head, *rows) in tables().items():
+    for name, (head, *rows) in (known or tables()).items():
         rows = [head, ["---"] * len(head), *rows]
         content = "\n".join(f"| {' | '.join(map(str, row))} |" for row in rows)
         marks = f"<!-- {name} -->", f"<!-- /{name} -->"

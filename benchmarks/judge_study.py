@@ -1,0 +1,541 @@
+"""A discriminator that can judge, in a world where that could matter (docs/judge-study.md).
+
+    python benchmarks/judge_study.py --seeds 0 1      every arm of these seeds that is missing
+    python benchmarks/judge_study.py --grid           the rates, on the validation seed
+    python benchmarks/judge_study.py --table          the tables and the picture, and nothing else
+
+The supervision of this world states the answer first in most of its responses, and RL asks one kind
+of question about some digits. The discriminator comes from a base that reads cleanly, and its
+warm-up compares each supervision response with two students in which one error is planted.
+
+An arm is a chain of the project's stages, run by their command lines. Each finished arm of a seed
+is one line of `benchmarks/results/judge.jsonl`, and is not run again. A seed draws all rows, all
+planted errors, the experts' noise, the score head, all orders and all samples anew. The two bases
+are made once for all seeds, as published models are.
+"""
+
+import argparse
+import json
+import random
+import re
+import statistics
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import matplotlib
+import matplotlib.pyplot as plt
+import torch
+
+matplotlib.use("svg")
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import align  # noqa: E402
+from benchmarks import study  # noqa: E402
+from benchmarks.study import Stage, interval, shown  # noqa: E402
+from data import decode, encode_prompts, parse_response  # noqa: E402
+from discriminator import Comparison, Judgement, judge, load_discriminator  # noqa: E402
+from model import load_policy  # noqa: E402
+from sampler import Sampling, generate  # noqa: E402
+from support import digits  # noqa: E402
+from support.digits import demonstration, read_rows  # noqa: E402
+from support.huggingface import save_discriminator  # noqa: E402
+from support.optimizer import adamw, learning_rate_at, optimizer_step  # noqa: E402
+from support.resuming import replacing, write_json  # noqa: E402
+from support.rows import load_data  # noqa: E402
+from support.run import main as run_main  # noqa: E402
+
+OUT, RESULTS = ROOT / "out/judge", ROOT / "benchmarks/results/judge.jsonl"
+SEEDS, FEW = range(8), range(3)  # of the arms; of the text-only and the dense discriminator
+VALIDATION = 1000  # the seed of every choice, measured on validation scans
+ALIGNED, WARM = 1280, 9600  # supervision responses: of the alignment, none twice; of the warm-up
+COVERED, UNCOVERED = "count", "spread"  # the kind of question that RL asks, and the other
+
+# --------------------------------------------------------------------------------------------------
+# The world
+
+SIZES = dict(hidden_size=96, intermediate_size=192, layers=4, head_dim=24)  # 0.65M parameters
+SHARED = dict(kinds=[COVERED, UNCOVERED], base_misread_digits=0, scans_seed=VALIDATION) | SIZES
+BASES = dict(seed=999, pretrain_rows=12000, prompt_rows=16000, sft_rows=500, curated_share=1.0)
+BASES |= dict(question_rows=0, validation_rows=1000, test_rows=0)
+DRAWN = dict(answer_first=0.7, question_kinds=[COVERED], question_without=[3, 7, 9])
+DRAWN |= dict(pretrain_rows=0, prompt_rows=ALIGNED + WARM, validation_rows=1000, test_rows=1000)
+
+
+def world(seed: int | None) -> dict[str, str]:
+    """The files of a seed; of none, those that the bases learn from: `pretrain` in own words, and
+    `prompts`, clean demonstrations, for the base of the discriminator."""
+    own = BASES if seed is None else DRAWN | dict(seed=seed)
+    folder = OUT / ("world" if seed is None else f"seed-{seed}/world")
+    paths = digits.build(folder, digits.World(**SHARED, **own))
+    parts = {"aligned": slice(0, ALIGNED), "warm": slice(ALIGNED, None)}
+    for name, part in parts.items() if seed is not None else ():
+        paths[name] = str(folder / f"{name}.jsonl")
+        if not Path(paths[name]).exists():
+            lines = Path(paths["prompts"]).read_text(encoding="utf-8").splitlines(keepends=True)
+            with replacing(paths[name]) as file:
+                file.writelines(lines[part])
+    return paths
+
+
+# --------------------------------------------------------------------------------------------------
+# Planted errors
+
+VIEWS = ("perception", "reasoning")
+ERRORS = ("misread", "slip", "answer")
+
+
+def task(row: dict) -> tuple[str, tuple[int, ...], list[int]]:
+    """A row of the world -> kind of question, digits, and what varies in the question."""
+    shown = tuple(map(int, re.findall(r"\d", row["caption"][0])))
+    return row["source"], shown, list(map(int, re.findall(r"greater than (\d)", row["question"])))
+
+
+def plant(kind, shown, details, first: bool, error: str, rng: random.Random) -> str:
+    """A demonstration with one error.
+
+    misread  one digit is read as any other, and what follows follows from it
+    slip     one step is wrong, in a count any of the four, and the answer follows from it
+    answer   the steps are right, and the answer is off by at most 3"""
+    if error == "misread":
+        at = rng.randrange(len(shown))
+        wrong = rng.choice([digit for digit in range(10) if digit != shown[at]])
+        return demonstration(kind, (*shown[:at], wrong, *shown[at + 1 :]), details, first=first)
+    right, answer = digits.work(kind, shown, details)
+    said_steps = right
+    if error == "slip" and kind == "count":
+        steps = right.removesuffix(".").split(", ")
+        at = rng.randrange(len(steps))
+        digit, word = steps[at].split()
+        steps[at] = f"{digit} {'no' if word == 'yes' else 'yes'}"
+        said_steps, said = ", ".join(steps) + ".", str(sum("yes" in step for step in steps))
+    elif error == "slip":
+        said_steps, said = digits.work(kind, shown, details, rng.choice((-1, 1)))
+    else:
+        near = range(max(int(answer) - 3, 0), int(answer) + 4)
+        said = str(rng.choice([number for number in near if str(number) != answer]))
+    text = demonstration(kind, shown, details, first=first).replace(right, said_steps)
+    for form in ("he answer is {}.", "<answer>{}<"):
+        text = text.replace(form.format(answer), form.format(said))
+    return text
+
+
+def compared(rows, examples, processor, errors, rng: random.Random) -> list[Comparison]:
+    """Comparisons of each row's supervision with one planted error of each of `errors`, a name or
+    names to choose from. Both sides state the answer first, or neither does."""
+    out = []
+    for row, prompt in zip(rows, encode_prompts(processor, examples), strict=True):
+        first = "<think>The answer is" in row["response"]
+        names = [error if isinstance(error, str) else rng.choice(error) for error in errors]
+        students = dict.fromkeys(plant(*task(row), first, name, rng) for name in names)
+        teacher = parse_response(row["response"])
+        out.append(Comparison(prompt, teacher, [parse_response(student) for student in students]))
+    return out
+
+
+# --------------------------------------------------------------------------------------------------
+# The warm-up, and how well a discriminator judges
+
+STEPS, PROMPTS = 800, 24  # of the warm-up
+MIXTURE = ["misread", ("slip",) * 5 + ("answer",) * 3]  # the two students of a prompt
+TOKENS = 16384
+
+
+def warm_up(seed: int, kind: str, base: Path, out: Path) -> None:
+    """The warm-up of discriminator.py, with two students to a prompt, which is computed once."""
+    data = world(seed)["warm"]
+    rows, examples = read_rows(data), load_data([data])
+    model, processor = load_discriminator(str(base), kind=kind, seed=seed)
+    optimizer = adamw(model, weight_decay=0.01)
+    config = SimpleNamespace(learning_rate=1e-3, lr_scheduler_type="cosine", warmup_steps=0.05)
+    rng, order, lines, start = random.Random(seed), [], [], time.time()
+    model.train()
+    for step in range(1, STEPS + 1):
+        if len(order) < PROMPTS:
+            order = rng.sample(range(len(rows)), len(rows))
+        some = [order.pop() for _ in range(PROMPTS)]
+        given = [rows[i] for i in some], [examples[i] for i in some]
+        pairs = compared(*given, processor, MIXTURE, rng)
+        judge(model, pairs, processor, TOKENS, backward=True)
+        optimizer_step(model, optimizer, learning_rate_at(step, STEPS, config), max_grad_norm=1.0)
+        if step % 200 == 0:
+            seconds = round(time.time() - start)
+            lines.append({"step": step, "seconds": seconds} | gate(seed, model, processor))
+            print(json.dumps(lines[-1]), flush=True)
+            model.train()
+    out.mkdir(parents=True, exist_ok=True)
+    save_discriminator(model, str(out))
+    write_json(str(out / "run.json"), {"finished": True, "lines": lines})
+
+
+def gate(seed: int, judged, processor, count: int = 400) -> dict[str, float]:
+    """How often the whole response scores above the one with an error, on rows of validation scans,
+    by error, view and kind, where the two views are not the same text. 0.5 is blind."""
+    data = world(seed)["validation"]
+    rows, examples = read_rows(data)[:count], load_data([data])
+    rng, found = random.Random("held out"), {}
+    for row in rows:  # in the two manners of the supervision
+        row["response"] = demonstration(*task(row), first=rng.random() < DRAWN["answer_first"])
+    judged.eval()
+    for error in ERRORS:
+        for at in range(0, count, 100):
+            some = range(at, min(at + 100, count))
+            given = [rows[i] for i in some], [examples[i] for i in some]
+            pairs = compared(*given, processor, [error], rng)
+            scores = judge(judged, pairs, processor, TOKENS, backward=False)
+            for i, (pair, row) in enumerate(zip(pairs, given[0])):
+                (s,), t = pair.students, pair.teacher
+                views = (s.caption, t.caption), ((s.think, s.answer), (t.think, t.answer))
+                for view, (a, b) in zip(VIEWS, views):
+                    ours, theirs = getattr(scores, f"teacher_{view}"), getattr(scores, view)
+                    for name in (f"{error}_{view}", f"{error}_{view}_{row['source']}"):
+                        if a != b:
+                            found.setdefault(name, []).append(bool(ours[i, 0] > theirs[i, 0]))
+    return {name: round(statistics.mean(x), 3) for name, x in found.items()}
+
+
+def own_rollouts(seed: int, policy_path: Path, judges: dict[str, Path], count: int = 200) -> dict:
+    """How often a right view of a rollout scores above a wrong one of the same prompt, on prompts
+    of validation scans with 8 samples each. A caption is right by its text, reasoning where think
+    and answer are those of the world in either manner."""
+    data = world(seed)["validation"]
+    rows, examples = read_rows(data)[:count], load_data([data])
+    policy, processor = load_policy(str(policy_path))
+    prompts = encode_prompts(processor, [examples[i] for i in range(count)])
+    sampling = Sampling(8, 96, temperature=1.0, seed=seed, max_rollout_rows=256)
+    comparisons, right = [], []
+    for row, group in zip(rows, generate(policy, prompts, sampling)):
+        students = [parse_response(decode(processor, branch)) for branch in group.branches]
+        forms = [parse_response(demonstration(*task(row), first=first)) for first in (False, True)]
+        comparisons.append(Comparison(group.prompt, forms[0], students))
+        thinks = [(form.think, form.answer) for form in forms]
+        right.append(
+            {
+                "perception": [s and s.caption == forms[0].caption for s in students],
+                "reasoning": [s and (s.think, s.answer) in thinks for s in students],
+            }
+        )
+    found = {}
+    for name, path in judges.items():
+        judged, processor = load_discriminator(str(path))
+        scores = judge(judged.eval(), comparisons, processor, TOKENS, backward=False)
+        for view in VIEWS:
+            pairs = []
+            for values, of_prompt in zip(getattr(scores, view).tolist(), right):
+                known = [(x, ok) for x, ok in zip(values, of_prompt[view]) if ok is not None]
+                good, bad = ([x for x, ok in known if ok == want] for want in (True, False))
+                pairs += [a > b for a in good for b in bad]
+            found[f"own_{view}_{name}"] = round(statistics.mean(pairs), 3) if pairs else None
+            found[f"own_{view}_pairs"] = len(pairs)
+    return found
+
+
+def oracle(discriminator, comparisons, processor, *_, **__) -> Judgement:
+    """What discriminator.judge returns, from the truth. Perception: 1 where the caption is right.
+    Reasoning: 1 where think and answer are right, 0.5 where the answer alone is. Else 0."""
+    shape = len(comparisons), max(len(comparison.students) for comparison in comparisons)
+    perception, reasoning = torch.zeros(shape), torch.zeros(shape)
+    valid = torch.zeros(shape, dtype=torch.bool)
+    for p, comparison in enumerate(comparisons):
+        question = processor.tokenizer.decode(comparison.prompt.input_ids.tolist())
+        source = "count" if "greater than" in question else "spread"
+        row = dict(source=source, question=question, caption=[comparison.teacher.caption])
+        forms = [parse_response(demonstration(*task(row), first=first)) for first in (False, True)]
+        for n, student in enumerate(comparison.students):
+            if student is not None:
+                valid[p, n] = True
+                perception[p, n] = student.caption == forms[0].caption
+                whole = 1.0 if student.think in [form.think for form in forms] else 0.5
+                reasoning[p, n] = whole * (student.answer == forms[0].answer)
+    for parameter in discriminator.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    ones = torch.ones(shape)
+    return Judgement(perception, reasoning, valid, ones, ones, ones, ones, metrics={})
+
+
+# --------------------------------------------------------------------------------------------------
+# Runs and arms
+
+ALWAYS = dict(dataloader_num_workers=0, save_steps=100000)
+SAMPLES = dict(max_completion_length=96, max_rollout_rows=256)
+GAME = dict(max_steps=ALIGNED // 16, prompts_per_step=16, num_generations=8) | SAMPLES
+RL = dict(algorithm="grpo", prompts_per_step=16, num_generations=8, max_steps=100) | SAMPLES
+RL |= dict(learning_rate=3e-5, warmup_steps=5, weight_decay=0.01)
+SFT = dict(learning_rate=3e-3, per_device_train_batch_size=32)
+MORE = dict(lr_scheduler_type="constant", per_device_train_batch_size=16)
+BLIND = dict(max_steps=60, learning_rate=3e-4, per_device_train_batch_size=32)
+BLIND |= dict(gradient_accumulation_steps=1) | SAMPLES
+# From the grid. Steps of RL that take as long as the alignment, or as it and not more SFT.
+RATE, DISCRIMINATOR, FROZEN, MORE_RATE, ALL_RATE = 1e-4, 3e-5, 1e-4, 3e-4, 3e-4
+EQUAL, EQUAL_MORE = 120, 100
+
+
+def stages() -> dict[str, Stage]:
+    """Every run of a seed, as in study.py: its kind, the run that it starts from, its data."""
+
+    def game(rate=RATE, own=DISCRIMINATOR, judged="warm_up", kind="align"):
+        flags = dict(learning_rate=rate, discriminator_learning_rate=own, discriminator=judged)
+        return Stage(kind, "sft", "aligned", **GAME, **flags)
+
+    def more(data: str, rate: float):
+        rows = ALIGNED if data == "aligned" else ALIGNED + WARM
+        return Stage("sft", "sft", data, max_steps=rows // 16, learning_rate=rate, **MORE)
+
+    runs = {
+        "reader": Stage("sft", "init", "prompts", max_steps=1500, **SFT),
+        "base": Stage("sft", "init", "pretrain", max_steps=1000, **SFT),
+        "sft": Stage("sft", "base", "sft", max_steps=376, **SFT),
+        "warm_up": Stage("learned", "reader", "warm"),
+        "text_warm_up": Stage("text", "reader", "warm"),
+        "dense_warm_up": Stage("dense", "reader", "warm"),
+        "blind_warm_up": Stage("discriminator", "base", "curated", policy="sft", **BLIND),
+        "prism": game(),
+        "frozen": game(FROZEN, 0),
+        "text": game(judged="text_warm_up"),
+        "dense": game(judged="dense_warm_up"),
+        "blind": game(judged="blind_warm_up"),
+        "oracle": game(own=0, judged="reader", kind="oracle"),
+        "more_sft": more("aligned", MORE_RATE),
+        "more_all": more("prompts", ALL_RATE),
+    }
+    for rate in (1e-4, 3e-4):
+        runs |= {f"prism_{rate}_{own}": game(rate, own) for own in (3e-5, 1e-5, 0)}
+        runs |= {
+            f"more_sft_{rate}": more("aligned", rate),
+            f"more_all_{rate}": more("prompts", rate),
+        }
+    for name in [name for name in runs if name not in ("reader", "base") and "warm_up" not in name]:
+        longer = {"sft": EQUAL, "more_sft": EQUAL_MORE}.get(name, 0)
+        flags = RL | dict(max_steps=RL["max_steps"] + longer, save_hf_steps=RL["max_steps"])
+        runs[f"{name}_grpo"] = Stage("rlvr", name, "questions", **(flags if longer else RL))
+    return runs
+
+
+# An arm is measured at the end of the run of its name. These two go on where another arm ends.
+LONGER = {"sft_grpo_longer": "sft_grpo", "more_sft_grpo_longer": "more_sft_grpo"}
+ARMS = "base sft sft_grpo prism prism_grpo more_sft more_sft_grpo sft_grpo_longer".split()
+ARMS += "more_sft_grpo_longer more_all more_all_grpo frozen frozen_grpo".split()
+ARMS += "blind blind_grpo oracle oracle_grpo".split()
+ABLATIONS = "text text_grpo dense dense_grpo".split()
+GRID = [name for name in stages() if "_0.0" in name]
+
+
+def run(seed: int, name: str) -> Path:
+    """The directory of a run, which is made, and those that it starts from before, if need be."""
+    if name == "init":
+        return Path(world(None)["init"])
+    alone = name in ("reader", "base")  # made once for all seeds
+    stage, folder = stages()[name], OUT / name if alone else OUT / f"seed-{seed}" / name
+    if study.finished(folder):
+        return folder
+    parents = {parent: run(seed, parent) for parent in stage.parents}
+    if stage.kind in ("learned", "text", "dense"):
+        warm_up(seed, stage.kind, parents[stage.parent], folder)
+        return folder
+    flags = ALWAYS | stage.flags
+    flags |= {n: parents[flags[n]] for n in ("policy", "discriminator") if n in flags}
+    script = {"oracle": "benchmarks/judge_study.py"}.get(stage.kind, f"{stage.kind}.py")
+    flags |= {"oracle": 1} if stage.kind == "oracle" else {}
+    source = "model" if stage.kind in ("sft", "discriminator") else "ckpt"
+    flags |= {source: parents[stage.parent], "data": world(None if alone else seed)[stage.data]}
+    flags |= dict(seed=0 if alone else seed, output_dir=folder, resume=True)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    study.call(script, folder.with_suffix(".log"), **flags)
+    return folder
+
+
+def measure(seed: int, arm: str) -> dict:
+    """One arm of one seed, in numbers."""
+    name = LONGER.get(arm, arm)
+    folder, stage = run(seed, name), stages()[name]
+    if f"{arm}_longer" in LONGER:
+        folder = folder / f"checkpoint-{RL['max_steps']}"
+    split = "validation" if seed == VALIDATION else "test"
+    out = OUT / f"seed-{seed}" / f"{arm}-{split}"
+    flags = digits.SETTINGS["eval"] | dict(max_rollout_rows=256, output_dir=out)
+    log = OUT / f"seed-{seed}/eval.log"
+    study.call("eval.py", log, ckpt=folder, data=world(seed)[split], **flags)
+    found = json.loads((out / "eval.json").read_text())
+    kept = ("accuracy", "caption_accuracy", "format_valid", "mean_response_tokens", "rows")
+    result = {"arm": arm, "seed": seed, "split": split} | {key: found[key] for key in kept}
+    rows = read_rows(out / "generations.jsonl")
+    for kind, numbers in found["by_source"].items():
+        mine = [row["response"] for row in rows if row["source"] == kind]
+        result[kind] = numbers["accuracy"]
+        result[f"{kind}_answer_first"] = statistics.mean("k>The answer" in text for text in mine)
+    if stage.kind == "align":
+        warm, after = run(seed, stage.flags["discriminator"]), folder / "discriminator"
+        for when, path in {"before": warm, "after": after}.items():
+            judged, processor = load_discriminator(str(path))
+            result[f"planted_{when}"] = gate(seed, judged, processor)
+        result |= own_rollouts(seed, folder, {"before": warm, "after": after})
+    result["seconds"] = round(seconds(OUT / f"seed-{seed}" / name), 1)
+    result["settings"] = {k: v for k, v in stage.flags.items() if "/" not in str(v)}
+    return {k: round(v, 4) if isinstance(v, float) else v for k, v in result.items()}
+
+
+def seconds(folder: Path) -> float:
+    """What the steps of a run took, each as long as the middle one: a pause does not count."""
+    path = folder / "metrics.jsonl"
+    steps = [row["time/step"] for row in read_rows(path)] if path.exists() else [0.0]
+    return statistics.median(steps) * len(steps)
+
+
+# --------------------------------------------------------------------------------------------------
+# Tables and the picture
+
+LABELS = {"base": "base", "sft": "SFT", "sft_grpo": "SFT + GRPO"}
+LABELS |= {"sft_grpo_longer": "SFT + GRPO, for the alignment's time"}
+LABELS |= {"more_sft": "more SFT", "more_sft_grpo": "more SFT + GRPO"}
+LABELS |= {"more_sft_grpo_longer": "more SFT + GRPO, for the equal time"}
+LABELS |= {"more_all": "more SFT, the warm-up's rows too"}
+LABELS |= {"more_all_grpo": "more SFT, the warm-up's rows too, + GRPO"}
+LABELS |= {"prism": "PRISM", "prism_grpo": "PRISM + GRPO"}
+VARIANTS = {"frozen": "frozen", "text": "text-only", "dense": "dense", "blind": "blind"}
+LABELS |= {name: f"PRISM, {said} discriminator" for name, said in VARIANTS.items()}
+LABELS |= {f"{name}_grpo": f"{LABELS[name]}, + GRPO" for name in VARIANTS}
+LABELS |= {"oracle": "an oracle in its place", "oracle_grpo": "an oracle in its place, + GRPO"}
+FIRST = "prism_grpo sft_grpo sft_grpo_longer more_sft_grpo more_all_grpo".split()
+FIRST += "frozen_grpo blind_grpo oracle_grpo".split()
+COLUMNS = {UNCOVERED: "not covered by RL", COVERED: "covered", "accuracy": "all"}
+COLUMNS |= {"caption_accuracy": "captions"}
+MORE_COLUMNS = {f"{kind}_answer_first": f"{kind}, answer first" for kind in (UNCOVERED, COVERED)}
+PLANTED = {"misread_perception": "misread, perception", "misread_reasoning": "misread, reasoning"}
+PLANTED |= {"slip_reasoning": "slip", "answer_reasoning": "contradicting answer"}
+Results = dict[tuple[str, int], dict]
+
+
+def results(lines: list[dict]) -> Results:
+    """Lines of the file by arm and seed, the reported seeds alone."""
+    return {(line["arm"], line["seed"]): line for line in lines if line["seed"] in SEEDS}
+
+
+def column(found: Results, arm: str, name: str) -> list[float]:
+    """The values of an arm, seed by seed. `planted_before.slip_reasoning` is one of a part."""
+    values = []
+    for (of_arm, _), line in sorted(found.items()):
+        value = line if of_arm == arm else {}
+        for key in name.split("."):
+            value = (value or {}).get(key)
+        values += [] if value is None else [value]
+    return values
+
+
+def difference(found: Results, a: str, b: str, name: str = UNCOVERED) -> list[float]:
+    """Arm a minus arm b on each seed that has both, in points."""
+    both = [seed for arm, seed in sorted(found) if arm == a and (b, seed) in found]
+    return [100 * (found[a, seed][name] - found[b, seed][name]) for seed in both]
+
+
+def said(values: list[float]) -> str:
+    """The mean, and its 95% interval by Student's t where there are two seeds or more."""
+    ends = [f"{x:+.1f}" for x in interval(values)]
+    return f"{ends[0]} ({ends[1]} to {ends[2]})" if ends[1:] else "".join(ends)
+
+
+def verdict(values: list[float]) -> str:
+    """yes: the whole interval is above zero; no: it is below; else undecided."""
+    _, low, high = (*interval(values), 0.0, 0.0)[:3] if len(values) > 1 else (0.0, 0.0, 0.0)
+    return "yes" if low > 0 else "no" if high < 0 else "undecided"
+
+
+def arms_table(found: Results, arms: list[str], columns: dict[str, str]) -> list[list]:
+    """A row for each arm that has results, with what PRISM + GRPO has more where RL asks nothing;
+    of arms without RL, what PRISM has more."""
+    rows = [["arm", "seeds", *columns.values(), "PRISM minus it, not covered", "is PRISM ahead?"]]
+    for arm in arms:
+        count = len(column(found, arm, "accuracy"))
+        twin = "prism_grpo" if "_grpo" in arm else "prism"
+        gaps = difference(found, twin, arm) if arm not in (twin, "base") else []
+        cells = [shown(column(found, arm, name)) for name in columns]
+        row = [LABELS[arm], count, *cells, said(gaps), verdict(gaps) if gaps else ""]
+        rows += [row] if count else []
+    return rows
+
+
+def judges_table(found: Results) -> list[list]:
+    """How often each discriminator is right, before the game and after it. 0.5 is blind."""
+    own = {f"own_{view}": f"own rollouts, {view}" for view in VIEWS}
+    rows = [["discriminator", "when", "seeds", *PLANTED.values(), *own.values()]]
+    for arm in ("prism", *VARIANTS):
+        for when in ("before", "after"):
+            names = [f"planted_{when}.{name}" for name in PLANTED] + [f"{x}_{when}" for x in own]
+            values = [column(found, arm, name) for name in names]
+            rows += [[LABELS[arm], when, len(values[0]), *map(shown, values)]] if values[0] else []
+    return rows
+
+
+def tables(lines: list[dict]) -> dict[str, list[list]]:
+    """Every table of docs/judge-study.md by its name. The first has at most eight rows."""
+    found = results(lines)
+    every = [*ARMS, *ABLATIONS]
+    grid = {(x["arm"], x["seed"]): x for x in lines if x["arm"] in GRID}
+    chosen = [["arm", *COLUMNS.values()]]
+    for arm, seed in grid:
+        chosen.append([arm, *(f"{grid[arm, seed][name]:.3f}" for name in COLUMNS)])
+    return {
+        "judge": arms_table(found, FIRST, COLUMNS),
+        "judge_arms": arms_table(found, every, COLUMNS | MORE_COLUMNS),
+        "judges": judges_table(found),
+        "judge_grid": chosen,
+    }
+
+
+def points(found: Results) -> list[tuple]:
+    """What the picture shows: arm, mean, low and high end, of the question that RL does not ask."""
+    known = [arm for arm in ARMS + ABLATIONS if "_grpo" in arm and column(found, arm, UNCOVERED)]
+    return [(LABELS[arm], *interval(column(found, arm, UNCOVERED))) for arm in known]
+
+
+def picture(path: Path, found: Results) -> None:
+    """Accuracy where RL asks nothing, of each arm at its end. The numbers stand in the file."""
+    plt.rcParams["svg.hashsalt"] = "judge"
+    figure, ax = plt.subplots(figsize=(8, 4.5), layout="constrained")
+    for at, (name, mean, *ends) in enumerate(reversed(points(found))):
+        color = "#0064a8" if name == LABELS["prism_grpo"] else "#555555"
+        ax.plot([mean], [at], "o", color=color, gid=name)
+        ax.plot(ends, [at] * len(ends), "-", color=color)
+    names = [name for name, *_ in reversed(points(found))]
+    ax.set(yticks=range(len(names)), yticklabels=names, xlim=(0, 1))
+    ax.set(xlabel=f"accuracy on {UNCOVERED} questions, which RL does not ask")
+    ax.grid(alpha=0.3)
+    kept = {"Description": json.dumps(points(found)), "Date": None}
+    figure.savefig(path, format="svg", metadata=kept)
+    plt.close(figure)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(allow_abbrev=False)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[*SEEDS], choices=SEEDS)
+    parser.add_argument("--grid", action="store_true")
+    parser.add_argument("--table", action="store_true")
+    parser.add_argument("--oracle", help="align.py with an oracle in the discriminator's place")
+    args, rest = parser.parse_known_args()
+    if args.oracle:
+        align.judge = oracle
+        sys.argv = ["align.py", *rest]
+        return run_main(align.train)
+    torch.set_num_threads(1)
+    jobs = [(seed, ARMS + ABLATIONS * (seed in FEW)) for seed in args.seeds]
+    jobs = [(VALIDATION, GRID)] if args.grid else [] if args.table else jobs
+    for seed, arms in jobs:
+        for arm in arms:
+            known = read_rows(RESULTS) if RESULTS.exists() else []
+            if not any((line["arm"], line["seed"]) == (arm, seed) for line in known):
+                line = measure(seed, arm)
+                with open(RESULTS, "a") as file:  # in one piece, so two processes may do it
+                    file.write(json.dumps(line) + "\n")
+                shares = {name: line[name] for name in COLUMNS}
+                print(time.strftime("%H:%M:%S"), seed, arm, shares, flush=True)
+    known = tables(read_rows(RESULTS))
+    page = ROOT / "docs/judge-study.md"
+    study.write(page, known)
+    picture(page.with_suffix(".svg"), results(read_rows(RESULTS)))
+    for row in known["judge_grid" if args.grid else "judge"]:
+        print(" | ".join(map(str, row)))
+
+
+if __name__ == "__main__":
+    main()
