@@ -9,9 +9,9 @@ of question about some digits. The discriminator comes from a base that reads cl
 warm-up compares each supervision response with two students in which one error is planted.
 
 An arm is a chain of the project's stages, run by their command lines. Each finished arm of a seed
-is one line of `benchmarks/results/judge.jsonl`, and is not run again. A seed draws all rows, all
-planted errors, the experts' noise, the score head, all orders and all samples anew. The two bases
-are made once for all seeds, as published models are.
+is one line of `benchmarks/results/judge.jsonl`, and is not run again. A seed draws all rows, orders
+and samples anew. The two bases and the discriminators after their warm-ups are made once for all
+seeds, as published models are.
 """
 
 import argparse
@@ -52,26 +52,38 @@ SIZES = dict(hidden_size=96, intermediate_size=192, layers=4, head_dim=24)  # 0.
 SHARED = dict(kinds=[COVERED, UNCOVERED], base_misread_digits=0, scans_seed=VALIDATION) | SIZES
 BASES = dict(seed=999, pretrain_rows=12000, prompt_rows=16000, sft_rows=500, curated_share=1.0)
 BASES |= dict(question_rows=0, validation_rows=1000, test_rows=0)
-DRAWN = dict(
-    answer_first=judging.ANSWER_FIRST, question_kinds=[COVERED], question_without=[3, 7, 9]
-)
-DRAWN |= dict(pretrain_rows=0, prompt_rows=ALIGNED + WARM, validation_rows=1000, test_rows=1000)
+DRAWN = dict(question_kinds=[COVERED], question_without=[3, 7, 9])
+DRAWN |= dict(answer_first=judging.ANSWER_FIRST, pretrain_rows=0, prompt_rows=ALIGNED)
+DRAWN |= dict(validation_rows=1000, test_rows=1000)
 
 
 def world(seed: int | None) -> dict[str, str]:
     """The files of a seed; of none, those that the bases learn from: `pretrain` in own words, and
-    `prompts`, clean demonstrations, for the base of the discriminator."""
+    `prompts`, clean demonstrations, for the base of the discriminator. The rows of the warm-up,
+    `warm`, are the same for all seeds; `all` are these and the alignment's."""
     own = BASES if seed is None else DRAWN | dict(seed=seed)
+    own |= dict(prompt_rows=ALIGNED + WARM) if seed == VALIDATION else {}
     folder = OUT / ("world" if seed is None else f"seed-{seed}/world")
     paths = digits.build(folder, digits.World(**SHARED, **own))
-    parts = {"aligned": slice(0, ALIGNED), "warm": slice(ALIGNED, None)}
-    for name, part in parts.items() if seed is not None else ():
-        paths[name] = str(folder / f"{name}.jsonl")
+    if seed is None:
+        return paths
+    if seed != VALIDATION:
+        world(VALIDATION)
+    # Files beside the folders of the seeds, as the third names images of two of them.
+    own, others = supervision(seed)[:ALIGNED], supervision(VALIDATION)[ALIGNED:]
+    for name, rows in {"aligned": own, "warm": others, "all": own + others}.items():
+        paths[name] = str(OUT / f"{name}-{seed}.jsonl")
         if not Path(paths[name]).exists():
-            lines = Path(paths["prompts"]).read_text(encoding="utf-8").splitlines(keepends=True)
             with replacing(paths[name]) as file:
-                file.writelines(lines[part])
+                file.writelines(json.dumps(row) + "\n" for row in rows)
     return paths
+
+
+def supervision(seed: int) -> list[dict]:
+    """The rows of `prompts` of a seed, with the paths of their images below OUT."""
+    folder = f"seed-{seed}/world"
+    rows = read_rows(OUT / folder / "prompts.jsonl")
+    return [row | {"image": f"{folder}/{row['image']}"} for row in rows]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -117,13 +129,13 @@ def stages() -> dict[str, Stage]:
         "blind": game(judged="blind_warm_up"),
         "oracle": game(own=0, judged="reader", kind="oracle"),
         "more_sft": more("aligned", MORE_RATE),
-        "more_all": more("prompts", ALL_RATE),
+        "more_all": more("all", ALL_RATE),
     }
     for rate in (1e-4, 3e-4):
         runs |= {f"prism_{rate}_{own}": game(rate, own) for own in (3e-5, 1e-5, 0)}
         runs |= {
             f"more_sft_{rate}": more("aligned", rate),
-            f"more_all_{rate}": more("prompts", rate),
+            f"more_all_{rate}": more("all", rate),
         }
     for name in [name for name in runs if name not in ("reader", "base") and "warm_up" not in name]:
         longer = {"sft": EQUAL, "more_sft": EQUAL_MORE}.get(name, 0)
@@ -132,21 +144,26 @@ def stages() -> dict[str, Stage]:
     return runs
 
 
+# Made once for all seeds, as published models are.
+ONCE = "reader base warm_up text_warm_up dense_warm_up".split()
 # An arm is measured at the end of the run of its name. These two go on where another arm ends.
 LONGER = {"sft_grpo_longer": "sft_grpo", "more_sft_grpo_longer": "more_sft_grpo"}
 ARMS = "base sft sft_grpo prism prism_grpo more_sft more_sft_grpo sft_grpo_longer".split()
 ARMS += "more_sft_grpo_longer more_all more_all_grpo frozen frozen_grpo".split()
 ARMS += "blind blind_grpo oracle oracle_grpo".split()
 ABLATIONS = "text text_grpo dense dense_grpo".split()
-GRID = [name for name in stages() if "_0.0" in name]
+GRID = [name for name in stages() if "_0.0" in name and "_grpo" in name]
 
 
 def run(seed: int, name: str) -> Path:
     """The directory of a run, which is made, and those that it starts from before, if need be."""
     if name == "init":
         return Path(world(None)["init"])
-    alone = name in ("reader", "base")  # made once for all seeds
-    stage, folder = stages()[name], OUT / name if alone else OUT / f"seed-{seed}" / name
+    stage = stages()[name]
+    if name in ONCE:
+        seed, folder = VALIDATION, OUT / name
+    else:
+        folder = OUT / f"seed-{seed}" / name
     if study.finished(folder):
         return folder
     parents = {parent: run(seed, parent) for parent in stage.parents}
@@ -160,8 +177,9 @@ def run(seed: int, name: str) -> Path:
     script = {"oracle": "benchmarks/judge_study.py"}.get(stage.kind, f"{stage.kind}.py")
     flags |= {"oracle": 1} if stage.kind == "oracle" else {}
     source = "model" if stage.kind in ("sft", "discriminator") else "ckpt"
-    flags |= {source: parents[stage.parent], "data": world(None if alone else seed)[stage.data]}
-    flags |= dict(seed=0 if alone else seed, output_dir=folder, resume=True)
+    data = world(None if stage.parent == "init" else seed)[stage.data]
+    flags |= {source: parents[stage.parent], "data": data}
+    flags |= dict(seed=0 if stage.parent == "init" else seed, output_dir=folder, resume=True)
     folder.parent.mkdir(parents=True, exist_ok=True)
     study.call(script, folder.with_suffix(".log"), **flags)
     return folder

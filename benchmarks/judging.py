@@ -81,7 +81,7 @@ def compared(rows, examples, processor, errors, rng: random.Random) -> list[Comp
 # --------------------------------------------------------------------------------------------------
 # The warm-up, and how well a discriminator judges
 
-STEPS, PROMPTS = 800, 24  # of the warm-up
+STEPS, PROMPTS, RATE = 1400, 24, 7e-4  # of the warm-up
 MIXTURE = ["misread", ("slip",) * 5 + ("answer",) * 3]  # the two students of a prompt
 TOKENS = 16384
 
@@ -92,8 +92,9 @@ def warm_up(data: str, held: str, kind: str, base: Path, out: Path, seed: int) -
     rows, examples = read_rows(data), load_data([data])
     model, processor = load_discriminator(str(base), kind=kind, seed=seed)
     optimizer = adamw(model, weight_decay=0.01)
-    config = SimpleNamespace(learning_rate=1e-3, lr_scheduler_type="cosine", warmup_steps=0.05)
-    rng, order, lines, start = random.Random(seed), [], [], time.time()
+    config = SimpleNamespace(learning_rate=RATE, lr_scheduler_type="cosine", warmup_steps=0.1)
+    rng, start = random.Random(seed), time.time()
+    order, losses, lines = [], [], []
     model.train()
     for step in range(1, STEPS + 1):
         if len(order) < PROMPTS:
@@ -101,11 +102,13 @@ def warm_up(data: str, held: str, kind: str, base: Path, out: Path, seed: int) -
         some = [order.pop() for _ in range(PROMPTS)]
         given = [rows[i] for i in some], [examples[i] for i in some]
         pairs = compared(*given, processor, MIXTURE, rng)
-        judge(model, pairs, processor, TOKENS, backward=True)
+        metrics = judge(model, pairs, processor, TOKENS, backward=True).metrics
+        losses.append(metrics["discriminator_loss"].value)
         optimizer_step(model, optimizer, learning_rate_at(step, STEPS, config), max_grad_norm=1.0)
         if step % 200 == 0:
-            seconds = round(time.time() - start)
-            lines.append({"step": step, "seconds": seconds} | planted(model, processor, held))
+            line = {"step": step, "seconds": round(time.time() - start)}
+            line["loss"] = round(statistics.mean(losses[-100:]), 3)
+            lines.append(line | planted(model, processor, held))
             print(json.dumps(lines[-1]), flush=True)
             model.train()
     out.mkdir(parents=True, exist_ok=True)

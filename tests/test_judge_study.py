@@ -126,7 +126,7 @@ def test_every_arm_has_a_name_and_no_arm_learns_from_what_it_is_measured_on():
     runs = study.stages()
     for arm in [*study.ARMS, *study.ABLATIONS, *study.GRID]:
         stage = runs[study.LONGER.get(arm, arm)]
-        assert stage.data in ("pretrain", "sft", "aligned", "prompts", "questions")
+        assert stage.data in ("pretrain", "sft", "aligned", "all", "questions")
         assert arm in study.LABELS or arm in study.GRID
     games = [runs[name] for name in ("prism", "text", "dense", "blind")]
     assert len({str({**stage.flags, "discriminator": 0}) for stage in games}) == 1
