@@ -131,10 +131,10 @@ def stages() -> dict[str, Stage]:
         "more_sft": more("aligned", MORE_RATE),
         "more_all": more("all", ALL_RATE),
     }
-    for rate, own in ((1e-4, 3e-5), (3e-4, 3e-5), (1e-4, 0), (3e-4, 0), (1e-4, 1e-5)):
-        runs[f"prism_{rate}_{own}"] = game(rate, own)
-    for name, data in (("more_sft", "aligned"), ("more_all", "all")):
-        runs |= {f"{name}_{rate}": more(data, rate) for rate in (1e-4, 3e-4, 1e-3)}
+    for own in (3e-5, 0, 1e-5):  # the grid
+        runs |= {f"prism_{rate}_{own}": game(rate, own) for rate in (1e-4, 3e-4)}
+        for name, data in (("more_sft", "aligned"), ("more_all", "all")):
+            runs |= {f"{name}_{rate}": more(data, rate) for rate in (3e-4, 1e-4, 1e-3)}
     for name in [name for name in runs if name not in ("reader", "base") and "warm_up" not in name]:
         longer = {"sft": EQUAL, "more_sft": EQUAL_MORE}.get(name, 0)
         flags = RL | dict(max_steps=RL["max_steps"] + longer, save_hf_steps=RL["max_steps"])

@@ -81,7 +81,7 @@ def compared(rows, examples, processor, errors, rng: random.Random) -> list[Comp
 # --------------------------------------------------------------------------------------------------
 # The warm-up, and how well a discriminator judges
 
-STEPS, PROMPTS, RATE = 1400, 24, 7e-4  # of the warm-up
+CYCLES, PROMPTS, RATE = (1400, 1000), 24, 7e-4  # steps of the warm-up, each cycle a cosine
 MIXTURE = ["misread", ("slip",) * 5 + ("answer",) * 3]  # the two students of a prompt
 TOKENS = 16384
 
@@ -89,14 +89,26 @@ TOKENS = 16384
 def warm_up(data: str, held: str, kind: str, base: Path, out: Path, seed: int) -> None:
     """The warm-up of discriminator.py on the rows of `data`, from a base that is upcycled, with two
     students to a prompt, which is computed once. `held` are the rows for `planted`."""
-    rows, examples = read_rows(data), load_data([data])
     model, processor = load_discriminator(str(base), kind=kind, seed=seed)
-    optimizer = adamw(model, weight_decay=0.01)
+    lines = []
+    for cycle in range(len(CYCLES)):
+        lines += warm_up_cycle(model, processor, data, held, seed, cycle)
+    out.mkdir(parents=True, exist_ok=True)
+    save_discriminator(model, str(out))
+    write_json(str(out / "run.json"), {"finished": True, "lines": lines})
+
+
+def warm_up_cycle(model, processor, data: str, held: str, seed: int, cycle: int) -> list[dict]:
+    """One cycle of the warm-up. -> what `planted` finds every 200 steps."""
+    rows, examples = read_rows(data), load_data([data])
+    steps, optimizer = CYCLES[cycle], adamw(model, weight_decay=0.01)
     config = SimpleNamespace(learning_rate=RATE, lr_scheduler_type="cosine", warmup_steps=0.1)
-    rng, start = random.Random(seed), time.time()
+    rng, start = random.Random(seed + cycle), time.time()
     order, losses, lines = [], [], []
+    if cycle:
+        torch.manual_seed(seed + cycle)  # of dropout
     model.train()
-    for step in range(1, STEPS + 1):
+    for step in range(1, steps + 1):
         if len(order) < PROMPTS:
             order = rng.sample(range(len(rows)), len(rows))
         some = [order.pop() for _ in range(PROMPTS)]
@@ -104,16 +116,14 @@ def warm_up(data: str, held: str, kind: str, base: Path, out: Path, seed: int) -
         pairs = compared(*given, processor, MIXTURE, rng)
         metrics = judge(model, pairs, processor, TOKENS, backward=True).metrics
         losses.append(metrics["discriminator_loss"].value)
-        optimizer_step(model, optimizer, learning_rate_at(step, STEPS, config), max_grad_norm=1.0)
+        optimizer_step(model, optimizer, learning_rate_at(step, steps, config), max_grad_norm=1.0)
         if step % 200 == 0:
-            line = {"step": step, "seconds": round(time.time() - start)}
+            line = {"step": sum(CYCLES[:cycle]) + step, "seconds": round(time.time() - start)}
             line["loss"] = round(statistics.mean(losses[-100:]), 3)
             lines.append(line | planted(model, processor, held))
             print(json.dumps(lines[-1]), flush=True)
             model.train()
-    out.mkdir(parents=True, exist_ok=True)
-    save_discriminator(model, str(out))
-    write_json(str(out / "run.json"), {"finished": True, "lines": lines})
+    return lines
 
 
 def planted(judged, processor, data: str, count: int = 400) -> dict[str, float]:
