@@ -131,10 +131,12 @@ def stages() -> dict[str, Stage]:
         "more_sft": more("aligned", MORE_RATE),
         "more_all": more("all", ALL_RATE),
     }
-    for own in (3e-5, 0, 1e-5):  # the grid
-        runs |= {f"prism_{rate}_{own}": game(rate, own) for rate in (1e-4, 3e-4)}
-        for name, data in (("more_sft", "aligned"), ("more_all", "all")):
-            runs |= {f"{name}_{rate}": more(data, rate) for rate in (3e-4, 1e-4, 1e-3)}
+    for rate in (1e-4, 3e-4):  # the grid
+        runs[f"prism_{rate}"] = game(rate)
+        runs[f"more_sft_{rate}"] = more("aligned", rate)
+        runs[f"frozen_{rate}"] = game(rate, 0)
+        runs[f"more_all_{rate}"] = more("all", rate)
+    runs["prism_slow_0.0001"] = game(1e-4, 1e-5)
     for name in [name for name in runs if name not in ("reader", "base") and "warm_up" not in name]:
         longer = {"sft": EQUAL, "more_sft": EQUAL_MORE}.get(name, 0)
         flags = RL | dict(max_steps=RL["max_steps"] + longer, save_hf_steps=RL["max_steps"])
