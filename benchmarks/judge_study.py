@@ -15,6 +15,7 @@ seeds, as published models are.
 """
 
 import argparse
+import contextlib
 import json
 import statistics
 import sys
@@ -162,19 +163,23 @@ def run(seed: int, name: str) -> Path:
     """The directory of a run, which is made, and those that it starts from before, if need be."""
     if name == "init":
         return Path(world(None)["init"])
+    once = name in ONCE
+    seed, folder = (VALIDATION, OUT / name) if once else (seed, OUT / f"seed-{seed}" / name)
+    with digits._alone(OUT / f".{name}.lock") if once else contextlib.nullcontext():
+        if not study.finished(folder):
+            make(seed, name, folder)
+    return folder
+
+
+def make(seed: int, name: str, folder: Path) -> None:
+    """Makes a run. What a stage says goes to a file beside it."""
     stage = stages()[name]
-    if name in ONCE:
-        seed, folder = VALIDATION, OUT / name
-    else:
-        folder = OUT / f"seed-{seed}" / name
-    if study.finished(folder):
-        return folder
     parents = {parent: run(seed, parent) for parent in stage.parents}
     if stage.kind in ("learned", "text", "dense"):
         files = world(seed)
         rows = files[stage.data], files["validation"]
         judging.warm_up(*rows, stage.kind, parents[stage.parent], folder, seed)
-        return folder
+        return
     flags = ALWAYS | stage.flags
     flags |= {n: parents[flags[n]] for n in ("policy", "discriminator") if n in flags}
     script = {"oracle": "benchmarks/judge_study.py"}.get(stage.kind, f"{stage.kind}.py")
@@ -185,7 +190,6 @@ def run(seed: int, name: str) -> Path:
     flags |= dict(seed=0 if stage.parent == "init" else seed, output_dir=folder, resume=True)
     folder.parent.mkdir(parents=True, exist_ok=True)
     study.call(script, folder.with_suffix(".log"), **flags)
-    return folder
 
 
 def measure(seed: int, arm: str) -> dict:
@@ -361,7 +365,8 @@ def main() -> None:
         sys.argv = ["align.py", *rest]
         return run_main(align.train)
     torch.set_num_threads(1)
-    jobs = [(seed, ARMS + ABLATIONS * (seed in FEW)) for seed in args.seeds]
+    jobs = [(seed, ARMS) for seed in args.seeds]
+    jobs += [(seed, ABLATIONS) for seed in args.seeds if seed in FEW]
     jobs = [(VALIDATION, GRID)] if args.grid else [] if args.table else jobs
     for seed, arms in jobs:
         for arm in arms:
