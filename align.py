@@ -49,14 +49,14 @@ class AlignConfig(RunConfig):
     data: list[str] = field(  # prompts with a supervision response; paper: 5.9K
         default_factory=lambda: ["hf://datasets/prism-vlm/rl_dataset/rl_training_data_5.9k.parquet"]
     )
-    discriminator: str = "prism-vlm/Qwen3-VL-2B-4X-Moe-warmup-120k"  # or a model to upcycle
+    discriminator: str = "prism-vlm/Qwen3-VL-2B-4X-Moe-warmup-120k"  # or a model to make one of
     output_dir: str = "out/align"  # the run's directory, and the aligned policy at its end
     learning_rate: NonNegative = 1e-6  # of the policy; paper: 1e-6
-    discriminator_learning_rate: NonNegative = 1e-6  # paper: 1e-6
+    discriminator_learning_rate: NonNegative = 1e-6  # of the discriminator; paper: 1e-6
     lr_scheduler_type: Schedule = "constant"  # schedule of both learning rates; paper: constant
     warmup_steps: NonNegative = 0.0  # steps, or below 1 a share of the run; paper: none
     weight_decay: NonNegative = 0.01  # of AdamW, both models; paper: 0.01
-    max_steps: Count = 500  # steps of the game; paper: 500 (one of its files: 1500)
+    max_steps: Count = 500  # steps of the game; paper: 500 (its released code also has 1500)
     prompts_per_step: Count = 4  # over all ranks; paper: 4
     num_generations: Count = 16  # rollouts a prompt; paper: 16
     temperature: Positive = 1.0  # of sampling; paper: 1.0
@@ -66,11 +66,11 @@ class AlignConfig(RunConfig):
     format_penalty: NonNegative = 1.5  # subtracted for a broken format (11); paper: 1.5
     epsilon: Share = 0.2  # clip, both sides; never acts, as the ratio is 1; paper: 0.2
     score_l2: NonNegative = 0.001  # weight of the squared scores (7); paper: 0.001
-    router_aux_loss_coef: NonNegative = 0.01  # of the balance loss; paper: 0.01, release: 0 (D4)
+    router_aux_loss_coef: NonNegative = 0.01  # weight of the balance loss; paper: 0.01 (D4)
     length_beta_perception: NonNegative = 0.0  # length debiasing (12) of captions; paper: off
     length_beta_reasoning: NonNegative = 0.0  # length debiasing (12) of reasoning; paper: off
     max_grad_norm: Positive = 1.0  # gradients are clipped to this norm; paper: not stated
-    max_rollout_rows: Count | None = 32  # rows sampled at a time, others wait; none: all
+    max_rollout_rows: Count | None = 32  # rollouts a rank samples at a time; none: all
     probe_steps: Natural = 50  # steps between probes of the discriminator; 0: none, see probe.py
 
 
@@ -123,7 +123,7 @@ def train() -> None:
         """A row as (row, prompt x, supervision response y+)."""
         teacher = parse_response(example.response)
         if teacher is None:
-            raise RowError("the supervision response breaks the format")
+            raise RowError("the supervision response is not caption, think and answer alone")
         return example, prompt, teacher
 
     limits = dict(max_prompt_length=config.max_prompt_length, max_pixels=config.max_pixels)
@@ -132,7 +132,10 @@ def train() -> None:
     trials = trials_beside_the_game(config, examples, processor) if config.probe_steps else []
     num_trials = int(all_sum([len(trials)])[0])
     if config.probe_steps and not num_trials:
-        say("probe: none, no rows are known from which the discriminator does not learn")
+        say(
+            "no probes: the discriminator learns from every known row. Point --discriminator at "
+            "the --output_dir of its warm-up, or pass --probe_steps 0"
+        )
     sampling = Sampling.of(config)
     # The ratio and the mean of (14) to (16) are by token, as in GRPO, without a dual clip.
     objective = Objective("grpo", config.epsilon, config.epsilon, temperature=config.temperature)

@@ -256,7 +256,7 @@ def blank_group(processor) -> Group:
     if isinstance(prompt, RowError):
         name = processor.tokenizer.name_or_path
         raise UserError(
-            f"{name}: cannot encode a blank image, {prompt}; it needs another processor"
+            f"{name}: its processor cannot encode a blank image ({prompt}); choose another model"
         )
     return Group(prompt, [])
 
@@ -279,8 +279,11 @@ def load_examples(config, need: tuple, *checkpoints: str) -> Examples:
     for path in checkpoints:
         for name, value in read_shared(path).items():
             if value != shared[name]:
-                ours, theirs = (f"{x or 'none'}"[:60] for x in (shared[name], value))
-                say(f"{path}: trained with {name} {theirs!r}, and this run has {ours!r}")
+                ours, theirs = (f"{x or 'none'}"[:300] for x in (shared[name], value))
+                say(
+                    f"{path} was trained with {name} {theirs!r}; this run uses {ours!r}. To make "
+                    f"them agree, set --{name} or change the rows' own system turns"
+                )
     examples.shared = shared
     return examples
 

@@ -459,14 +459,14 @@ def load_discriminator(
     something else to it."""
     saved = open_discriminator(path)
     if saved.kind and kind and saved.kind != kind:
-        raise UserError(f"{path}: a discriminator of --experts {saved.kind}, not {kind}")
+        raise UserError(f"{path}: was trained with --experts {saved.kind}; pass that, not {kind}")
     kind = saved.kind or kind or "learned"
     if saved.experts and kind == "dense":
-        raise UserError(f"{path}: holds experts, which --experts dense has not")
+        raise UserError(f"{path}: has experts; pass --experts learned, not dense")
     if policy_processor and not same_prompts(policy_processor, saved.processor):
         raise UserError(
-            f"{path}: its tokenizer or image processor is not the policy's; prompts are encoded "
-            f"once for both"
+            f"{path}: its tokenizer or image processor differs from the policy's; choose a "
+            f"discriminator and a policy of one model family"
         )
     backbone = adapt(saved.model, path).base_model
     if saved.experts:
@@ -518,9 +518,9 @@ def warm_up() -> None:
         teacher = parse_response(example.response)
         students = [] if policy else [parse_response(example.student)]
         if teacher is None:
-            raise RowError("the supervision response breaks the format")
+            raise RowError("the supervision response is not caption, think and answer alone")
         if None in students:
-            raise Unfit("the student's response breaks the format")
+            raise Unfit("the student's response is not caption, think and answer alone")
         views = [view for side in (teacher, *students) for view in encode_views(processor, side)]
         length = len(prompt.input_ids) + max(map(len, views))
         if length > config.max_length:

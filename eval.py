@@ -40,17 +40,17 @@ from support.verifier import verify
 class EvalConfig:
     stage: ClassVar[str] = "eval"
     ckpt: str = "prism-vlm/Qwen3-VL-4B-Instruct-SFT-PRISM"  # the policy: a directory or hub id
-    data: list[str] = field(default_factory=list)  # rows with a question and an `answer`
-    output_dir: str | None = None  # where results go; none: the checkpoint's own directory
+    data: list[str] = field(default_factory=list)  # rows with an `answer`, or: digits
+    output_dir: str | None = None  # where results go; none: --ckpt, or out/eval for a hub id
     system_prompt: str | None = None  # text or file for rows without system turn; none: the model's
     image_dir: str | None = None  # a folder for images, besides the data file's own folder
     max_pixels: Count | None = None  # largest image in pixels; none: the model's, see docs/data.md
-    untagged: str | None = None  # regular expression with groups caption, think, answer
+    untagged: str | None = None  # regex to read untagged answers: groups caption, think, answer
     per_device_eval_batch_size: Count = 64  # rows a rank answers at a time
     max_completion_length: Count = 8192  # longest answer in tokens
     num_samples: Count = 1  # answers to a row
     temperature: NonNegative = 0.0  # of sampling; 0: greedy
-    max_rollout_rows: Count | None = 32  # rows sampled at a time, others wait; none: all
+    max_rollout_rows: Count | None = 32  # rollouts a rank samples at a time; none: all
     dry_run: Natural = 0  # print the bytes a GPU of this run on so many GPUs, and end
 
 

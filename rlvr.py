@@ -68,7 +68,7 @@ class RLVRConfig(RunConfig):
     gen_batch_factor: Count = 3  # DAPO: prompts sampled at a time, in batches; paper: 96 / 32
     overlong_buffer: Natural = 4096  # DAPO: tokens over which the penalty grows to 1; paper: 4096
     max_grad_norm: Positive = 1.0  # gradients are clipped to this norm; paper: not stated
-    max_rollout_rows: Count | None = 32  # rows sampled at a time, others wait; none: all
+    max_rollout_rows: Count | None = 32  # rollouts a rank samples at a time; none: all
 
 
 def reward(response_text: str, ground_truth) -> tuple[float, bool]:
@@ -295,13 +295,13 @@ def settle_algorithm(config: RLVRConfig) -> None:
     of_rank = max(config.prompts_per_step // world_size(), 1)
     if config.num_minibatches > of_rank:
         raise UserError(
-            f"--num_minibatches {config.num_minibatches}: more than a rank's {of_rank} prompts of "
-            f"a step (--prompts_per_step)"
+            f"--num_minibatches {config.num_minibatches}: at most {of_rank}, a rank's prompts of a "
+            f"step; lower it, or raise --prompts_per_step"
         )
     if config.algorithm == "dapo" and config.overlong_buffer >= config.max_completion_length:
         raise UserError(
             f"--overlong_buffer {config.overlong_buffer}: must be less than "
-            f"--max_completion_length {config.max_completion_length}, or every length costs"
+            f"--max_completion_length {config.max_completion_length}; every response is penalised"
         )
 
 

@@ -351,7 +351,10 @@ def _generate(policy, prompts: list[Prompt], sampling: Sampling, step: int) -> l
     lasts = torch.tensor(lengths, device=device).cumsum(0) - 1
     first = policy(**model_inputs(policy, pack, collected), logits_to_keep=lasts).logits[0]
     if not first.isfinite().all():
-        raise UserError("the policy's logits are not finite: its weights hold NaN or infinity")
+        raise UserError(
+            "the policy's logits are not finite: its weights hold NaN or infinity; start from an "
+            "earlier checkpoint"
+        )
     following = torch.tensor([prompt.next_position for prompt in prompts], device=device)
     count = len(prompts) * n  # rows
     random = torch.zeros(count + 1, limit)

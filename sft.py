@@ -36,7 +36,7 @@ from support.run import Run, main
 class SFTConfig(RunConfig):
     stage: ClassVar[str] = "sft"
     model: str = "Qwen/Qwen3-VL-4B-Instruct"  # a Hugging Face directory or hub id; paper: 4B, 8B
-    data: list[str] = field(  # demonstrations, one source after the other; paper: 1.26M + 113K
+    data: list[str] = field(  # demonstrations, all sources shuffled together; paper: 1.26M + 113K
         default_factory=lambda: ["prism-vlm/gemini_public_mmr1", "prism-vlm/gemini_distill"]
     )
     output_dir: str = "out/sft"  # the run's directory, and the policy at its end

@@ -32,7 +32,7 @@ control tokens and files. What lies where, under `out`:
     public.jsonl, curated.jsonl, sft.jsonl
                         the demonstrations, and both mixed: messages, images, source, kind
 
-    python -m support.digits [--out out/digits] [--misread_rate 0.9 ...]    builds and shows it
+    python -m support.digits [--out out/digits] [--misread_rate 0.9 ...]    builds it
 """
 
 import contextlib
@@ -48,7 +48,6 @@ from dataclasses import asdict, dataclass, field
 from functools import partial
 from itertools import accumulate
 from pathlib import Path
-from statistics import mean
 
 import numpy as np
 import torch
@@ -63,29 +62,28 @@ from transformers import (
     Qwen3VLForConditionalGeneration,
 )
 
-from support.huggingface import load_processor
 from support.errors import UserError
 from support.resuming import UNSUPPORTED
 
 
 @dataclass
 class World:
-    seed: int = 0
-    # The task
+    seed: int = 0  # of all that is drawn
+    # The task, with questions for a sum, a spread or a count
     digits: int = 4  # digits in an image
     noise: float = 0.15  # standard deviation of what is added to each pixel of a scan; ink is 1
     kinds: list[str] = field(default_factory=lambda: list(QUESTIONS))  # asked equally often
     # Rows of each set
-    pretrain_rows: int = 6000
+    pretrain_rows: int = 6000  # that the base learns from
     sft_rows: int = 6000  # public and curated together
     curated_share: float = 0.08  # of the SFT mix; 113K of 1.37M in the paper
     prompt_rows: int = 24  # with supervision, for the alignment; in the paper 5.9K
     question_rows: int = 2000  # for RLVR; in the paper 2K
-    validation_rows: int = 500
-    test_rows: int = 1000
+    validation_rows: int = 500  # on scans for choices
+    test_rows: int = 1000  # on scans for results
     # Digit scans (1797 in all): what is neither train nor validation is test
-    train_share: float = 0.7
-    validation_share: float = 0.1
+    train_share: float = 0.7  # of the scans
+    validation_share: float = 0.1  # of the scans
     # What is wrong with the public demonstrations, and with what the base learned from
     misread_digits: int = 3  # digits that the public take for another, the first of CONFUSIONS
     misread_rate: float = 0.9  # how often
@@ -656,9 +654,9 @@ def settle(config, given: set[str]) -> str:
     for name, value in settings.items() if own else ():
         if name not in given and hasattr(config, name):
             setattr(config, name, value)
-    whose = "its settings" if own else "the published settings"
+    whose = "the digits' own settings" if own else "the published settings"
     model = f"--{source} {getattr(config, source)}"
-    return f"on the built-in handwritten digits: --data {config.data[0]}, {model}, with {whose}"
+    return f"running on the built-in digits: --data {config.data[0]}, {model}, with {whose}"
 
 
 def _is_own(path: str, name: str = "") -> bool:
@@ -673,15 +671,15 @@ def _holds(out: Path, world: World) -> bool:
     if not out.exists() or not any(out.iterdir()):
         return False
     if not (out / "world.json").exists():
-        raise UserError(f"{out} is not a digits world: give another directory")
+        raise UserError(f"{out} is not empty and was not built by support.digits; move it away")
     # A world that was built before a field was there has that field's default.
     there = asdict(World()) | json.loads((out / "world.json").read_text())
     wanted = asdict(world)
     other = sorted(key for key in there.keys() | wanted.keys() if there.get(key) != wanted.get(key))
     if other:
         raise UserError(
-            f"{out} holds a world that differs in {', '.join(other)}: "
-            "remove it or give another directory"
+            f"{out} holds digits built with another {', '.join(other)}; remove {out}, or build "
+            f"these beside it: python -m support.digits --out DIR"
         )
     return True
 
@@ -690,61 +688,24 @@ def read_rows(path: str | Path) -> list[dict]:
     return [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]
 
 
-def summary(paths: dict[str, str]) -> str:
-    """Rows, token lengths and examples, to read."""
-    processor = load_processor(paths["init"])
-    rows = {name: read_rows(path) for name, path in paths.items() if path.endswith(".jsonl")}
-    model = Qwen3VLForConditionalGeneration.from_pretrained(paths["init"])
-    lines = [
-        f"{sum(p.numel() for p in model.parameters()):,} parameters, "
-        f"{len(processor.tokenizer)} tokens",
-        ", ".join(f"{name} {len(content)}" for name, content in rows.items()) + " rows",
-        "",
-    ]
-
-    for kind in dict.fromkeys(row["source"] for row in rows["prompts"]):
-        some = [row for row in rows["prompts"] if row["source"] == kind][:200]
-        chats = [
-            [
-                {"role": "system", "content": row["system"]},
-                {
-                    "role": "user",
-                    "content": [{"type": "image"}, {"type": "text", "text": row["question"]}],
-                },
-            ]
-            for row in some
-        ]
-        texts = processor.apply_chat_template(chats, add_generation_prompt=True)
-        images = [[Image.open(Path(paths["prompts"]).parent / row["image"])] for row in some]
-        prompts = [len(ids) for ids in processor(text=texts, images=images)["input_ids"]]
-        responses = [
-            len(ids) + 1
-            for ids in processor.tokenizer([row["response"] for row in some])["input_ids"]
-        ]
-        own = next(row for row in rows["pretrain"] if row["source"] == kind)
-        public = next(row for row in rows["public"] if row["kind"] == kind)["messages"]
-        lines += [
-            f"{kind}: prompt {mean(prompts):.0f} tokens, at most {max(prompts)}; "
-            f"response {mean(responses):.0f}, at most {max(responses)} (with the end token)",
-            f"{own['question']} {own['response']}",
-            some[0]["question"],
-            "curated: " + some[0]["response"].replace("\n", "\n         "),
-            "public:  " + public[2]["content"].replace("\n", "\n         "),
-            "",
-        ]
-    return "\n".join(lines)
-
-
 def main() -> None:
-    parser = HfArgumentParser(World)
-    parser.add_argument("--out", default="out/digits")
+    from support.flags import comments_of  # not above: flags imports this file
+
+    about = "Builds the world of digits: data files, and an untrained model in init/."
+    parser, comments = HfArgumentParser(World, description=about), comments_of(World)
+    parser.add_argument("--out", default="out/digits", help="the directory to build")
+    for action in parser._actions:
+        action.help = action.help or comments.get(action.dest)
+        action.option_strings = action.option_strings[:1]  # --a_b is shown, --a-b works as well
     world, rest = parser.parse_args_into_dataclasses()
     try:
         paths = build(rest.out, world)
     except UserError as error:
         sys.exit(f"error: {error}")
-    print(summary(paths))
-    print(f"next, the base: {BASE.replace('out/digits', rest.out)}")
+    for name, path in paths.items():
+        print(f"{name:12} {path}")
+    if rest.out == parser.get_default("out"):
+        print(f"next, the base: {BASE}")
 
 
 if __name__ == "__main__":

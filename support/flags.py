@@ -54,20 +54,20 @@ class RunConfig:
     image_dir: str | None = None  # a folder for images, besides the data file's own folder
     system_prompt: str | None = None  # text or file for rows without system turn; none: the model's
     max_pixels: Count | None = None  # largest image in pixels; none: the model's, see docs/data.md
-    max_bad_fraction: Share = 0.01  # share of bad rows among those drawn that ends the run
-    max_tokens_per_pack: Count = 16384  # how a batch is cut; a memory budget, see docs/gpus.md
+    max_bad_fraction: Share = 0.01  # more bad rows end the run: over this share, and at least 3
+    max_tokens_per_pack: Count = 16384  # tokens of a forward pass, for memory; see docs/gpus.md
     activation_checkpointing: bool | None = None  # recompute to save memory; none: on a GPU only
     freeze_vision: bool = False  # keep the vision tower as it is
-    lora_rank: Natural = 0  # rank of adapters that learn in the policy's place; 0: no adapters
-    hsdp: bool = False  # share parameters inside a node only, so each node has all of them
-    dry_run: Natural = 0  # print the bytes a GPU of this run on so many GPUs, and end
+    lora_rank: Natural = 0  # train LoRA adapters of this rank in a policy; 0: train all weights
+    hsdp: bool = False  # shard within a node, replicate across nodes
+    dry_run: Natural = 0  # print the memory that this run needs per GPU on N GPUs, then stop
     dataloader_num_workers: Natural = 1  # workers: processes that encode rows ahead
     save_steps: Count = 100  # steps between checkpoints for --resume; 12 bytes a parameter each
     save_hf_steps: Natural = 0  # steps between Hugging Face directories; 0: only at the end
     save_total_limit: Count = 2  # checkpoints that are kept
     timeout: Minutes = 30.0  # minutes that a rank waits for another, or for a worker
     max_skipped: Count = 5  # steps in a row without a finite gradient that end the run
-    report_to: Literal["none", "tensorboard", "wandb"] = "none"  # where metrics go as well
+    report_to: Literal["none", "tensorboard", "wandb"] = "none"  # metrics.jsonl, and this too
     seed: Seed = 0  # of all random numbers
     resume: bool = False  # go on from the newest whole checkpoint in --output_dir
 
@@ -94,7 +94,7 @@ def parse(config_class):
     check_ranges(config)
     _read_system_prompt(config)
     if config.stage == "discriminator" and config.lora_rank:
-        raise UserError("--lora_rank: a discriminator learns as a whole; only policies have it")
+        raise UserError("--lora_rank: only policies take adapters; leave it out of the warm-up")
     if config.dry_run:
         if rank() == 0:
             print(fit.table(config))
@@ -119,6 +119,9 @@ def _parser(config_class) -> HfArgumentParser:
         description=about,
         allow_abbrev=False,
         formatter_class=argparse.HelpFormatter,
+        epilog="Without a model and --data, the stage runs on the built-in handwritten digits, "
+        "with a model and settings of their own in place of the defaults above. Numbers (1) to "
+        "(19) are equations, in the first lines of each file; D1 to D17 are in docs/deviations.md.",
     )
 
     def refuse(message: str) -> None:
@@ -201,7 +204,7 @@ def announce(name: str, source: str) -> None:
         info = HfApi().repo_info(repo[1], repo_type=kind, files_metadata=True)
         alone = repo[2] if (repo[2] or "").endswith(".parquet") else None
         sizes = [f.size or 0 for f in info.siblings if alone in (None, f.rfilename)]
-        say(f"--{name}: reads {source} from the hub, {sum(sizes) / 1e9:.2f} GB")
+        say(f"--{name}: {source} from the hub, {sum(sizes) / 1e9:.2f} GB less what is cached")
     except Exception as error:
         try:
             snapshot_download(repo[1], repo_type=kind, local_files_only=True)

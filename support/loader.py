@@ -46,7 +46,9 @@ def hold_out(examples: Sequence, share: float, seed: int) -> tuple[Sequence, Seq
     random.Random(seed).shuffle(order)
     count = math.ceil(share * len(examples))
     if count == len(examples):
-        raise UserError(f"--data: {len(examples)} pairs leave none beside {count} held out")
+        raise UserError(
+            f"--data: all {count} pairs are held out; lower --validation_share or add pairs"
+        )
     subset = torch.utils.data.Subset
     return subset(examples, order[count:]), subset(examples, order[:count])
 

@@ -407,9 +407,10 @@ def compare(path: Path, children: list[str], data: list[str]) -> None:
             kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
             notes.append(f"{child} is left out: {kind}{' '.join(str(error).split())}")
     judged = [run for run in runs if run["eval"]]
-    for child in (name for name in NAMES if name not in {run["name"] for run in judged}):
-        makes = f"python eval.py --ckpt {path / child} makes it"
-        notes.append(f"{NAMES[child]} is left out: no eval.json; {makes}")
+    for run in runs:
+        if not run["eval"] and run["stage"] != STAGES["discriminator"]:
+            makes = f"make it with: python eval.py --ckpt {run['path']} --data DATA"
+            notes.append(f"{run['label']} is not in the table: it has no eval.json; {makes}")
     for note in notes:
         print(printable(f"note: {note}"), file=sys.stderr)
     head, score = ["name", *SHOWN, "seconds"], lambda run, name: number(run["eval"].get(name))

@@ -59,7 +59,7 @@ class Checkpoints:
         for step in reversed(self.steps()):
             if not all_max([not _is_whole(self.folder(step))])[0]:
                 return step
-            say(f"{self.folder(step)} is damaged; taking the one before")
+            say(f"{self.folder(step)} is damaged; trying the checkpoint before it")
         return 0
 
     def progress(self, step: int) -> dict:

@@ -393,7 +393,7 @@ def _image_source(image, folders: list[str | None]) -> str | bytes:
         if path.startswith(os.path.join(folder, "")) and os.path.isfile(path):
             return path
     raise RowError(
-        f"image {image} does not exist in the folder of the data file; --image_dir names another"
+        f"image {image} is not below the data file's folder or --image_dir; set --image_dir"
     )
 
 

@@ -73,12 +73,13 @@ def main(stage: Callable) -> None:
             _crash()
         where = error.filename or (Run.current.path if Run.current else "")
         again = "go on with --resume" if Run.current else "start again"
-        _die(f"{where}: {error.strerror}; {again} once that is mended", 2)
+        _die(f"{where or 'a file'}: {error.strerror}; mend the cause, then {again}", 2)
     except RuntimeError as error:
         if not of_another_rank(error):
             _crash()
         lost = Run.current.lagging() if Run.current else "a rank is gone"
-        _die(f"{lost} ({str(error).splitlines()[0][:120]}); go on with --resume", 1)
+        again = "go on with --resume" if Run.current else "start again"
+        _die(f"{lost} ({str(error).splitlines()[0][:120]}); {again}", 1)
     except Exception:
         _crash()
     if not dist.is_initialized():
@@ -141,7 +142,7 @@ def start_verifier() -> None:
     try:
         verifier.start()
     except RuntimeError as error:
-        raise UserError(f"{error}; pip install math-verify") from None
+        raise UserError(f"{error}; run pip install -r requirements.txt, or try again") from None
 
 
 # --------------------------------------------------------------------------------------------------
@@ -188,7 +189,7 @@ class Run:
         if self.step:
             self.progress |= self.checkpoints.progress(self.step)
         elif config.resume:
-            say(f"--resume: no checkpoint in {self.path}, starting from step 1")
+            say(f"--resume: no undamaged checkpoint in {self.path}, starting from step 1")
         self.drawn = self.progress["position"]  # rows that this rank knows of, none of them twice
 
     def _ask_to_stop(self, number: int, frame) -> None:
@@ -212,11 +213,14 @@ class Run:
         if not held_out and before != batch_size:
             raise UserError(
                 f"--resume: a step had {before} rows over all ranks and would now have "
-                f"{batch_size}; set the batch size or the number of ranks so that they agree"
+                f"{batch_size}; use the old number of ranks, or change the batch size to match"
             )
         count = self.progress.setdefault("rows", len(rows))
         if not held_out and count != len(rows):
-            say(f"--resume: the data had {count} rows and has {len(rows)}; some may come twice")
+            say(
+                f"--resume: the data had {count} rows and has {len(rows)}; some may come twice or "
+                f"never"
+            )
             self.progress["rows"] = len(rows)
         return self._batches(rows, batch_size, total, held_out)
 
@@ -251,8 +255,9 @@ class Run:
         most = max(min(3, rows) - 1, self.config.max_bad_fraction * self.drawn)
         if bad and len(self.bad) > most:
             raise UserError(
-                f"{len(self.bad)} bad rows among the first {self.drawn} are more than "
-                f"--max_bad_fraction {self.config.max_bad_fraction}; {where}: {error}"
+                f"{len(self.bad)} of {self.drawn} rows are bad, over --max_bad_fraction "
+                f"{self.config.max_bad_fraction}; mend the rows that left_out.jsonl names, or "
+                f"raise the flag; the last is {where}: {error}"
             )
 
     # ----------------------------------------------------------------------------------------------
@@ -297,8 +302,8 @@ class Run:
                 if share is not None:
                     self.rounding_loss[name] = share
                     say(
-                        f"the {name} is saved in float32; {dtype.removeprefix('torch.')} would "
-                        f"lose {share:.0%} of this run's update, by its norm"
+                        f"the {name} is saved in float32, as {dtype.removeprefix('torch.')} would "
+                        f"round away {share:.0%} of this run's update (by norm); see docs/gpus.md"
                     )
 
         return save_and_measure
@@ -409,7 +414,7 @@ class Run:
         say(f"step {step}: skipped, its gradient is not finite; its rows are in skipped.jsonl")
         if count["skipped_in_a_row"] >= self.config.max_skipped:
             raise UserError(
-                f"--max_skipped {self.config.max_skipped} steps in a row, the last {step}, had a "
+                f"{self.config.max_skipped} steps in a row up to step {step} (--max_skipped) had a "
                 f"gradient that is not finite: the weights or the data hold NaN or infinity, or "
                 f"--learning_rate is too high; nothing was saved over the last checkpoint"
             )
@@ -450,7 +455,9 @@ class Run:
         name = os.path.join(self.path, "run.json")
         if not os.path.exists(name):
             if self.found:
-                raise UserError(f"--resume: {self.path} is no run's directory, no run.json in it")
+                raise UserError(
+                    f"--resume: {self.path} has no run.json; name the --output_dir of a run"
+                )
             return {}
         source = "model" if hasattr(self.config, "model") else "ckpt"
         mine = {"stage": self.config.stage, source: getattr(self.config, source)}
@@ -528,13 +535,15 @@ class Run:
             fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             if error.errno not in UNSUPPORTED:
-                raise UserError(f"--output_dir {self.path}: another run is writing there") from None
+                raise UserError(
+                    f"--output_dir {self.path}: another run is writing there; name another"
+                ) from None
             say(
                 f"--output_dir {self.path}: its file system has no locks ({error.strerror}), so a "
                 f"second run there would not be noticed; start one at a time"
             )
         if self._holds() != self.found:
-            raise UserError(f"--output_dir {self.path}: another run has just written there")
+            raise UserError(f"--output_dir {self.path}: another run just wrote there; name another")
 
     def _say_what_changed(self, fields: dict) -> None:
         name = os.path.join(self.path, "run.json")

@@ -473,7 +473,8 @@ def start() -> None:
             pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
             _server = subprocess.Popen(command, bufsize=0, start_new_session=True, **pipes)
             if (word := _ask(b"", START_LIMIT)) != "ready":
-                raise RuntimeError(f"math-verify does not work, so no algebra: {word}")
+                word = f"no reply in {START_LIMIT:.0f} s" if word == "late" else word
+                raise RuntimeError(f"math-verify, which judges formulas, does not start ({word})")
 
 
 def _ask(question: bytes, seconds: float) -> str:

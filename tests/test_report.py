@@ -639,6 +639,7 @@ def test_comparison(tmp_path, run):
         stage="discriminator",
     )
     make(tmp_path / "zz_other", [], RESULT)
+    make(tmp_path / "zz_unjudged", steps(3, loss=1.0), stage="sft")
     (tmp_path / "not_a_run").mkdir()
     out, err = run(tmp_path)
     same = {
@@ -657,8 +658,9 @@ def test_comparison(tmp_path, run):
     first = "name base SFT SFT+GRPO PRISM+GRPO zz_other written".split()
     assert [line.split()[0] for line in out.splitlines()] == first
     assert out.splitlines()[2].split() == ["SFT", "–", "–", "–", "–", "20.000"]
-    makes = f"python eval.py --ckpt {tmp_path / 'align'} makes it"
-    assert err.strip() == f"note: PRISM is left out: no eval.json; {makes}"
+    told = f"make it with: python eval.py --ckpt {tmp_path / 'zz_unjudged'} --data DATA"
+    assert f"note: zz_unjudged is not in the table: it has no eval.json; {told}" in err
+    assert "SFT is not" not in err and "discriminator is not" not in err
     page = Page(tmp_path / "report.html")
     arms = page.figure("accuracy")
     assert arms["lines"]["SFT+GRPO"]["y"][12] == 0.5
