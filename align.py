@@ -6,11 +6,12 @@ pre-alignment by black-box on-policy distillation).
     (11)  A = alpha * GN(s_perception) + (1 - alpha) * GN(s_reasoning) - 1.5 * [broken format]
     (12)  s_k - beta_k * log(1 + length of view k)         length debiasing, off by default
 
-y+ is the one supervision response of a prompt; no logits of a teacher are used. GN is the group
-normalisation (10). A step samples N rollouts of each prompt and scores their two views. The same
-forward gives the discriminator's loss (7) and the rewards, before either model steps. The policy
+k is a view, perception or reasoning, and s_k = D_k(x, y) its score, (5) in discriminator.py. y+ is
+the one supervision response of a prompt; no logits of a teacher are used. GN is the group
+normalisation, (10) in policy_gradient.py. A step samples N rollouts of each prompt and scores their
+two views. One forward gives the discriminator's loss (7) and the rewards. The policy
 then takes one step of the clipped policy gradient (14) to (16) with A, strictly on policy. There
-is no KL to a reference and no entropy bonus: both would pull towards the drifted SFT policy.
+is no KL to a reference, which would pull towards the drifted SFT policy, and no entropy bonus.
 
 Deviations from the published run:
 D7  The supervision response is not cut; the release cuts its two parts to 512 tokens each.
@@ -163,7 +164,7 @@ def train() -> None:
             comparisons.append(Comparison(prompt, teacher, students))
 
         # Score both views, D_k(x, y+) and D_k(x, y), and add the gradient of the loss (7) in the
-        # same forward. Both models are scored before either steps.
+        # same forward. So the rewards are the scores from before the discriminator's step.
         with run.phase("judge"):
             judged = judge(
                 discriminator,
@@ -211,13 +212,14 @@ def train() -> None:
             "format_valid": Mean(judged.valid.sum(), judged.valid.numel()),
             "response_length": Mean(sum(lengths), len(lengths)),
             "prompts_without_valid": Sum(without_valid),
-            "ranks_without_valid": Sum(int(0 < len(groups) == without_valid)),
+            "ranks_without_valid": Sum(int(len(groups) > 0 and without_valid == len(groups))),
             "grad_norm": grad_norm,
             "d_grad_norm": d_grad_norm,
             "learning_rate": rate,
             "d_learning_rate": d_rate,
         }
-        # Now and then ask, on rows that it does not learn from: is the discriminator blind?
+        # At step 1 and every `probe_steps` steps: is the discriminator blind? The trials are rows
+        # that it does not learn from.
         due = num_trials and (step == 1 or step % config.probe_steps == 0)
         if due:
             with run.phase("probe"):
@@ -238,7 +240,7 @@ def train() -> None:
                 teacher_perception=judged.teacher_perception[0],
                 teacher_reasoning=judged.teacher_reasoning[0],
                 advantage=advantage[0],
-                length=lengths,
+                length=lengths[: len(texts[0])],
             )
 
 

@@ -64,13 +64,15 @@ SYSTEM_PROMPT = (
 def parse_response(text: str) -> Response | None:
     """Splits `<caption>...</caption><think>...</think><answer>...</answer>`.
 
-    Each block stands once, in this order, none is empty, and only white space stands between
-    them. Anything else gives None. Takes time linear in the length of the text.
+    Each block stands once, in this order, none is empty, and only white space stands between and
+    around them. Anything else gives None. Takes time linear in the length of the text.
     Takes along: Response, BLOCKS, TAGS, RESPONSE."""
     if not isinstance(text, str) or any(text.count(tag) != 1 for tag in TAGS):
         return None  # with each tag once, the pattern can match in one way at most
     match = re.fullmatch(RESPONSE, text, re.DOTALL)
-    blocks = [block.strip() for block in match.groups()] if match else [""]
+    if match is None:
+        return None
+    blocks = [block.strip() for block in match.groups()]
     return Response(*blocks) if all(blocks) else None
 
 
@@ -149,8 +151,8 @@ def _encode_prompts(processor, examples, max_image_size) -> list[Prompt]:
     chats = [example.messages for example in examples]
     special = processor.tokenizer.all_special_tokens
     for part in itertools.chain.from_iterable(m["content"] for chat in chats for m in chat):
-        for token in special if "text" in part else ():
-            if token in part["text"]:  # it would be encoded as what controls the model
+        for token in special:
+            if token in part.get("text", ""):  # it would be encoded as what controls the model
                 raise RowError(f"the text contains {token}, a control token; remove it")
     texts = write_chats(processor, chats)
     images = [[open_image(image) for image in e.images] for e in examples]
@@ -266,10 +268,12 @@ def blank_group(processor) -> Group:
 
 
 def load_examples(config, need: tuple, *checkpoints: str) -> Examples:
-    """The rows of a stage. All stages have to ask alike. So where a flag is not given, rows without
-    a system turn get the prompt, and images the limit, with which the first checkpoint was trained;
-    else SYSTEM_PROMPT, and the processor's own limit. `.shared` is what a save tells the next
-    stage. A line says where a flag, or the rows' own system turns, differ from a checkpoint's."""
+    """The rows of a stage. Every stage should show the model what the stage before showed it. So
+    where --system_prompt or --max_pixels is not given, `config` gets the value with which the first
+    checkpoint was trained; where none is known, SYSTEM_PROMPT and the processor's own limit.
+
+    `.shared` holds both values, the prompt being the system turn that most rows have; a save passes
+    them on. A line is printed for each value that differs from a checkpoint's."""
     before = read_shared(checkpoints[0])
     for name, default in {"system_prompt": SYSTEM_PROMPT, "max_pixels": None}.items():
         if getattr(config, name) is None:
@@ -279,7 +283,7 @@ def load_examples(config, need: tuple, *checkpoints: str) -> Examples:
     for path in checkpoints:
         for name, value in read_shared(path).items():
             if value != shared[name]:
-                ours, theirs = (f"{x or 'none'}"[:300] for x in (shared[name], value))
+                ours, theirs = str(shared[name] or "none")[:300], str(value or "none")[:300]
                 say(
                     f"{path} was trained with {name} {theirs!r}; this run uses {ours!r}. To make "
                     f"them agree, set --{name} or change the rows' own system turns"
@@ -298,7 +302,7 @@ class Encoded:
         self.encode, self.limits = encode, limits
         if limits.get("max_pixels"):
             limit_pixels(processor, limits["max_pixels"])
-        blank_group(processor)  # what is wrong with all rows is said before the first
+        blank_group(processor)  # a processor that can encode no row at all is refused here
 
     def __len__(self) -> int:
         return len(self.examples)
@@ -417,21 +421,23 @@ def make_packs(groups: list[Group], max_tokens: int | None = None, units=None) -
         prompt_length = len(group.prompt.input_ids)
         room = (i for i, tokens in enumerate(used) if tokens + group.num_tokens <= limit)
         at = next(room, len(bins) - 1)
-        part = None  # the group's part of the current pack
+        chosen = held = None  # the group's branches and units in the current pack
         together = [(i,) for i in range(len(group.branches))] if units is None else units[g]
         for u, unit in enumerate(together or [()]):
-            fresh = [i for i in dict.fromkeys(unit) if part is None or i not in part[1]]
-            cost = sum(len(group.branches[i]) for i in fresh) + (0 if part else prompt_length)
+            fresh = [i for i in dict.fromkeys(unit) if chosen is None or i not in chosen]
+            cost = sum(len(group.branches[i]) for i in fresh)
+            cost += prompt_length if chosen is None else 0
             if not bins or (used[at] and used[at] + cost > limit):
                 bins.append([])
                 used.append(0)
-                at, part, fresh = len(bins) - 1, None, list(dict.fromkeys(unit))
+                at, chosen, fresh = len(bins) - 1, None, list(dict.fromkeys(unit))
                 cost = sum(len(group.branches[i]) for i in fresh) + prompt_length
-            if part is None:
-                part = (g, [], [])
-                bins[at].append(part)
-            part[1].extend(fresh)
-            part[2].extend([u] if unit else [])
+            if chosen is None:
+                chosen, held = [], []
+                bins[at].append((g, chosen, held))
+            chosen.extend(fresh)
+            if unit:  # () is a prompt without branches
+                held.append(u)
             used[at] += cost
     return [_pack(groups, parts) for parts in bins]
 
@@ -454,11 +460,13 @@ def _pack(groups: list[Group], parts: list[tuple[int, list[int], list[int]]]) ->
         for branch in branches:
             steps = torch.arange(len(branch))
             positions.append((following + steps).expand(3, -1))
+            # Its first token is predicted at the prompt's last, each other one at the token before.
             predictors.append(torch.cat([last, at + steps[:-1]])[: len(branch)])
             targets.append(branch)
             at += len(branch)
             ends.append(at - 1)
-    pixels, grids = ([x for x in tensors if x is not None] for tensors in (pixels, grids))
+    pixels = [x for x in pixels if x is not None]
+    grids = [x for x in grids if x is not None]
     none = torch.zeros(0, dtype=torch.long)
     return Pack(
         input_ids=torch.cat(ids)[None],

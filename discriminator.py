@@ -12,12 +12,13 @@ warm-up on pairs, which is what running this file does (PRISM, the MoE discrimin
 
 h is the last hidden state at the last token of the view. Rewards are read without dropout. In
 names, teacher is the supervision response y+ and student the response y compared with it. In the
-game students are the policy's own rollouts. In the warm-up they stand in the data, or with
-`--policy` that policy samples one a prompt. A student of broken format has no views, so it enters
-no loss.
+game the students are the policy's own rollouts. In the warm-up each prompt has one student, which
+stands in the data or, with `--policy`, is sampled from that policy. A student of broken format has
+no views, so it enters no loss.
 
-A prompt with the views of its rollouts and of its supervision response is one pack, so prompt and
-image are computed once for all views. Both sides go through one function (`data.encode_views`), and
+A prompt stands in a pack once, behind it the views of its rollouts and of its supervision response,
+so prompt and image are computed once for all views in the pack; `data.make_packs` may need several
+packs. Both sides go through one function (`data.encode_views`), and
 equal views of a prompt are one branch, so two sides of the same text score exactly the same (D15).
 Nothing is cut.
 
@@ -139,18 +140,20 @@ class SparseMLP(torch.nn.Module):
             logits = logits.masked_fill(~self.allowed, -torch.inf)
         probabilities = logits.softmax(-1)
         weights, chosen = probabilities.topk(self.top_k, -1)
-        if self.chosen is None:  # what is computed again for backward must not be held
+        # Activation checkpointing runs this again in backward: what it makes then is not kept.
+        if self.chosen is None:
             self.probabilities, self.chosen = probabilities, chosen
         weights = (weights / weights.sum(-1, keepdim=True)).to(flat.dtype)
-        # The choices sorted by expert, so that each expert has a block of rows of its own. Where
-        # the blocks end stays on the device, and is no reason to wait for it.
+        # One row for each choice, sorted by expert, so that each expert has a block of rows. The
+        # ends of the blocks are a tensor, so the CPU need not wait for the device.
         order = chosen.flatten().argsort(stable=True)
         ends = F.one_hot(chosen, len(self.gate.weight)).sum((0, 1)).cumsum(0).int()
-        mine = flat.repeat_interleave(self.top_k, 0).index_select(0, order)
-        gate, up = grouped(mine, self.experts.gate_up_proj, ends).chunk(2, -1)
-        mine = grouped(self.experts.act_fn(gate) * up, self.experts.down_proj, ends)
-        mine = mine.index_select(0, order.argsort()).view(*chosen.shape, -1)
-        return (mine * weights[..., None]).sum(1).view_as(hidden)
+        rows = flat.repeat_interleave(self.top_k, 0).index_select(0, order)
+        gate, up = grouped(rows, self.experts.gate_up_proj, ends).chunk(2, -1)
+        out = grouped(self.experts.act_fn(gate) * up, self.experts.down_proj, ends)
+        # Back to the order of the tokens: (T, top_k, h).
+        out = out.index_select(0, order.argsort()).view(*chosen.shape, -1)
+        return (out * weights[..., None]).sum(1).view_as(hidden)
 
 
 def grouped(rows: torch.Tensor, weight: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
@@ -241,9 +244,9 @@ class Discriminator(torch.nn.Module):
         # The product in float32: rewards are differences of scores, which bfloat16 rounds away.
         wide = torch.promote_types(hidden.dtype, torch.float32)
         hidden, weight = hidden.to(wide), self.score.weight.to(wide)
-        scores = torch.stack(
-            [F.linear(self.dropout(hidden), weight), F.linear(hidden, weight)]
-        )  # (2, B, views), of which each branch has its own view's
+        with_dropout, without = F.linear(self.dropout(hidden), weight), F.linear(hidden, weight)
+        scores = torch.stack([with_dropout, without])  # (2, B, number of views)
+        # Of each branch the score of the view that it is: (2, B).
         own = scores.gather(2, views.expand(2, -1)[..., None])[..., 0]
         return own.float().clamp(-10, 10)
 
@@ -269,9 +272,9 @@ def view_of_tokens(pack: Pack, views: torch.Tensor) -> torch.Tensor:
 
 
 def pair_loss(teacher: torch.Tensor, student: torch.Tensor, num_pairs: int | None = None):
-    """(6), Bradley-Terry: the mean of -log sigmoid(D(x, y+) - D(x, y)) over two tensors of scores
-    of one shape. -> scalar. Pass `num_pairs`, the global number of pairs, to divide the sum by it
-    instead: scores (U, 2) of both views of U pairs then give (6)."""
+    """(6), Bradley-Terry: the sum of -log sigmoid(D(x, y+) - D(x, y)) over two tensors of scores of
+    one shape, divided by their number of elements or, where given, by `num_pairs`. -> scalar.
+    Scores (U, 2), both views of U pairs, with the global number of pairs give (6)."""
     count = teacher.numel() if num_pairs is None else num_pairs
     return -F.logsigmoid(teacher - student).sum() / count
 
@@ -307,7 +310,8 @@ def view_packs(comparisons, processor, max_tokens=None, text_only=False) -> list
     """All views of all comparisons in packs of at most `max_tokens` tokens, as many packs on every
     rank. The four views of a pair stand in one pack. Every rank calls it."""
     groups: list[Group] = []  # a prompt with all its views
-    pairs_of, students_of, views_of = [], [], []  # of each group, in the order of its pairs
+    pairs_of, students_of = [], []  # of each group, in the order of its pairs
+    views_of = []  # of each group, in the order of its branches
     for number, comparison in enumerate(comparisons):
         teacher = encode_views(processor, comparison.teacher)
         branches: dict[tuple, int] = {}  # (view, its tokens) -> the branch's number in the group
@@ -333,10 +337,13 @@ def view_packs(comparisons, processor, max_tokens=None, text_only=False) -> list
 
     out = []
     for pack in rank_packs(groups, processor, max_tokens, units=pairs_of):
-        place = {member: i for i, member in enumerate(pack.members)}  # of a branch in the pack
+        # From (group, branch) to the branch's number in the pack.
+        place = {member: i for i, member in enumerate(pack.members)}
         views = [views_of[g][branch] for g, branch in pack.members]
-        pairs = [[place[g, branch] for branch in pairs_of[g][u]] for g, u in pack.units]
-        students = [students_of[g][u] for g, u in pack.units]
+        pairs, students = [], []
+        for g, pair in pack.units:
+            pairs.append([place[g, branch] for branch in pairs_of[g][pair]])
+            students.append(students_of[g][pair])
         out.append(
             ViewPack(
                 pack=pack,
@@ -592,7 +599,7 @@ def warm_up() -> None:
     held_out = {f"validation_{name}": metrics[name] for name in shown}
     held_out["validation_pairs"] = Sum(int(metrics["score_gap_perception"].count))
 
-    # Does it hold responses against their prompts, or has it learned the students' words?
+    # Does the discriminator heed the prompt, or has it only learned the students' words?
     trials = draw_trials(validation, processor, config.max_length, config.max_image_size)
     held_out |= probe(judge, discriminator, trials, processor, config.max_tokens_per_pack)
     line = run.log(max_steps, held_out)

@@ -55,41 +55,46 @@ class EvalConfig:
 
 
 def read_response(text: str, untagged: str | None) -> Response | None:
-    """A response by its tags or, where it holds none of them and the pattern `untagged` matches
-    all of it, by the groups of that: what a model says that was never taught the format."""
+    """A response by its tags. A text without any tag, of a model that was never taught the format,
+    is read by the groups of the pattern `untagged`, which must match all of it."""
     response = parse_response(text)
     if response is None and untagged and not any(tag in text for tag in TAGS):
         match = re.fullmatch(untagged, text, re.DOTALL)
-        response = match and Response(**match.groupdict())
+        if match:
+            response = Response(**match.groupdict())
     return response
 
 
 def same_caption(caption: str, accepted: list[str]) -> bool:
     """Whether a caption says what an accepted one says. Case, punctuation and white space do not
     count."""
-    said, *known = (re.findall(r"\w+", text.casefold()) for text in (caption, *accepted))
-    return said in known
+
+    def words(text):
+        return re.findall(r"\w+", text.casefold())
+
+    return words(caption) in [words(text) for text in accepted]
 
 
 def summarise(rows: list[dict]) -> dict:
-    """Shares over the answers; null where none had what is measured."""
+    """Means over the answers `rows`, of which a row of the data has one or several; null for what
+    no answer has."""
 
-    def share(name):
-        values = [row[name] for row in rows if row[name] is not None]
+    def mean(name):
+        values = [answer[name] for answer in rows if answer[name] is not None]
         return sum(values) / len(values) if values else None
 
-    of_row = {row["row"]: [] for row in rows}
-    for row in rows:
-        of_row[row["row"]].append(row["correct"])
-    several = len(rows) > len(of_row)
-    return {
-        "accuracy": share("correct"),
-        **({"pass_at_k": sum(map(any, of_row.values())) / len(of_row)} if several else {}),
-        "caption_accuracy": share("caption_correct"),
-        "format_valid": share("format_valid"),
-        "mean_response_tokens": share("tokens"),
-        "truncated": share("truncated"),
-        "rows": len(of_row),
+    correct_of = {answer["row"]: [] for answer in rows}  # row of the data -> its answers
+    for answer in rows:
+        correct_of[answer["row"]].append(answer["correct"])
+    summary = {"accuracy": mean("correct")}
+    if len(rows) > len(correct_of):
+        summary["pass_at_k"] = sum(map(any, correct_of.values())) / len(correct_of)
+    return summary | {
+        "caption_accuracy": mean("caption_correct"),
+        "format_valid": mean("format_valid"),
+        "mean_response_tokens": mean("tokens"),
+        "truncated": mean("truncated"),
+        "rows": len(correct_of),
     }
 
 
@@ -147,7 +152,8 @@ def evaluate() -> None:
     if world_size() > 1:
         parts = [None] * world_size()
         dist.all_gather_object(parts, (rows, left_out))
-        rows, left_out = ([x for part in side for x in part] for side in zip(*parts))
+        rows = [row for part, _ in parts for row in part]
+        left_out = [line for _, part in parts for line in part]
     for line in left_out[:3]:
         say(f"left out: {line}")
     if not rows:

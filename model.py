@@ -47,7 +47,9 @@ def load_policy(path: str, device=CPU, config=None):
     if getattr(config, "lora_rank", 0):
         torch.manual_seed(config.seed)  # the adapters of every rank are the same
         add_adapters(policy, config.lora_rank)
-    return fill(shard(policy, device, config), path, device), processor
+    # The model has no weights yet (`hollow`): it is sharded first, and each rank reads its part.
+    policy = shard(policy, device, config)
+    return fill(policy, path, device), processor
 
 
 # --------------------------------------------------------------------------------------------------
@@ -57,21 +59,23 @@ def load_policy(path: str, device=CPU, config=None):
 class PackAttention:
     """Attention of one pack. H query heads, K key-value heads, T tokens, D values a head.
 
-    Every token is a query of exactly one sequence: a prompt (keys: itself), a branch (keys: its
-    prompt and itself), or a prompt with its only branch (keys: itself). The last key of a sequence
-    belongs to its last query, and what comes later is hidden. On a GPU all sequences go through
-    one call for ragged sequences. On a CPU those of like lengths go together as padded rows.
+    Every token is a query of exactly one sequence: a prompt (keys: itself) or a branch (keys: its
+    prompt and itself). The last key of a sequence belongs to its last query, and a query sees no
+    later key than its own. On a GPU all sequences go through one call for ragged sequences. On a
+    CPU those of like lengths go together as padded rows, and a prompt with its only branch is one.
     Takes along: has_varlen, _alike, _padded, _ragged, data.Segment, data.Pack."""
 
     def __init__(self, pack: Pack, collected: list | None = None):
         self.collected = collected  # where given, each layer's keys and values are appended
         device = pack.input_ids.device
         self.ragged = _ragged(pack) if has_varlen(pack.input_ids) else None
-        self.cuts: list[int] = []  # lengths of each segment's prompt and of its branches, T in all
-        # Of each set of padded rows: the number of its prompt among the cuts (None: no
-        # prompt before the rows), N rows of L tokens, and what they see, (L, prompt + L) or None.
+        # The pack in pieces: the lengths of prompt, branches, prompt, branches, ..., T in sum.
+        self.cuts: list[int] = []
+        # Sequences of like lengths are one block, N rows padded to L tokens. Of each block: (number
+        # of the piece that is its prompt, or None; N; L; the keys that each of the L tokens sees,
+        # (L, prompt + L), or None: those up to itself).
         self.padded = []
-        gather = []  # which token stands at each place of the blocks, -1 for padding
+        gather = []  # of each block, (N * L,) which token of the pack stands there, -1 for padding
         plain = []  # (start, length) of the sequences without a prompt before them
         for segment in pack.segments if self.ragged is None else []:
             first, own = segment.start + segment.prompt, sum(segment.branches)
@@ -112,17 +116,18 @@ class PackAttention:
             tokens[1:] = (x.float().index_select(0, index).to(x.dtype) for x in tokens[1:])
             causal = dict(scale=scale, window_size=(-1, 0), enable_gqa=True)
             return varlen_attn(*tokens, *lengths, **causal)[None]
-        prompts = [x.split(self.cuts, 2) for x in (k, v)]
-        blocks = zip(*(x[self.gather].split(self.sizes) for x in tokens))
+        prompt_k, prompt_v = (x.split(self.cuts, 2) for x in (k, v))
+        blocks = [x[self.gather].split(self.sizes) for x in tokens]
+        options = dict(scale=scale, enable_gqa=q.shape[1] != k.shape[1])
         out = []
-        for (prompt, rows, length, visible), block in zip(self.padded, blocks):
-            qb, *kv = (x.unflatten(0, (rows, length)).transpose(1, 2) for x in block)
+        for (prompt, rows, length, visible), *block in zip(self.padded, *blocks):
+            # A block as N rows of L tokens: (N, heads, L, D).
+            qb, kb, vb = (x.unflatten(0, (rows, length)).transpose(1, 2) for x in block)
             if prompt is not None:
-                shared = (x[prompt].expand(rows, -1, -1, -1) for x in prompts)
-                kv = [torch.cat(pair, 2) for pair in zip(shared, kv)]
-            hidden = dict(attn_mask=visible, is_causal=visible is None)
-            gqa = q.shape[1] != k.shape[1]
-            seen = F.scaled_dot_product_attention(qb, *kv, scale=scale, enable_gqa=gqa, **hidden)
+                kb = torch.cat([prompt_k[prompt].expand(rows, -1, -1, -1), kb], 2)
+                vb = torch.cat([prompt_v[prompt].expand(rows, -1, -1, -1), vb], 2)
+            mask = dict(attn_mask=visible, is_causal=visible is None)
+            seen = F.scaled_dot_product_attention(qb, kb, vb, **mask, **options)
             out.append(seen.transpose(1, 2).flatten(0, 1))
         return torch.cat(out)[self.scatter][None]
 
@@ -148,7 +153,8 @@ def _alike(sequences) -> Iterator[list[tuple[int, int]]]:
 
 def _padded(rows: list[tuple[int, int]]) -> torch.Tensor:
     """The tokens of some sequences, row after row, padded with -1 to the first one's length."""
-    starts, lengths = torch.tensor(rows).T[..., None]
+    starts = torch.tensor([start for start, _ in rows])[:, None]
+    lengths = torch.tensor([length for _, length in rows])[:, None]
     step = torch.arange(rows[0][1])
     return torch.where(step < lengths, starts + step, -1).flatten()
 
@@ -271,6 +277,7 @@ class LogProbs(torch.autograd.Function):
             logits = _logits(hidden[predictors[span]], weight, temperature, forbidden)
             normaliser[span] = logits.logsumexp(-1)
             out[0, span] = logits.gather(1, targets[span, None])[:, 0] - normaliser[span]
+            # Entropy = logsumexp(z) - sum p z. Where p is 0, z may be -inf: 0 in its place.
             p = (logits - normaliser[span, None]).exp_()
             out[1, span] = normaliser[span] - (p * logits.masked_fill_(p == 0, 0)).sum(-1)
         ctx.save_for_backward(hidden, weight, predictors, targets, normaliser)
@@ -347,8 +354,8 @@ def even_packs(packs: list[Pack], processor) -> list[Pack]:
     if world_size() == 1:
         return packs
     images = [pack.pixel_values is not None for pack in packs]
-    most, any_images, least = all_max([len(packs), any(images), -len(packs)]).tolist()
-    any_images = any_images or most > -least  # the blanks that a rank adds have one
+    most, any_images, minus_fewest = all_max([len(packs), any(images), -len(packs)]).tolist()
+    any_images = any_images or most > -minus_fewest  # a blank pack, which a rank adds, has one
     if len(packs) == most and (all(images) or not any_images):
         return packs
     (blank,) = make_packs([blank_group(processor)])

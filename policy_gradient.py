@@ -75,7 +75,7 @@ def policy_loss(
     if algorithm not in ALGORITHMS:
         raise ValueError(f"algorithm {algorithm!r}: one of {', '.join(ALGORITHMS)}")
     r = importance_ratio(logp, old_logp, mask, algorithm)
-    # (15) A negative advantage with a huge ratio is bounded by the dual clip.
+    # (15): the clip; then the dual clip, which bounds a negative advantage with a huge ratio.
     a = advantage[:, None].to(r.dtype)
     loss = torch.maximum(-a * r, -a * r.clamp(1 - clip_low, 1 + clip_high))
     if dual_clip:
@@ -84,10 +84,10 @@ def policy_loss(
 
 
 def importance_ratio(logp, old_logp, mask, algorithm: str) -> torch.Tensor:
-    """(14): (B, T). In GSPO all tokens of a sequence share s = exp(mean_t log r_t). The token mean
-    of the loss then has the gradient of the sequence's formula, s * mean_t d logp_t. The release
-    passes s straight through to the tokens, s.detach() * exp(logp - logp.detach()), which has the
-    same gradient, as all tokens of a sequence have one advantage."""
+    """(14): (B, T). In GSPO all tokens of a sequence share s = exp(mean_t log r_t), gradient and
+    all: ds = s * mean_t d(logp_t). The release gives each token s.detach() * exp(logp -
+    logp.detach()), straight through. Averaged over the tokens of a sequence, which have one
+    advantage, the two have the same gradient."""
     log_ratio = torch.where(mask, logp - old_logp, 0.0)
     if algorithm == "gspo":
         mean = log_ratio.sum(1, keepdim=True) / mask.sum(1).clamp(min=1)[:, None]
@@ -102,7 +102,8 @@ def aggregate(values, mask, algorithm: str, num_tokens=None, num_sequences=None)
     if algorithm == "gspo":
         sequences = max(len(mask), 1) if num_sequences is None else num_sequences
         return (values.sum(1) / mask.sum(1).clamp(min=1)).sum() / sequences
-    return values.sum() / (max(int(mask.sum()), 1) if num_tokens is None else num_tokens)
+    tokens = max(int(mask.sum()), 1) if num_tokens is None else num_tokens
+    return values.sum() / tokens
 
 
 def kl_k3(logp: torch.Tensor, ref_logp: torch.Tensor) -> torch.Tensor:
@@ -219,12 +220,12 @@ class Measured:
     sampled_scored_gap: float = 0.0
 
     def add_ratios(self, logp, old_logp, advantage, mask, objective: Objective) -> None:
-        """Counts the tokens that the clip acts on: those whose advantage pushes the ratio further
-        out."""
+        """Counts the tokens that the clip acts on: those whose ratio is out of range and whose
+        advantage pushes it further out. Notes the largest and the smallest ratio."""
         r = importance_ratio(logp, old_logp, mask, objective.algorithm)[mask]
-        sign = advantage[:, None].expand_as(mask)[mask]
-        self.clipped_low += ((r < 1 - objective.clip_low) & (sign < 0)).sum().item()
-        self.clipped_high += ((r > 1 + objective.clip_high) & (sign > 0)).sum().item()
+        a = advantage[:, None].expand_as(mask)[mask]
+        self.clipped_low += ((r < 1 - objective.clip_low) & (a < 0)).sum().item()
+        self.clipped_high += ((r > 1 + objective.clip_high) & (a > 0)).sum().item()
         self.ratio_max = max(self.ratio_max, r.max().item())
         self.ratio_min = min(self.ratio_min, r.min().item())
 

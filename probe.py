@@ -1,4 +1,5 @@
-"""The probe: is the discriminator blind? It is asked on rows that it has not learned from.
+"""The probe: is the discriminator blind? A blind one scores wording alone, whatever the picture,
+the question and the facts. It is probed on rows that it has not learned from.
 
 A supervision response y+ is compared with itself, one thing changed by a rule:
 
@@ -11,9 +12,9 @@ A probe measures the share of comparisons in which each of these holds. Ties cou
 blind. The pair accuracy does not tell: it is 1 for a blind discriminator that has learned in which
 words students differ from supervision.
 
-Rows stand in twos, partners, and each takes the other's picture, question and answer. A score may
-prefer one of two pictures, whatever is said of it. That helps one partner and harms the other, so
-such a score gets exactly 0.5. The same holds for questions and answers.
+Rows stand in twos, as partners, and each takes the other's picture, question and answer. A score
+may prefer one of two pictures, whatever is said of it. That helps one partner and harms the other,
+so where both count, such a score gets exactly 0.5. The same holds for questions and answers.
 """
 
 import json
@@ -57,8 +58,8 @@ class Trial:
 
 
 def probe(judge: Callable, discriminator, trials: list[Trial], processor, max_tokens: int) -> dict:
-    """-> `probe_<kind>` -> Mean, for the log. `judge` is discriminator.judge, which is given since
-    the warm-up, in the same file, ends with a probe. Every rank calls it with its own trials."""
+    """-> {`probe_<kind>`: Mean}, for the log. `judge` is discriminator.judge, an argument because
+    discriminator.py itself imports this file. Every rank calls `probe` with its own trials."""
 
     def judged(prompts: list[Prompt]):
         """The scores of all responses under these prompts. Two calls differ in the prompts only, so
@@ -84,9 +85,9 @@ def probe(judge: Callable, discriminator, trials: list[Trial], processor, max_to
     }
     found = {}
     for kind, (right, wrong) in right_and_wrong.items():
-        counts = torch.tensor([trial.has(kind) for trial in trials], dtype=torch.bool)
+        changed = torch.tensor([trial.has(kind) for trial in trials], dtype=torch.bool)
         won = (right > wrong) + 0.5 * (right == wrong)
-        found[f"probe_{kind}"] = Mean(won[counts].sum(), counts.sum())
+        found[f"probe_{kind}"] = Mean(won[changed].sum(), changed.sum())
     return found
 
 
@@ -108,21 +109,25 @@ def in_words(line: dict) -> str:
 def draw_trials(
     rows: Sequence, processor, longest: int, max_image_size: int | None = None, learned=frozenset()
 ) -> list[Trial]:
-    """This rank's share of TRIALS trials on `rows`, the same trials on any number of ranks. Of few
-    rows each comes several times, with other partners. Left out are rows that cannot be read, rows
-    named in `learned`, and prompts of more than `longest` tokens."""
-    rng, twos = random.Random(0), []
+    """This rank's share of TRIALS trials on `rows`, the same trials on any number of ranks. Where
+    rows are few, they are shuffled and paired again until there are enough trials. Left out are
+    rows that cannot be read, rows whose `where` is in `learned`, and prompts of more than `longest`
+    tokens."""
+    shuffler, twos = random.Random(0), []
     usable = first_usable(rows, learned)
     while len(usable) > 1 and len(twos) < TRIALS // 2:
-        rng.shuffle(usable)
-        usable.sort(key=lambda row: len(row.images))  # partners exchange their pictures
+        shuffler.shuffle(usable)
+        # Partners exchange their pictures, so they should have equally many.
+        usable.sort(key=lambda row: len(row.images))
         twos += zip(usable[::2], usable[1::2])
     trials = []
     for number in range(rank(), min(len(twos), TRIALS // 2), world_size()):
         rng = random.Random(number)
-        for row, partner in (twos[number], twos[number][::-1]):
+        one, other = twos[number]
+        for row, partner in ((one, other), (other, one)):
             trial = make_trial(row, partner, processor, rng, longest, max_image_size)
-            trials += [trial] if trial else []
+            if trial is not None:
+                trials.append(trial)
     return trials
 
 
@@ -176,9 +181,9 @@ def change_digit(text: str, rng: random.Random) -> str:
 
 
 def trials_beside_the_game(config, examples, processor) -> list[Trial]:
-    """Trials on rows from which the discriminator of a game (`align.AlignConfig`) does not learn:
-    the rows that its warm-up held out, where the warm-up's directory is at hand; otherwise the rows
-    of the game's own data that this run will not reach. None, where there are no such rows."""
+    """Trials on rows from which the discriminator of a game (`align.AlignConfig`) does not learn.
+    Where `config.discriminator` is the directory of a warm-up, these are the rows that it held out;
+    otherwise the rows of the game's data that this run will not reach. [] where there are none."""
     count = len(examples)
     order = epoch_rows(0, count, count, config.seed)
     reached = min(config.max_steps * config.prompts_per_step, count)
@@ -192,10 +197,19 @@ def trials_beside_the_game(config, examples, processor) -> list[Trial]:
         rows = torch.utils.data.Subset(examples, order[reached:])
         return draw_trials(rows, processor, config.max_prompt_length)
     try:
-        source = warm_up["data"], ("response",), warm_up["system_prompt"], warm_up["image_dir"]
-        _, rows = hold_out(load_data(*source), warm_up["validation_share"], warm_up["seed"])
-    except (KeyError, UserError):  # what it learned from cannot be told
+        pairs = load_data(
+            warm_up["data"],
+            need=("response",),
+            system_prompt=warm_up["system_prompt"],
+            image_dir=warm_up["image_dir"],
+        )
+        _, rows = hold_out(pairs, warm_up["validation_share"], warm_up["seed"])
+    except (KeyError, UserError):  # what the warm-up learned from cannot be told
         return []
-    learned = {examples.where(number) for number in order[:reached]}
-    limits = warm_up["max_length"], warm_up["max_image_size"]
-    return draw_trials(rows, processor, *limits, learned)
+    return draw_trials(
+        rows,
+        processor,
+        longest=warm_up["max_length"],
+        max_image_size=warm_up["max_image_size"],
+        learned={examples.where(number) for number in order[:reached]},
+    )

@@ -97,13 +97,14 @@ def spread(values: torch.Tensor) -> torch.Tensor:
 
 
 def select_groups(useful: torch.Tensor, number: list[int], wanted: int) -> tuple[list[int], int]:
-    """(19): which of this rank's prompts to keep, and how many are kept on all ranks. Spread is
-    that of accuracy, as in the release, whatever format and length earn.
+    """(19): which of this rank's prompts to keep, and how many are kept on all ranks.
 
-    `useful` (P,) are this rank's prompts with spread, `number` their P places in the batch of all
-    ranks. The first `wanted` useful ones of that are kept, so what is kept does not depend on the
-    number of ranks. Every rank calls it."""
-    flags = torch.zeros(int(all_max([max(number, default=0)])[0]) + 1)
+    `useful` (P,) tells which of this rank's P prompts have spread in accuracy (the release's
+    choice, whatever format and length earn), `number` where each stands in the batch of all ranks.
+    The first `wanted` useful prompts of the whole batch are kept, so what is kept does not depend
+    on the number of ranks. Every rank calls it."""
+    last = all_max([max(number, default=0)])[0]
+    flags = torch.zeros(int(last) + 1)  # of the whole batch, 1 where a prompt is useful
     flags[number] = useful.float()
     order = all_sum(flags).cumsum(0)
     kept = useful & (order[number] <= wanted)
@@ -165,7 +166,7 @@ def train() -> None:
 
     def sample(batch: list, draw: int) -> list[Rollouts]:
         """Rollouts y ~ pi(x) of one batch of prompts, and their rewards. `draw` keys the random
-        numbers: 1000 of them belong to a step, one to each batch that is sampled in it."""
+        numbers: step * 1000 + the number of the batch in the step."""
         with run.phase("rollout"):
             groups = generate(policy, [prompt for _, prompt in batch], sampling, step=draw)
         rollouts = []
@@ -240,7 +241,8 @@ def train() -> None:
         updates, grad_norms = [], []
         with run.phase("update"):
             # Several steps on one batch: the old log-probabilities are those of the training's
-            # own forward before the first step.
+            # own forward before the first step. The minibatches of the first pass hold every
+            # group once; those of later passes share the groups.
             if not objective.on_policy:
                 for groups, packs, _ in minibatches[: config.num_minibatches]:
                     gap = rescore(policy, packs, groups, config.temperature)
@@ -264,7 +266,7 @@ def train() -> None:
             "learning_rate": rate,
             "gen_batches": gen_batches,
         }
-        prompt_tokens = sum(len(rolled.group.prompt.input_ids) for rolled in rollouts)
+        prompt_tokens = sum(len(rolled.group.prompt.input_ids) for rolled in sampled)
         tokens = float(length.sum()) + prompt_tokens
         run.log(step, metrics, grad_norms=[grad_norm], tokens=int(tokens))
         if rollouts:

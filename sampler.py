@@ -1,6 +1,6 @@
 """Sampling: N branches for each prompt from the policy (the rollouts of stages 2 and 3).
 
-    y_t ~ softmax(z_t / tau)          at the temperature, and over the vocabulary, of the scores
+    y_t ~ softmax(z_t / tau)          the distribution that model.token_logprobs scores
 
 A prompt is computed once, and its N rows go on from its keys and values, which stand once in
 memory. A row is sampled in a slot. Where there are fewer slots than rows, rows wait for a slot
@@ -8,10 +8,10 @@ whose row has ended. A row draws its random numbers from (seed, step, prompt, ro
 depends on nothing else in the batch.
 
 On a GPU a step of decoding is a thousand small kernels that take longer to launch than to run.
-There, shapes are *fixed*: an ended row keeps its slot until half of the slots are idle, and who has
-ended is asked in every eighth step only. A step changes its tensors in place, so it can be recorded
-once as a CUDA graph and replayed by one launch. None of this has run on a GPU yet; the tests run it
-on a CPU, with a recorder in the graph's place and their own `varlen_attn`.
+There, shapes are *fixed*: which rows have ended is asked in every eighth step only, and where no
+rows wait, idle slots are given up only when more than half are idle. A step changes its tensors in
+place, so it can be recorded once as a CUDA graph and replayed by one launch. The tests run this on
+a CPU, with a recorder in the graph's place and their own `varlen_attn`.
 """
 
 import hashlib
@@ -87,8 +87,9 @@ class RowCache:
         return order
 
     def _tabulate(self) -> None:
-        """The table (P, K, width) of the rows of each prompt: where each row and head stands in
-        it, and which stands at each of its places (the first row where none does)."""
+        """Sorts the S rows by prompt, for each key-value head, into a flat table (P, K, width).
+        `place` (S * K,): where each (row, head) stands in the table. `table`: which (row, head)
+        stands at each place, 0 where none does. `beyond`: how much of each prompt is read."""
         counts = torch.bincount(self.prompt_of, minlength=len(self.lengths))
         width = self.n if self.fixed else int(counts.max())
         order = self.prompt_of.argsort(stable=True)
@@ -102,11 +103,13 @@ class RowCache:
         # Of a prompt without rows one key is read, which nobody asks for.
         read = torch.where(counts > 0, self.lengths, 1).repeat_interleave(self.kv_heads)
         beyond = first_keys(read, self.prompts[0][0])
-        # In place, since a recorded step knows where they are.
-        self.table, self.place, self.beyond = (
-            old.copy_(new) if old is not None and old.shape == new.shape else new
-            for old, new in ((self.table, table), (self.place, place), (self.beyond, beyond))
-        )
+        # In place where the shape is the same, since a recorded step reads these very tensors.
+        for name, new in {"table": table, "place": place, "beyond": beyond}.items():
+            old = getattr(self, name)
+            if old is not None and old.shape == new.shape:
+                old.copy_(new)
+            else:
+                setattr(self, name, new)
 
     def reserve(self) -> None:
         """Room for one more token in every slot."""
@@ -139,13 +142,14 @@ class RowCache:
             x.view(len(self.table), rows.shape[1], -1).index_select(0, self.place) for x in shared
         )
         alone, mine = attend_first(self.unseen, rows, *own, scale)
+        # One softmax over both: the row's own keys weigh exp(mine) / (exp(mine) + exp(theirs)).
         merged = shared.lerp(alone, (mine - theirs).sigmoid().to(alone.dtype))
-        return merged.view(len(q), 1, *q.shape[1::2])
+        return merged.view(len(q), 1, q.shape[1], q.shape[3])
 
 
 def first_keys(read: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
-    """What lets `attend_first` read the first `read` (n,) of the keys (.., L, D): their numbers,
-    or without ragged attention a bias (n, 1, L) that is -inf at the others."""
+    """What lets `attend_first` read only the first `read` (n,) of L keys (.., L, D). With ragged
+    attention `read` itself, else a bias (n, 1, L) that is -inf at the keys that are not read."""
     if has_varlen(keys):
         return read.int()
     hidden = torch.arange(keys.shape[-2], device=keys.device) >= read[:, None]
@@ -177,8 +181,8 @@ def _starts(count: int, length: int, device) -> torch.Tensor:
 class Rows:
     """R rows, n of each prompt, and what they have said; S of them at a time are in slots.
 
-    With fixed shapes, a step that comes for the second time since a tensor has moved is recorded
-    as a CUDA graph, and replayed until the next one moves. The weights must stay where they are."""
+    With fixed shapes, the second step after a tensor has moved is recorded as a CUDA graph, which
+    is replayed until a tensor moves again. The weights must stay where they are."""
 
     def __init__(self, policy, cache: RowCache, first, following, random, temperature: float):
         """`first` (P, V): the logits of each prompt's first response token; `following` (P,): that
@@ -217,7 +221,8 @@ class Rows:
         """One more token for the row in every slot."""
         self.cache.reserve()
         now = self.cache.generation
-        if self.records and now == self.warm != self.recorded:
+        # The step before ran on these tensors (`warm`), and no graph of it is recorded yet.
+        if self.records and self.warm == now and self.recorded != now:
             self._record()
         if self.recorded == now:
             self.graph.replay()
@@ -260,7 +265,7 @@ class Rows:
             whole = cdf[:, -1:].contiguous()
             u = self.random[row, number][:, None]
             token = torch.searchsorted(cdf, u * whole, right=True)
-            # A number just below 1 may round up to 1: never beyond the last likely token.
+            # u * whole may round up to whole, beyond all tokens: then the last with p above 0.
             token = torch.minimum(token, torch.searchsorted(cdf, whole))
         else:
             token = logits.argmax(-1, keepdim=True)

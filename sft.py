@@ -9,7 +9,7 @@ without padding.
 
 Deviations from the published run:
 D6  A row that is too long is left out whole, counted and named; the published run cuts sequences
-    at 8192 tokens. Nothing is ever cut in the other stages either.
+    at 8192 tokens. The other stages cut no row either.
 
     torchrun --nproc_per_node=8 sft.py --model Qwen/Qwen3-VL-4B-Instruct --output_dir sft_out
     python sft.py                                                   the embedded world of digits
@@ -108,16 +108,17 @@ def train() -> None:
             rate = learning_rate_at(step, max_steps, config)
             grad_norm = optimizer_step(policy, optimizer, rate, config.max_grad_norm)
 
-        # Log the step. Ranks wait for the one with the longest pack: that is `idle_share`.
+        # Log the step. At each pack the ranks wait for the one whose pack is the longest:
+        # `idle_share` is the share of the tokens, `paced`, for which a rank only waited.
         all_tokens = sum(group.num_tokens for group in groups)
         sizes = [pack.input_ids.numel() for pack in packs]
-        longest = float(all_max([0, *sizes]).sum())
+        paced = float(all_max([0, *sizes]).sum())
         metrics = {
             "loss": Loss(loss, updates=1 if num_tokens else 0),
             "entropy": Mean(entropy, tokens),
             "response_length": Mean(tokens, len(groups)),
             "padding_share": Mean(sum(sizes) - all_tokens, sum(sizes)),  # of blank packs
-            "idle_share": Mean(longest - sum(sizes), longest),
+            "idle_share": Mean(paced - sum(sizes), paced),
             "packs": len(packs),
             "grad_norm": grad_norm,
             "learning_rate": rate,
