@@ -314,7 +314,7 @@ def test_whatever_a_processor_raises_of_a_row_makes_it_a_bad_row(world, error):
 
     processor.image_processor.preprocess = preprocess
     if error is TypeError:
-        with pytest.raises(UserError, match="cannot encode a blank image, .*TypeError"):
+        with pytest.raises(UserError, match="cannot encode a blank image .*TypeError"):
             Encoded([], processor, None)
         return
     rows = [Example(i, "f", ASKED, [PNG(w, 16)]) for i, w in enumerate((32, 48, 32))]
@@ -366,7 +366,7 @@ def test_all_stages_ask_alike(tmp_path, capsys):
 
 def test_what_differs_from_a_checkpoint_is_said_in_one_line(tmp_path, capsys):
     ours = checkpoint(tmp_path, "ours", system_prompt="Ours.", max_pixels=4096)
-    said = f"{ours}: trained with system_prompt 'Ours.', and this run has "
+    said = f"{ours} was trained with system_prompt 'Ours.'; this run uses "
     assert asked(tmp_path, ours, system_prompt="Mine.") == (
         ["Mine."],
         {"system_prompt": "Mine.", "max_pixels": 4096},
@@ -386,7 +386,7 @@ def test_what_differs_from_a_checkpoint_is_said_in_one_line(tmp_path, capsys):
     # The discriminator of a game was warmed up with another prompt than the policy's.
     judge = checkpoint(tmp_path, "judge", system_prompt="Theirs.", max_pixels=4096)
     assert asked(tmp_path, ours, judge)[0] == ["Ours."]
-    assert f"{judge}: trained with system_prompt 'Theirs.'" in capsys.readouterr().err
+    assert f"{judge} was trained with system_prompt 'Theirs.'" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("content", ["{", "[]", '{"system_prompt": 3}', '{"max_pixels": "many"}'])

@@ -1013,9 +1013,7 @@ def test_whose_prompts_it_can_take(world, tmp_path):
             theirs = load_discriminator(str(path), policy_processor=ours)[1]
             assert str(theirs.image_processor) != str(ours.image_processor)
         else:
-            with pytest.raises(
-                UserError, match=f"{path}: .* is not the policy's; prompts are encoded"
-            ):
+            with pytest.raises(UserError, match=f"{path}: .* differs from the policy's; choose a"):
                 load_discriminator(str(path), policy_processor=ours)
 
 
@@ -1028,11 +1026,11 @@ def test_a_discriminator_for_images_of_another_size_is_refused(world, tmp_path):
         file = tmp_path / "48/processor_config.json"
     file.write_text(file.read_text().replace("32", "48"))
     ours = load_discriminator(str(tmp_path / "32"))[1]
-    with pytest.raises(UserError, match="48: .* is not the policy's; prompts are encoded"):
+    with pytest.raises(UserError, match="48: .* differs from the policy's; choose a"):
         load_discriminator(str(tmp_path / "48"), policy_processor=ours)
     flags = ["--model", world["init"], "--policy", tmp_path / "32", "--data", world["curated"]]
     said = fails("discriminator.py", *flags, "--output_dir", tmp_path / "out")
-    assert "is not the policy's" in said
+    assert "differs from the policy's" in said
 
 
 def test_scores_are_float32_in_bfloat16(world, prompts):

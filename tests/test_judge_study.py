@@ -32,7 +32,7 @@ def test_the_default_world_is_as_it_was(world, tmp_path):
         del fields[name]
     (tmp_path / "world.json").write_text(json.dumps(fields))
     assert digits._holds(tmp_path, digits.World(**WORLD))
-    with pytest.raises(digits.UserError, match="differs in answer_first"):
+    with pytest.raises(digits.UserError, match="another answer_first"):
         digits._holds(tmp_path, digits.World(**WORLD, answer_first=0.5))
 
 

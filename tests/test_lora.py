@@ -135,7 +135,7 @@ def test_a_run_with_adapters_resumes(nursery, run, world, trained, tmp_path, scr
 def test_a_discriminator_has_none(world, trained, tmp_path):
     flags = ("--data", world["sft"], "--output_dir", tmp_path / "out", "--lora_rank", 4)
     said = fails("discriminator.py", "--model", trained, *flags)
-    assert said.startswith("error: --lora_rank: a discriminator learns as a whole")
+    assert said.startswith("error: --lora_rank: only policies take adapters")
     assert not (tmp_path / "out").exists()
 
 

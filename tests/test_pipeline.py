@@ -588,7 +588,9 @@ def test_without_packages_that_a_run_may_do_without(world, trained, tmp_path):
     assert "transformers" in loaded and not set(hidden.split()) & set(loaded)
     for script in ("rlvr.py", "eval.py"):
         said = fails(script, *ckpt, *out, **env)
-        assert "No module named" in said and said.endswith("; pip install math-verify")
+        assert "No module named" in said and said.endswith(
+            "; run pip install -r requirements.txt, or try again"
+        )
     said = fails("sft.py", "--model", trained, "--data", tmp_path / "rows.parquet", *out, **env)
     assert said.endswith("rows.parquet: needs `datasets`; pip install datasets")
     flags = ("--model", trained, "--data", world["sft"], "--max_steps", 1, *out)
@@ -695,7 +697,7 @@ def test_too_many_bad_rows_end_the_run(world, trained, tmp_path):
         2,
     )
     said = fails("rlvr.py", *flags, "--output_dir", out, "--prompts_per_step", 7, *TINY)
-    assert "3 bad rows among the first 7 are more than --max_bad_fraction 0.01" in said
+    assert "3 of 7 rows are bad, over --max_bad_fraction 0.01" in said
     assert any(place in said for place in places)
     assert sorted(row["row"] for row in lines(out / "left_out.jsonl")) == places
 
@@ -1021,13 +1023,13 @@ def test_data_from_the_hub(world, trained, hub, tmp_path, monkeypatch):
         return launch("sft.py", "--model", trained, *flags, *batch, **env | more).stderr
 
     said = train("a", sources[0])
-    assert f"--data: reads {sources[0]} from the hub, 0.00 GB" in said
+    assert f"--data: {sources[0]} from the hub, 0.00 GB" in said
     fetched = [line for line in handler.asked if line.startswith("GET") and "/resolve/" in line]
     assert len(fetched) == 1 and fetched[0].endswith("/data/rows.parquet")
     first = next(i for i, line in enumerate(handler.asked) if "/resolve/" in line)
     assert any("/api/datasets/owner/name" in line for line in handler.asked[:first])
     said = train("b", *sources)
-    assert f"--data: reads {sources[1]} from the hub, 0.03 GB" in said
+    assert f"--data: {sources[1]} from the hub, 0.03 GB" in said
     for name in "ab":
         (step,) = lines(tmp_path / name / "metrics.jsonl")
         assert step["loss"] > 0 and step["rows_left_out"] == 0

@@ -247,5 +247,5 @@ def test_a_game_without_rows_for_a_probe_says_so(world, trained, tmp_path):
     flags += ("--num_generations", 2, "--max_completion_length", 20, "--max_steps", 3)
     flags += ("--discriminator", world["init"], "--output_dir", tmp_path / "out")
     said = launch("align.py", *flags).stderr
-    assert said.count("probe: none") == 1 and "0.5 is blind" not in said
+    assert said.count("no probes:") == 1 and "0.5 is blind" not in said
     assert "probe_picture" not in lines(tmp_path / "out/metrics.jsonl")[0]

@@ -442,7 +442,7 @@ def test_resuming_where_nothing_is(nursery, whole, tmp_path):
         out = tmp_path / name
         done = nursery.run(*base, "--output_dir", out, "--resume", log=tmp_path / "log")
         assert done.codes == [0], done.said
-        assert f"--resume: no checkpoint in {out}, starting from step 1" in done.said
+        assert f"--resume: no undamaged checkpoint in {out}, starting from step 1" in done.said
         assert differences(expected, out) == []
 
 
@@ -462,7 +462,7 @@ def test_another_runs_directory_is_refused(nursery, world, trained, whole, tmp_p
     mine = tmp_path / "mine"
     mine.mkdir()
     (mine / "thesis.txt").write_text("keep")
-    refused(nursery.start(*base, "--resume", "--output_dir", mine, log=log), "no run's directory")
+    refused(nursery.start(*base, "--resume", "--output_dir", mine, log=log), "has no run.json")
     assert os.listdir(mine) == ["thesis.txt"]
     for text in ('{"stage": "sft", "ru', "[]", '{"stage": "sft", "run": 1}', "{}", "null"):
         (out / "run.json").write_text(text)
@@ -509,7 +509,7 @@ def test_a_damaged_checkpoint_is_passed_over(nursery, whole, stopped, tmp_path, 
     words = (*base, "--output_dir", out, "--resume")
     done = nursery.run(*words, log=tmp_path / "log")
     assert done.codes == [0] and "Traceback" not in done.said, done.said
-    assert f"{out}/checkpoint-{newest} is damaged; taking the one before" in done.said
+    assert f"{out}/checkpoint-{newest} is damaged; trying the checkpoint before it" in done.said
     assert f"resumed from {out}/checkpoint-{older}" in done.said
     assert differences(expected, out) == []
 
@@ -583,7 +583,7 @@ def test_with_no_checkpoint_left_a_run_starts_from_step_1(nursery, whole, stoppe
     time.sleep(0.01)
     started.signal(signal.SIGTERM)
     assert started.wait() == [0]
-    assert f"no checkpoint in {out}, starting from step 1" in started.said
+    assert f"no undamaged checkpoint in {out}, starting from step 1" in started.said
     left = checkpoints(out)
     assert len(left) == 1 and Checkpoints(str(out), keep=1).newest() == left[0]
     assert lines(out / "metrics.jsonl")[-1]["step"] == left[0]
@@ -1244,7 +1244,7 @@ def test_bad_rows_count_on_when_a_run_is_resumed(nursery, world, short, tmp_path
     folder = ("--image_dir", os.path.dirname(world["sft"]))
     base = (*with_data(short("sft.py"), data), *folder, "--max_steps", 100, "--save_steps", 1)
     words = (*base, "--output_dir", tmp_path / "out")
-    first = refused(nursery.start(*words, log=log), "3 bad rows among the first 32 are more than")
+    first = refused(nursery.start(*words, log=log), "3 of 32 rows are bad, over")
     drawn = Path(f"{log}.0").read_bytes()  # a bar, which begins anew at each \r
     assert b"\r" in drawn and drawn.endswith(f"\n{first}\n".encode())  # the line is no part of it
     assert checkpoints(tmp_path / "out") == [6, 7]

@@ -73,7 +73,9 @@ def test_a_stage_hands_on_all_that_it_has_learned(run, published, ranks):
     share = lost(before, after)
     assert 0.2 < share <= 1
     assert record["rounding_loss"] == {"policy": pytest.approx(share, rel=1e-5)}
-    line = "the policy is saved in float32; bfloat16 would lose {:.0%} of this run's update"
+    line = (
+        "the policy is saved in float32, as bfloat16 would round away {:.0%} of this run's update"
+    )
     assert line.format(share) in said
     assert line.format(lost(before, weights_of(out / "checkpoint-3"))) in said
     assert (out / "config.json").read_bytes() == Path(published, "config.json").read_bytes()
