@@ -397,13 +397,23 @@ def _image_source(image, folders: list[str | None]) -> str | bytes:
     )
 
 
+MAX_RATIO = 200  # of an image's sides, as the processors of the Qwen-VL family have it
+
+
 def open_image(source: str | bytes) -> Image.Image:
-    """The picture in RGB, upright, on white where it is transparent; RowError if it is none.
-    Grey of more than 8 bits is scaled from its full range, which for floats is 1, 255 or 65535."""
+    """The picture in RGB, upright, on white where it is transparent. RowError if it is none, or if
+    one side is more than MAX_RATIO times the other: processors that give the shorter side a fixed
+    length would make the longer one huge. Grey of more than 8 bits is scaled from its full range,
+    which for floats is 1, 255 or 65535."""
     try:
         image = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source)
+        size = f"{image.width} x {image.height} pixels"
         if image.width * image.height > Image.MAX_IMAGE_PIXELS:
-            raise ValueError(f"{image.width} x {image.height} pixels are too many")
+            raise ValueError(f"{size} are too many")
+        if max(image.size) > MAX_RATIO * min(image.size):
+            raise ValueError(f"{size}; one side may be at most {MAX_RATIO} times the other")
+        if image.format == "EPS":
+            raise ValueError("PostScript is a program, which may never end")
         image = ImageOps.exif_transpose(image)
         if image.mode[0] in "IF":
             floats = image.convert("F")

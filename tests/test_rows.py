@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow
 import pytest
-from PIL import Image
+from PIL import EpsImagePlugin, Image
 from pyarrow import parquet
 
 from data import Response, encode_prompts, parse_response
@@ -761,3 +761,25 @@ def test_pictures_that_are_refused(tmp_path, monkeypatch):
         else:
             with pytest.raises(RowError, match="64 x 64 pixels|bomb"):
                 open_image(noise.getvalue())
+
+
+def test_a_picture_that_is_far_longer_than_wide_is_refused():
+    """A processor that scales the shorter side to 336 would make 1 x 6000 pixels 677 million."""
+    for size in ((1, 200), (200, 1), (3, 600)):
+        assert opened(Image.new("L", size)).size == size
+    for size in ((1, 201), (201, 1), (1, 6000)):
+        with pytest.raises(RowError, match="pixels; one side may be at most 200 times"):
+            opened(Image.new("L", size))
+
+
+def test_postscript_is_not_run(tmp_path, monkeypatch):
+    """PIL would hand it to Ghostscript, where a program may run for ever."""
+    ghostscript = tmp_path / "gs"
+    ghostscript.write_text(f"#!/bin/sh\ntouch {tmp_path}/ran\n")
+    ghostscript.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.setattr(EpsImagePlugin, "gs_binary", None)  # looked up once
+    Image.new("RGB", (4, 4)).save(tmp_path / "a.eps")
+    with pytest.raises(RowError, match="PostScript is a program"):
+        open_image(str(tmp_path / "a.eps"))
+    assert not (tmp_path / "ran").exists()
