@@ -8,6 +8,7 @@ counts and names it. Nothing is dropped in silence, nothing is fetched from an a
 names, and nothing in a row is executed.
 """
 
+import ast
 import base64
 import contextlib
 import io
@@ -16,6 +17,7 @@ import json
 import math
 import os
 import re
+import string
 from array import array
 from bisect import bisect_right
 from collections import Counter
@@ -236,27 +238,25 @@ def parse_row(row: dict, index: int, where: str, system_prompt=None, image_dir=N
     for name in ("video", "videos", "audio", "audios"):
         if row.get(name):
             raise RowError(f"holds `{name}`, which no stage can use")
-    images = row.get("images") or row.get("image") or []
-    images = list(images if isinstance(images, list) else [images])
     turns = row.get("messages") or row.get("conversations") or row.get("prompt")
-    response = None
-    if isinstance(turns, list):
-        turns = [(_first(turn, "role", "from"), _first(turn, "content", "value")) for turn in turns]
-        if any(role not in ROLES for role, _ in turns):
-            raise RowError(f"a turn needs a role among {sorted(ROLES)} and a content")
-        turns = [(ROLES[role], content) for role, content in turns]
-        turns = [turn for turn in turns if turn[0] != "system" or not _blank(turn[1])]
-        if turns and turns[-1][0] == "assistant":
-            response = _written(turns.pop()[1])
-    else:
+    response, plain = None, not isinstance(turns, list)
+    if plain:
         question = _first(row, "question", "prompt")
         if not isinstance(question, str) or not question.strip():
             raise RowError(f"found {sorted(row)}, expected `messages`, or `question` with `image`")
-        if "<image>" not in question:
-            question = "<image>" * len(images) + question
         turns = [("user", question)]
+    else:
+        turns = [_turn(turn) for turn in turns]
+        turns = [turn for turn in turns if turn[0] != "system" or not _blank(turn[1])]
+        if turns and turns[-1][0] == "assistant":
+            response = _written(turns.pop()[1])
     if not any(role == "user" for role, _ in turns):
         raise RowError("no user turn; a row needs a question")
+    options = _options(row)
+    turns = _with_options(turns, options)
+    turns, images = _in_order(turns, _pictures(row))
+    if plain and "<image>" not in turns[0][1]:
+        turns = [("user", "<image>" * len(images) + turns[0][1])]
     if not _blank(row.get("system")):
         turns.insert(0, ("system", row["system"]))
     if system_prompt and turns[0][0] != "system":
@@ -278,7 +278,7 @@ def parse_row(row: dict, index: int, where: str, system_prompt=None, image_dir=N
     truth = row.get("reward_model") or {}
     equivalent = row.get("equivalent_answers") or truth.get("equivalent_answers")
     answers = _accepted(row.get("answer")) or _accepted(truth.get("ground_truth"))
-    answers += _accepted(equivalent)
+    answers = _chosen(answers, options) + _accepted(equivalent)
     return Example(
         index=index,
         where=where,
@@ -298,29 +298,155 @@ def _first(fields: dict, *names: str):
     return next((fields[name] for name in names if fields.get(name) not in (None, "")), None)
 
 
+def _turn(turn: dict) -> tuple[str, object]:
+    """A turn of a conversation -> (role, content)."""
+    role = _first(turn, "role", "from")
+    if role not in ROLES:
+        raise RowError(f"a turn needs a role among {sorted(ROLES)} and a content")
+    if any(_is_picture(value) for name, value in turn.items() if name not in ("content", "value")):
+        raise RowError("a turn names a picture outside of its content; move it into `images`")
+    return ROLES[role], _first(turn, "content", "value")
+
+
+# Names of the field with a row's pictures, the most trusted first; texts that may end like a file.
+PICTURES = "decoded_image images image image_path image_paths image_file image_url img img_path"
+TEXTS = "question prompt system response answer caption teacher_response student_response"
+
+
+def _pictures(row: dict) -> dict[int, object]:
+    """Number -> picture, of all that a row names, from 1: in one of PICTURES, or in `image_1`,
+    `image_2` and so on. RowError where a field that no stage reads names one: a question without
+    its picture is another question."""
+    names = [name for name in PICTURES.split() if row.get(name) not in (None, "", [])]
+    images = row[names[0]] if names else []
+    found = dict(enumerate(images if isinstance(images, list) else [images], 1))
+    for name, value in row.items():
+        if name in PICTURES.split() + TEXTS.split() or value in (None, ""):
+            continue
+        if numbered := re.fullmatch(r"(?:image|img)_?(\d+)", name):
+            if found.setdefault(int(numbered[1]), value) != value:
+                raise RowError(f"`{name}` is a second picture of its number; rename one")
+            continue
+        another = re.search("(image|img|pic|photo|figure)(?!.*id$)", name)  # no image_id
+        if _is_picture(value) and (another or not found):
+            raise RowError(f"`{name}` names a picture, and no stage reads it; call it `image`")
+    return found
+
+
+def _is_picture(value) -> bool:
+    """Whether a field that nobody knows holds a picture or the name of one."""
+    if isinstance(value, list):
+        return any(map(_is_picture, value))
+    if isinstance(value, dict):
+        return bool(value.get("bytes")) or _is_picture(value.get("path"))
+    if not isinstance(value, str):
+        return isinstance(value, bytes)
+    suffixes = "png|jpe?g|webp|gif|bmp|tiff?"
+    return bool(re.match(rf"data:image/|\S{{1,500}}\.(?:{suffixes})$", value, re.IGNORECASE))
+
+
+def _in_order(turns: list, pictures: dict[int, object]) -> tuple[list, list]:
+    """-> (the turns, <image> in place of <image 1>, <image 2> and so on; the pictures in the order
+    of these places, or of their numbers where there are none)."""
+    found: list[int] = []
+
+    def place(match) -> str:
+        found.append(int(match[1]))
+        return "<image>"
+
+    turns = [
+        (
+            role,
+            re.sub(r"<image[ _]?(\d+)>", place, content) if isinstance(content, str) else content,
+        )
+        for role, content in turns
+    ]
+    if not found:
+        return turns, [pictures[number] for number in sorted(pictures)]
+    if set(found) != pictures.keys():
+        shown, held = sorted(set(found)), sorted(pictures)
+        raise RowError(
+            f"its text shows images {shown}, and it holds images {held}; make them equal"
+        )
+    return turns, [pictures[number] for number in found]
+
+
+LETTERS = string.ascii_uppercase
+
+
+def _options(row: dict) -> list[str]:
+    """The choices that a row offers, without letters: a list, also as text, or columns A, B ..."""
+    value = _first(row, "options", "choices", "option")
+    if value is None and None not in (row.get("A"), row.get("B")):
+        value = [row[x] for x in itertools.takewhile(lambda x: row.get(x) is not None, LETTERS)]
+    if isinstance(value, str):
+        listed = value.startswith("[")
+        value = ast.literal_eval(value) if listed else re.split(r"\s*[;\n]\s*", value.strip())
+    if isinstance(value, dict):  # letter -> text
+        value = [value[x] for x in LETTERS if x in value] if "A" in value else value.get("text")
+    value = [] if value is None else value
+    texts = isinstance(value, list) and all(isinstance(x, (str, int, float)) for x in value)
+    if not texts or len(value) == 1 or len(value) > len(LETTERS):
+        raise RowError("its options are no list of texts; write them into the question")
+    pairs = zip(LETTERS, map(str, value))
+    return [re.sub(rf"^\(?{letter}[.):] *", "", text.strip()) for letter, text in pairs]
+
+
+def _with_options(turns: list, options: list[str]) -> list:
+    """The turns, the last of the user with the options, lettered, where no turn shows them."""
+    said = "\n".join(content for _, content in turns if isinstance(content, str))
+    pairs = list(zip(LETTERS, options))
+    if all(re.search(rf"\b{x}\W{{1,3}}{re.escape(text)}", said) for x, text in pairs):
+        return turns
+    last = max(i for i, (role, _) in enumerate(turns) if role == "user")
+    role, content = turns[last]
+    if not isinstance(content, str):
+        raise RowError("its question does not show its options; write them into it")
+    content = "\n".join([content, *(f"{letter}. {text}" for letter, text in pairs)])
+    return [*turns[:last], (role, content), *turns[last + 1 :]]
+
+
+def _chosen(answers: list[str], options: list[str]) -> list[str]:
+    """The answers, with an option's text for its letter, and its letter for its text. RowError
+    where it is not clear which one is meant: a number may count them from 0 or from 1."""
+    found = list(answers)
+    for answer in answers if options else ():
+        letters = [x for x, text in zip(LETTERS, options) if text == answer or x == answer]
+        if len(letters) > 1 or not letters and re.fullmatch(r"\d+|[A-Z]", answer):
+            raise RowError(f"the answer {answer} is not one of its {len(options)} options")
+        for letter in letters:
+            found += [letter, options[LETTERS.index(letter)]]
+    return list(dict.fromkeys(found))
+
+
 def _blank(content) -> bool:
     """Whether a turn says nothing. A blank system turn is none."""
-    return content in (None, []) or isinstance(content, str) and not content.strip()
+    if isinstance(content, list):
+        return all(part.get("type") == "text" and _blank(part.get("text")) for part in content)
+    return content is None or isinstance(content, str) and not content.strip()
 
 
 def _parts(content, images: Iterator, ordered: list) -> Iterator[dict]:
     """A turn's content, text with <image> placeholders or a list of parts, as the parts that a
     chat template takes. Appends each image, from its part or the next of `images`, to `ordered`."""
     if isinstance(content, str):
-        pieces = [piece for piece in re.split(r"(<image>)", _text(content)) if piece]
-        content = [
-            {"type": "image"}
-            if piece == "<image>"
-            else {"type": "text", "text": piece.lstrip("\n") if i else piece}
-            for i, piece in enumerate(pieces)
-        ]
+        pieces, content, said = re.split(r"(<image>)", _text(content)), [], ""
+        for piece in pieces:
+            if content and not said:  # the line break behind images that begin a turn says nothing
+                piece = piece.lstrip("\n")
+            if piece == "<image>":
+                content.append({"type": "image"})
+            elif piece:
+                content.append({"type": "text", "text": piece})
+                said += piece
     if not isinstance(content, list):
         raise RowError(f"a turn's content must be text or parts, found {type(content).__name__}")
     for part in content:
-        if part.get("type") == "text" and isinstance(part.get("text"), str):
-            yield {"type": "text", "text": _text(part["text"])}
-        elif part.get("type") in ("image", "image_url"):
-            own = part.get("image") or part.get("image_url") or part.get("path") or part.get("url")
+        own = _first(part, "image", "image_url", "path", "url")
+        kind, text = part.get("type"), part.get("text")
+        if kind == "text" and isinstance(text, str) and not _first(part, "image", "image_url"):
+            yield {"type": "text", "text": _text(text)}
+        elif kind in ("image", "image_url") and not text:
             own = next(images, None) if own is None else own
             if own is None:
                 raise RowError("more <image> placeholders than images; make them equal")
@@ -331,11 +457,11 @@ def _parts(content, images: Iterator, ordered: list) -> Iterator[dict]:
 
 
 def _written(content) -> str:
-    """An assistant's turn as text."""
-    if isinstance(content, list):
-        parts = _parts(content, iter(()), [])
-        content = "".join(part["text"] if part["type"] == "text" else "<image>" for part in parts)
-    return content
+    """The last turn of an assistant as text."""
+    parts = [] if content is None else list(_parts(content, itertools.repeat(""), []))
+    if any(part["type"] == "image" for part in parts):
+        raise RowError("the response shows a picture, which no stage can teach")
+    return "".join(part["text"] for part in parts)
 
 
 def _accepted(value) -> list[str]:

@@ -219,6 +219,131 @@ def test_system_turns(tmp_path):
         parse_row(own | {"system": "two"}, 0, "f:1")
 
 
+def parsed(tmp_path, row: dict) -> Example:
+    for name in "abc":
+        (tmp_path / f"{name}.png").write_bytes(PIXEL)
+    return parse_row(row, 0, str(tmp_path / "f.jsonl:1"))
+
+
+def written(example: Example) -> str:
+    """All turns before the response, each picture in its place."""
+    images = iter(example.images)
+    shown = lambda image: "(bytes)" if isinstance(image, bytes) else os.path.basename(image)
+    parts = [part for message in example.messages for part in message["content"]]
+    return "".join(part.get("text") or f"[{shown(next(images))}]" for part in parts)
+
+
+NAMED = {"bytes": PIXEL, "path": "gone.png"}
+
+
+@pytest.mark.parametrize(
+    "fields, expected",
+    [
+        ({"image_path": "a.png"}, "[a.png]What?"),
+        ({"image_paths": ["a.png", "b.png"]}, "[a.png][b.png]What?"),
+        ({"img": "a.png", "image": None}, "[a.png]What?"),
+        ({"image": "a.png", "image_path": "gone.png", "image_id": "7.png"}, "[a.png]What?"),
+        ({"image": "gone.png", "decoded_image": NAMED}, "[(bytes)]What?"),  # MathVista
+        ({"image_1": "a.png", "image_2": "b.png", "image_3": None}, "[a.png][b.png]What?"),  # MMMU
+        ({"image": "a.png", "image_2": "b.png"}, "[a.png][b.png]What?"),
+        (
+            {"question": "<image 2> or <image 1>?", "image_1": "a.png", "image_2": "b.png"},
+            "[b.png] or [a.png]?",
+        ),
+        ({"question": "<image1>, <image1>?", "image": "a.png"}, "[a.png], [a.png]?"),  # MathVision
+        ({"question": "Of <image_2>?", "images": ["a.png", "b.png"]}, RowError),
+        ({"question": "Of <image 1>?"}, RowError),
+        ({"question": "Of <image 2>?", "image_1": "a.png"}, RowError),
+        ({"image": "a.png", "image_1": "b.png"}, RowError),
+        ({"picture": "a.png"}, RowError),
+        ({"picture": NAMED}, RowError),
+        ({"id": "x/a.jpg"}, RowError),
+        ({"id": "x/a.jpg", "image": "a.png"}, "[a.png]What?"),
+        ({"second_image": "b.png", "image": "a.png"}, RowError),
+        ({"extra": ["b.png"]}, RowError),
+        ({"id": "question 7", "picture": None, "image_size": [3, 4]}, "What?"),
+        ({"response": "a.png", "answer": "a.png"}, "What?"),
+    ],
+)
+def test_a_picture_that_a_row_names_is_shown_or_the_row_is_left_out(tmp_path, fields, expected):
+    row = {"question": "What?"} | fields
+    if expected is RowError:
+        with pytest.raises(RowError, match="picture|images .* make them equal"):
+            parsed(tmp_path, row)
+    else:
+        assert written(parsed(tmp_path, row)) == expected
+
+
+@pytest.mark.parametrize(
+    "parts",
+    [
+        [{"type": "text", "text": "two"}, {"type": "image", "image": "b.png"}],
+        "two <image>",
+        [{"type": "text", "text": "two", "image": "b.png"}],
+    ],
+)
+def test_a_picture_in_the_response_is_a_bad_row(tmp_path, parts):
+    turns = [{"role": "user", "content": "<image>q"}, {"role": "assistant", "content": parts}]
+    with pytest.raises(RowError, match="the response shows a picture|neither text nor"):
+        parsed(tmp_path, {"messages": turns, "images": ["a.png"]})
+
+
+def test_a_picture_beside_the_content_of_a_turn_is_a_bad_row(tmp_path):
+    for more in ({"image": "a.png"}, {"images": [NAMED]}):
+        with pytest.raises(RowError, match="a turn names a picture outside of its content"):
+            parsed(tmp_path, {"messages": [{"role": "user", "content": "q", **more}]})
+    for part in ({"type": "text", "image": "a.png"}, {"type": "image", "image": "a.png"}):
+        with pytest.raises(RowError, match="neither text nor an image"):
+            parsed(tmp_path, asked([part | {"text": "both"}]))
+
+
+ABC = "What?\nA. red\nB. blue"
+
+
+@pytest.mark.parametrize(
+    "fields, question, answer",
+    [
+        ({"options": ["red", "blue"], "answer": "B"}, ABC, ["B", "blue"]),
+        ({"options": "['red', 'blue']", "answer": "B"}, ABC, ["B", "blue"]),  # MMMU
+        ({"choices": ["red", "blue"], "answer": "blue"}, ABC, ["blue", "B"]),
+        ({"choices": {"A": "red", "B": "blue"}, "answer": "A"}, ABC, ["A", "red"]),
+        ({"A": "red", "B": "blue", "C": None, "answer": "A"}, ABC, ["A", "red"]),  # MMBench
+        ({"option": "A. red; B. blue", "answer": "A"}, ABC, ["A", "red"]),  # We-Math
+        ({"options": ["A. red", "(B) blue"], "answer": "A"}, ABC, ["A", "red"]),
+        ({"question": ABC, "options": ["red", "blue"], "answer": "A"}, ABC, ["A", "red"]),
+        ({"options": [1, 2.5], "answer": "2.5"}, "What?\nA. 1\nB. 2.5", ["2.5", "B"]),
+        ({"options": ["A", "B"], "answer": "B"}, "What?\nA. A\nB. B", ["B"]),
+        ({"options": ["red", "blue"], "answer": "B. blue"}, ABC, ["B. blue"]),
+        ({"options": [], "answer": "B"}, "What?", ["B"]),
+        ({"options": "[]", "answer": "7"}, "What?", ["7"]),
+        ({"options": None, "choices": "", "answer": "7"}, "What?", ["7"]),
+        ({"options": ["red", "blue"], "answer": "C"}, RowError, None),
+        ({"options": ["red", "blue"], "answer": 1}, RowError, None),  # from 0 or from 1
+        ({"options": ["B", "A"], "answer": "A"}, RowError, None),
+        ({"options": ["red"], "answer": "A"}, RowError, None),
+        ({"options": [NAMED, NAMED], "answer": "A"}, RowError, None),
+        ({"options": 3, "answer": "A"}, RowError, None),
+    ],
+)
+def test_options_are_shown_or_the_row_is_left_out(tmp_path, fields, question, answer):
+    row = {"question": "What?"} | fields
+    if question is RowError:
+        with pytest.raises(RowError, match="options"):
+            parsed(tmp_path, row)
+        return
+    example = parsed(tmp_path, row)
+    assert written(example) == question and example.answer == answer
+    turns = [{"role": "user", "content": row["question"]}]
+    assert written(parsed(tmp_path, row | {"messages": turns})) == question
+
+
+def test_pictures_in_options(tmp_path):
+    """MMMU names them there."""
+    row = {"question": "Which of <image 1>?", "options": "['<image 2>', 'none']", "answer": "A"}
+    example = parsed(tmp_path, row | {"image_1": "a.png", "image_2": "b.png"})
+    assert written(example) == "Which of [a.png]?\nA. [b.png]\nB. none"
+
+
 @pytest.mark.parametrize(
     "fields, expected",
     [
@@ -559,6 +684,11 @@ KEYS = [
     "videos",
     "equivalent_answers",
     "caption",
+    "image_path",
+    "image_2",
+    "options",
+    "A",
+    "B",
 ]
 
 
