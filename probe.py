@@ -31,7 +31,7 @@ from support.errors import RowError, UserError
 from support.loader import epoch_rows, hold_out
 from support.metrics import Mean
 from support.ranks import rank, world_size
-from support.rows import Example, load_data
+from support.rows import Example, at_hand, load_data
 
 TRIALS = 48  # over all ranks; a share of so many is known to about 0.07
 KINDS = ("picture", "digit", "question", "answer")
@@ -132,6 +132,7 @@ def draw_trials(
 
 
 def first_usable(rows: Sequence, learned) -> list[Example]:
+    """The first rows, TRIALS at most, that can be read and have not been learned from."""
     found = []
     for number in range(len(rows)):
         try:
@@ -197,6 +198,8 @@ def trials_beside_the_game(config, examples, processor) -> list[Trial]:
         rows = torch.utils.data.Subset(examples, order[reached:])
         return draw_trials(rows, processor, config.max_prompt_length)
     try:
+        if not all(map(at_hand, warm_up["data"])):
+            return []  # nothing is fetched for a probe
         pairs = load_data(
             warm_up["data"],
             need=("response",),

@@ -216,6 +216,17 @@ class ArrowRows:
         return self.features.decode_example(self.table[at].to_pylist()[0])
 
 
+def at_hand(source: str) -> bool:
+    """Whether a source is on this machine, so that nothing would be fetched."""
+    hub = re.fullmatch(r"(?:hf://datasets/)?([\w.-]+/[\w.-]+)(?:/.+)?", source)
+    if os.path.exists(source) or not hub:
+        return os.path.exists(source)
+    try:
+        return bool(snapshot_download(hub[1], repo_type="dataset", local_files_only=True))
+    except Exception:  # the hub's library has many kinds
+        return False
+
+
 def hub_file(source: str) -> str:
     """hf://datasets/OWNER/NAME/FILE -> a local path. The rows of a JSON file name images beside
     it, so for those the whole repository is fetched; a parquet file holds its images."""

@@ -230,8 +230,10 @@ def test_nothing_was_learned_from_the_rows_of_a_probe(world, warm_up, tmp_path):
     held = set(hold_out(load_data(curated), 0.2, 0)[1].indices)
     assert drawn(warm_up[0], prompts)[1] == held and len(held) == 2
     assert drawn(warm_up[0], curated)[1] == set()
-    # A warm-up that held out nothing, and one whose data are gone.
-    for name, change in (("none", {"validation_share": 0.0}), ("gone", {"data": ["gone.jsonl"]})):
+    # A warm-up that held out nothing, and those whose data are gone, or elsewhere.
+    changes = {"none": {"validation_share": 0.0}, "gone": {"data": ["gone.jsonl"]}}
+    changes["hub"] = {"data": ["hf://datasets/nobody/nothing/pairs.jsonl"]}
+    for name, change in changes.items():
         record = json.loads((warm_up[0] / "run.json").read_text())
         os.makedirs(tmp_path / name)
         record["run"] |= change
