@@ -136,14 +136,14 @@ def stages() -> dict[str, Stage]:
     }
     # The grid, of seed VALIDATION alone: each is judged before RL, which hardly moves the kind of
     # question that it does not ask.
+    ends = [name for name in runs if name not in (*ONCE, "blind_warm_up")]
+    for rate in (1e-4, 3e-4):
+        runs |= {f"oracle_{rate}": game(rate, 0, "reader", "oracle"), f"prism_{rate}": game(rate)}
+        runs |= {f"frozen_{rate}": game(rate, 0)}
+    runs["prism_slow_0.0001"] = game(1e-4, 1e-5)
     for rate in (1e-4, 3e-4, 1e-3):
         runs |= {f"more_sft_{rate}": more("aligned", rate), f"more_all_{rate}": more("all", rate)}
-    runs |= {f"prism_{rate}": game(rate) for rate in (1e-4, 3e-4)}
-    runs |= {f"frozen_{rate}": game(rate, 0) for rate in (1e-4, 3e-4)}
-    runs["prism_slow_0.0001"] = game(1e-4, 1e-5)
-    for name in [
-        name for name in runs if name not in (*ONCE, "blind_warm_up") and "0.0" not in name
-    ]:
+    for name in ends:
         longer = {"sft": EQUAL, "more_sft": EQUAL_MORE}.get(name, 0)
         flags = RL | dict(max_steps=RL["max_steps"] + longer, save_hf_steps=RL["max_steps"])
         runs[f"{name}_grpo"] = Stage("rlvr", name, "questions", **(flags if longer else RL))
@@ -156,7 +156,7 @@ ARMS = "base sft sft_grpo prism prism_grpo more_sft more_sft_grpo sft_grpo_longe
 ARMS += "more_sft_grpo_longer more_all more_all_grpo frozen frozen_grpo".split()
 ARMS += "blind blind_grpo oracle oracle_grpo".split()
 ABLATIONS = "text text_grpo dense dense_grpo".split()
-GRID = [name for name in stages() if "_0.0" in name]
+GRID = ["sft", *(name for name in stages() if "_0.0" in name)]
 
 
 def run(seed: int, name: str) -> Path:
@@ -189,7 +189,7 @@ def make(seed: int, name: str, folder: Path) -> None:
     flags |= {source: parents[stage.parent], "data": data}
     flags |= dict(seed=0 if stage.parent == "init" else seed, output_dir=folder, resume=True)
     folder.parent.mkdir(parents=True, exist_ok=True)
-    study.call(script, folder.with_suffix(".log"), **flags)
+    study.call(script, folder.with_name(f"{name}.log"), **flags)
 
 
 def measure(seed: int, arm: str) -> dict:
@@ -318,7 +318,7 @@ def tables(lines: list[dict]) -> dict[str, list[list]]:
     """Every table of docs/judge-study.md by its name. The first has at most eight rows."""
     found = results(lines)
     every = [*ARMS, *ABLATIONS]
-    grid = {(x["arm"], x["seed"]): x for x in lines if x["arm"] in GRID}
+    grid = {(x["arm"], x["seed"]): x for x in lines if x["seed"] == VALIDATION}
     chosen = [["arm", *COLUMNS.values()]]
     for arm, seed in grid:
         chosen.append([arm, *(f"{grid[arm, seed][name]:.3f}" for name in COLUMNS)])
