@@ -62,6 +62,7 @@ from transformers import (
     Qwen3VLForConditionalGeneration,
 )
 
+from support.comments import comments_of
 from support.errors import UserError
 from support.resuming import UNSUPPORTED
 
@@ -689,8 +690,6 @@ def read_rows(path: str | Path) -> list[dict]:
 
 
 def main() -> None:
-    from support.flags import comments_of  # not above: flags imports this file
-
     about = "Builds the world of digits: data files, and an untrained model in init/."
     parser, comments = HfArgumentParser(World, description=about), comments_of(World)
     parser.add_argument("--out", default="out/digits", help="the directory to build")

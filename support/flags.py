@@ -5,16 +5,11 @@ flag is explained in one place.
 """
 
 import argparse
-import ast
 import dataclasses
-import inspect
-import io
 import math
 import os
 import re
 import sys
-import textwrap
-import tokenize
 import warnings
 from typing import Annotated, Literal, get_args, get_type_hints
 
@@ -23,6 +18,7 @@ from transformers import HfArgumentParser
 from transformers.utils import logging
 
 from support import digits, fit
+from support.comments import comments_of
 from support.errors import Ended, UserError
 from support.ranks import rank, say
 
@@ -148,26 +144,6 @@ def _shown(default) -> str:
     if isinstance(default, list):
         return " ".join(default) or "none"
     return str(default).lower() if default is None or isinstance(default, bool) else str(default)
-
-
-def comments_of(config_class) -> dict[str, str]:
-    """Field -> the comment beside it, of a dataclass and of those that it extends."""
-    found = {}
-    for kind in reversed(config_class.__mro__):
-        if not dataclasses.is_dataclass(kind):
-            continue
-        source = textwrap.dedent(inspect.getsource(kind))
-        comments = {
-            token.start[0]: token.string.lstrip("# ")
-            for token in tokenize.generate_tokens(io.StringIO(source).readline)
-            if token.type == tokenize.COMMENT
-        }
-        for node in ast.parse(source).body[0].body:
-            if isinstance(node, ast.AnnAssign):
-                lines = range(node.lineno, node.end_lineno + 1)
-                text = " ".join(comments[line] for line in lines if line in comments)
-                found[node.target.id] = text
-    return found
 
 
 def check_ranges(config) -> None:

@@ -367,19 +367,20 @@ def test_all_stages_ask_alike(tmp_path, capsys):
 def test_what_differs_from_a_checkpoint_is_said_in_one_line(tmp_path, capsys):
     ours = checkpoint(tmp_path, "ours", system_prompt="Ours.", max_pixels=4096)
     said = f"{ours} was trained with system_prompt 'Ours.'; this run uses "
+    mend = ". To make them agree, set --system_prompt or change the rows' own system turns"
     assert asked(tmp_path, ours, system_prompt="Mine.") == (
         ["Mine."],
         {"system_prompt": "Mine.", "max_pixels": 4096},
     )
-    assert capsys.readouterr().err == said + "'Mine.'\n"
+    assert capsys.readouterr().err == said + "'Mine.'" + mend + "\n"
     assert asked(tmp_path, ours, system_prompt="")[0] == [""]
-    assert capsys.readouterr().err == said + "'none'\n"
+    assert capsys.readouterr().err == said + "'none'" + mend + "\n"
     # Most of the rows have a turn of their own, and the next stage is told of that one.
     turns, shared = asked(tmp_path, ours, own=["A.", "A.", None], max_pixels=1024)
     assert turns == ["A.", "A.", "Ours."]
     assert shared == {"system_prompt": "A.", "max_pixels": 1024}
     first, second = capsys.readouterr().err.splitlines()
-    assert first == said + "'A.'" and "max_pixels '4096', and this run has '1024'" in second
+    assert first == said + "'A.'" + mend and "max_pixels '4096'; this run uses '1024'" in second
     # A flag that no row needs changes nothing.
     asked(tmp_path, ours, own=["Ours."], system_prompt="Mine.")
     assert capsys.readouterr().err == ""

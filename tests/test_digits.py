@@ -95,7 +95,7 @@ def test_what_each_set_holds(world):
     assert len(images) == len(set(images))
 
 
-def test_the_command_builds_this_world_and_says_what_comes_next(world, tmp_path):
+def test_the_command_builds_this_world_and_names_its_files(world, tmp_path):
     """What it shows is what it built. It trains nothing: there is no base yet."""
     out = tmp_path / "world"
     words = ("-m", "support.digits", "--out", out)
@@ -103,11 +103,11 @@ def test_the_command_builds_this_world_and_says_what_comes_next(world, tmp_path)
     shown = launch(*words, *flags, real=True).stdout
     for name in ("pretrain.jsonl", "sft.jsonl", "prompts.jsonl", "test.jsonl", "init/config.json"):
         assert (out / name).read_bytes() == (Path(world["init"]).parent / name).read_bytes()
-    assert f"prompts {WORLD['prompt_rows']}, questions {WORLD['question_rows']}" in shown
-    base = f"python sft.py --model {out}/init --data digits --output_dir {out}/base"
-    assert shown.splitlines()[-1] == f"next, the base: {base}" and not (out / "base").exists()
+    assert f"prompts      {out}/prompts.jsonl" in shown and not (out / "base").exists()
+    assert "next" not in shown  # --data digits names the world of out/digits
     other = launch(*words, *flags, "--noise", 0.5, real=True, check=False)
-    assert other.returncode == 1 and other.stderr.startswith(f"error: {out} holds a world that")
+    said = f"error: {out} holds digits built with another noise; "
+    assert other.returncode == 1 and other.stderr.startswith(said)
 
 
 def test_scans_are_shared_by_no_two_splits():

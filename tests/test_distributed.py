@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from data import encode_prompts
+from data import SYSTEM_PROMPT, encode_prompts
 from discriminator import load_discriminator
 from support.huggingface import load_processor
 from support.ranks import shard
@@ -72,7 +72,10 @@ def test_max_pixels_is_the_same_on_any_number_of_ranks(world, tmp_path):
         size = ("--per_device_train_batch_size", 8 // ranks)
         launch("sft.py", *flags, "--output_dir", tmp_path / str(ranks), *size, ranks=ranks)
     assert metrics(tmp_path / "2") == pytest.approx(metrics(tmp_path / "1"), rel=1e-5)
-    prompts = encode_prompts(load_processor(world["init"]), load_data(str(tmp_path / "rows.jsonl")))
+    prompts = encode_prompts(
+        load_processor(world["init"]),
+        load_data(str(tmp_path / "rows.jsonl"), system_prompt=SYSTEM_PROMPT),
+    )
     whole = sum(len(prompt.input_ids) for prompt in prompts)
     responses = 8 * metrics(tmp_path / "2", "response_length")[0]
     assert metrics(tmp_path / "2", "tokens")[0] == whole + responses - 7 * 240

@@ -639,7 +639,7 @@ def test_comparison(tmp_path, run):
         stage="discriminator",
     )
     make(tmp_path / "zz_other", [], RESULT)
-    make(tmp_path / "zz_unjudged", steps(3, loss=1.0), stage="sft")
+    make(tmp_path / "zz_unjudged", steps(3, loss=1.0), stage="align")
     (tmp_path / "not_a_run").mkdir()
     out, err = run(tmp_path)
     same = {
@@ -673,7 +673,7 @@ def test_comparison(tmp_path, run):
     assert bars["accuracy"]["x"] == ["base", "SFT", "SFT+GRPO", "PRISM+GRPO", "zz_other"]
     assert bars["accuracy"]["y"] == [0.5, None, 0.5, 0.75, 0.5] and "caption_accuracy" not in bars
     links = [attributes["href"] for tag, attributes in page.elements if tag == "a"]
-    names = ("base", "sft", "sft_grpo", "align_grpo", "discriminator", "zz_other")
+    names = ("base", "sft", "sft_grpo", "align_grpo", "discriminator", "zz_other", "zz_unjudged")
     assert links == [f"{name}/report.html" for name in names]
     assert all((tmp_path / link).exists() for link in links)
     held = Page(tmp_path / "discriminator" / "report.html")

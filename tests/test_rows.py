@@ -575,7 +575,7 @@ def asked(content) -> dict:
 @pytest.mark.parametrize(
     "lines, says",
     [
-        ([{**ROW, "image": "b.png"}], ["data.jsonl:1", "b.png", "does not exist"]),
+        ([{**ROW, "image": "b.png"}], ["data.jsonl:1", "b.png", "is not below the data file"]),
         ([ROW, {"question": "q"}], ["data.jsonl:2", "without `answer`"]),
         ([{"image": "a.png", "answer": "1"}], ["data.jsonl:1", "question"]),
         (

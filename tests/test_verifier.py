@@ -556,7 +556,7 @@ def test_the_machines_load_does_not_matter():
     "module, source, message",
     [
         ("math_verify", "raise ImportError('no such thing')", "no such thing"),
-        ("sympy", "import os; os._exit(3)", "does not work"),
+        ("sympy", "import os; os._exit(3)", "does not start"),
         (
             "latex2sympy2_extended/latex2sympy2",
             "import sympy\nclass ConversionConfig:\n    def __init__(self, **k): pass\n"
