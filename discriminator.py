@@ -51,7 +51,7 @@ from model import adapt, load_policy, model_inputs, rank_packs
 from probe import draw_trials, in_words, probe
 from sampler import Sampling, generate
 from support.errors import RowError, Unfit, UserError
-from support.flags import Count, NonNegative, Positive, RunConfig, Schedule, Share
+from support.flags import Count, NonNegative, Positive, RunConfig, Schedule, Share, Steps
 from support.huggingface import open_discriminator, same_prompts, save_discriminator
 from support.loader import hold_out, run_length
 from support.metrics import Loss, Mean, Sum, add
@@ -83,7 +83,7 @@ class DiscriminatorConfig(RunConfig):
     warmup_steps: NonNegative = 0.1  # steps, or below 1 a share of the run; paper: 0.1
     weight_decay: NonNegative = 0.01  # of AdamW; paper: 0.01
     num_train_epochs: Positive = 1.0  # passes over the data; paper: 1
-    max_steps: int = -1  # where positive, the length of the run in place of the epochs
+    max_steps: Steps = -1  # where positive, the length of the run in place of the epochs
     per_device_train_batch_size: Count = 2  # pairs, two comparisons each; paper: 4 comparisons
     gradient_accumulation_steps: Count = 4  # multiplies the batch; paper: 4
     max_grad_norm: Positive = 1.0  # gradients are clipped to this norm; paper: 1.0

@@ -23,7 +23,7 @@ import torch
 from data import Encoded, Group, encode_response, load_examples
 from model import load_policy, rank_packs, token_logprobs
 from support.errors import Unfit
-from support.flags import Count, NonNegative, Positive, RunConfig, Schedule
+from support.flags import Count, NonNegative, Positive, RunConfig, Schedule, Steps
 from support.huggingface import save_policy
 from support.loader import run_length
 from support.metrics import Loss, Mean
@@ -45,7 +45,7 @@ class SFTConfig(RunConfig):
     warmup_steps: NonNegative = 0.1  # steps, or below 1 a share of the run; paper: 0.1
     weight_decay: NonNegative = 0.0  # of AdamW; paper: not stated
     num_train_epochs: Positive = 1.0  # passes over the data; paper: 1
-    max_steps: int = -1  # where positive, the length of the run in place of the epochs
+    max_steps: Steps = -1  # where positive, the length of the run in place of the epochs
     per_device_train_batch_size: Count = 2  # rows a rank; paper: 2
     gradient_accumulation_steps: Count = 1  # multiplies the batch; paper: not stated
     max_grad_norm: Positive = 1.0  # gradients are clipped to this norm; paper: not stated

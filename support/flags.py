@@ -23,8 +23,10 @@ from support.errors import Ended, UserError
 from support.ranks import rank, say
 
 # The types of flags, with the smallest and the largest value that each may have.
-Count = Annotated[int, 1, math.inf]
-Natural = Annotated[int, 0, math.inf]
+MOST = 2**31 - 1  # of what is counted here; sums and products of such numbers are still exact
+Count = Annotated[int, 1, MOST]
+Natural = Annotated[int, 0, MOST]
+Steps = Annotated[int, -MOST, MOST]  # the length of a run; below 1 the epochs count
 Positive = Annotated[float, 1e-9, 1e9]  # so that it and what is divided by it stay finite
 NonNegative = Annotated[float, 0.0, sys.float_info.max]
 Share = Annotated[float, 0.0, 1.0]
@@ -154,7 +156,7 @@ def check_ranges(config) -> None:
             low, high = getattr(kind, "__metadata__", (-math.inf, math.inf))
             if value is not None and hasattr(kind, "__metadata__") and not low <= value <= high:
                 most = "" if high >= sys.float_info.max else f" and at most {high:.10g}"
-                raise UserError(f"--{name} {value}: must be at least {low:g}{most}")
+                raise UserError(f"--{name} {value}: must be at least {low:.10g}{most}")
 
 
 def _read_system_prompt(config) -> None:

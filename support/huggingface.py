@@ -105,6 +105,11 @@ def load_pretrained(path: str, config, unused: str = "$^", hollow: bool = False)
             f"{path}: cannot be loaded as a vision-language model with its processor "
             f"({_first_line(error)})"
         ) from None
+    if processor.tokenizer.eos_token_id is None:
+        raise UserError(
+            f"{path}: its tokenizer names no end of sequence, so no response would end; set "
+            f"eos_token in tokenizer_config.json"
+        )
     missing = sorted(key for key in found["missing_keys"] if not re.search(unused, key))
     unexpected = sorted(key for key in found["unexpected_keys"] if not re.search(unused, key))
     missing += sorted(str(key) for key in found["mismatched_keys"])

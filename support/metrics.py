@@ -138,5 +138,12 @@ def writer_to(report_to: str, path: str, fields: dict) -> Callable | None:
         raise UserError(
             "--report_to wandb: it is not installed; pip install wandb, or use tensorboard"
         ) from None
-    wandb.init(project="prism", dir=path, config=fields)
+    try:
+        wandb.init(project="prism", dir=path, config=fields)
+    except Exception as error:
+        said = (str(error).strip() or repr(error)).splitlines()[0][:150]
+        raise UserError(
+            f"--report_to wandb: it does not start ({said}); run `wandb login`, or set "
+            f"WANDB_MODE=offline"
+        ) from None
     return lambda line, step: wandb.log(line, step=step)

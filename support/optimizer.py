@@ -30,7 +30,9 @@ def learning_rate_at(step: int, max_steps: int, config, peak: float | None = Non
         schedule = get_scheduler(with_warmup, holder, warmup, max_steps).lr_lambdas[0]
     except ValueError as error:
         raise UserError(f"--lr_scheduler_type {name}: {error}") from None
-    return peak * schedule(step if step <= warmup else step - 1)
+    if step <= warmup:  # some schedules divide by the steps behind it, which may be none
+        return peak * step / warmup
+    return peak * schedule(step - 1)
 
 
 def optimizer_step(module, optimizer, learning_rate: float, max_grad_norm: float) -> float:

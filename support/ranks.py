@@ -20,7 +20,7 @@ from torch.distributed.tensor import Shard
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 from tqdm import tqdm
 
-from support.errors import printable
+from support.errors import UserError, printable
 
 # --------------------------------------------------------------------------------------------------
 # Processes
@@ -28,7 +28,17 @@ from support.errors import printable
 
 def join_ranks(timeout: datetime.timedelta | None = None) -> torch.device:
     """Joins the processes that torchrun started (gloo on a CPU, nccl on a GPU). A bare `python` is
-    one process. A collective that takes longer than `timeout` fails. -> the device of this rank."""
+    one process. A collective that takes longer than `timeout` fails. -> the device of this rank.
+    UserError where the environment has a part of what torchrun sets."""
+    if "RANK" in os.environ:
+        needed = ("RANK", "WORLD_SIZE", "MASTER_PORT")
+        wrong = [name for name in needed if not os.environ.get(name, "").isdigit()]
+        wrong += [] if os.environ.get("MASTER_ADDR") else ["MASTER_ADDR"]
+        if wrong:
+            raise UserError(
+                f"RANK is set, but {', '.join(wrong)} is not as torchrun sets it; start the stage "
+                f"by torchrun, or unset RANK for one process"
+            )
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
         if not dist.is_initialized():
@@ -43,7 +53,10 @@ def join_ranks(timeout: datetime.timedelta | None = None) -> torch.device:
 
 def rank() -> int:
     """The number of this process, from 0."""
-    return dist.get_rank() if dist.is_initialized() else int(os.environ.get("RANK", 0))
+    if dist.is_initialized():
+        return dist.get_rank()
+    number = os.environ.get("RANK", "")
+    return int(number) if number.isdigit() else 0
 
 
 def world_size() -> int:

@@ -516,8 +516,8 @@ class Run:
                 "run": dataclasses.asdict(self.config),
             }
             self._say_what_changed(self.record["run"])
-            write_json(os.path.join(self.path, "run.json"), self.record)
             self.writer = writer_to(self.config.report_to, self.path, self.record["run"])
+            write_json(os.path.join(self.path, "run.json"), self.record)
         barrier()  # rank 0 has cut the files
         if "left_out.jsonl" in self._logs():
             with open(os.path.join(self.path, "left_out.jsonl")) as file:

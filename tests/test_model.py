@@ -373,6 +373,16 @@ def test_every_schedule_is_transformers_own(name):
     assert ours == [*rates[1:5], *rates[4:20]] and rates[0] == 0 < ours[0]
 
 
+@pytest.mark.parametrize("name", [name for name in get_args(Schedule) if name != "constant"])
+@pytest.mark.parametrize("warmup, steps", [(1.0, 1), (20.0, 20), (0.999, 20), (50.0, 50)])
+def test_a_warm_up_may_be_the_whole_run(name, warmup, steps):
+    """Or be longer. Its rate grows evenly to the peak."""
+    config = schedule(warmup, name, 0.5)
+    length = min(steps, 20)
+    rates = [learning_rate_at(step, length, config) for step in range(1, length + 1)]
+    assert rates == [0.5 * step / steps for step in range(1, length + 1)]
+
+
 def test_a_schedule_that_cannot_be_is_one_line():
     with pytest.raises(UserError, match="--lr_scheduler_type linaer: .*select one of .*'linear'"):
         learning_rate_at(1, 10, schedule(0.0, "linaer", 1.0))
@@ -520,6 +530,15 @@ def test_a_lost_tie_is_refused(trained, tmp_path):
 
     with pytest.raises(UserError, match="1 missing .lm_head.weight"):
         load_policy(changed(trained, tmp_path / "m", lambda t: t, untie))
+
+
+def test_a_tokenizer_without_an_end_is_refused(trained, tmp_path):
+    path = shutil.copytree(trained, tmp_path / "m", ignore=shutil.ignore_patterns("checkpoint-*"))
+    config = json.loads((path / "tokenizer_config.json").read_text()) | {"eos_token": None}
+    (path / "tokenizer_config.json").write_text(json.dumps(config))
+    for load in (load_policy, load_discriminator):
+        with pytest.raises(UserError, match="m: its tokenizer names no end of sequence, so no"):
+            load(str(path))
 
 
 # --------------------------------------------------------------------------------------------------

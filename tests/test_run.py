@@ -1145,32 +1145,26 @@ def test_one_bad_step_is_skipped_counted_and_named(nursery, whole, tmp_path, ran
 
 CONFIGS = {c.__name__: c for c in (SFTConfig, DiscriminatorConfig, AlignConfig, RLVRConfig)}
 CONFIGS["EvalConfig"] = EvalConfig
-FREE = {"max_steps"}  # of SFT and the warm-up: where it is not positive the epochs count
 
 
 def numeric_fields() -> list[tuple[str, str, type, tuple]]:
-    """(stage, field, int or float, its range or None) of every number among the flags."""
+    """(stage, field, int or float, its range) of every number among the flags."""
     found = []
     for stage, config in CONFIGS.items():
         for name, hint in get_type_hints(config, include_extras=True).items():
             kinds = [k for k in (hint, *get_args(hint)) if hasattr(k, "__metadata__")]
-            plain = {hint, *get_args(hint)} & {int, float}
+            assert kinds or not {hint, *get_args(hint)} & {int, float}, (stage, name)
             if kinds:
                 found.append((stage, name, get_args(kinds[0])[0], kinds[0].__metadata__))
-            elif plain:
-                found.append((stage, name, plain.pop(), None))
     return found
 
 
 @pytest.mark.parametrize("stage, name, kind, limits", numeric_fields())
 def test_every_number_has_a_range(stage, name, kind, limits):
     """What is below or above is one line that names the flag and the range; the ends are fine."""
-    if limits is None:
-        assert name in FREE
-        return
     low, high = limits
-    outside = [low - 1, -math.inf if kind is float else -(10**30), -1]
-    outside += [math.nan, math.inf] if kind is float else []
+    outside = [low - 1, -math.inf if kind is float else -(10**30)]
+    outside += [math.nan, math.inf] if kind is float else [10**20]
     outside += [high + 1] if high < 1e300 else []
     for value in outside:
         with pytest.raises(UserError, match=f"^--{name} {re.escape(str(value))}: must be") as said:
@@ -1197,6 +1191,8 @@ def test_the_defaults_are_inside_their_ranges(stage):
         (("--seed", 10**12), f"--seed {10**12}: must be"),
         (("--save_steps", "often"), "invalid"),
         (("--report_to", "paper"), "invalid choice: 'paper' (choose from"),
+        (("--max_steps", 10**20), f"--max_steps {10**20}: must be at least"),
+        (("--per_device_train_batch_size", 10**20), "and at most 2147483647"),
         (("--output_dir", "README.md/out"), "README.md/out: Not a directory"),
         (("--output_dir", ""), "--output_dir . is not empty"),
         (("--lr_scheduler_type", "linaer"), "invalid choice: 'linaer' (choose from"),
@@ -1207,6 +1203,48 @@ def test_a_flag_outside_its_range_is_one_line(nursery, short, tmp_path, flags, s
     words = (*base, "--output_dir", tmp_path / "out", *flags)
     refused(nursery.start(*words, log=tmp_path / "log"), said)
     assert not (tmp_path / "out" / "metrics.jsonl").exists()
+
+
+@pytest.mark.parametrize(
+    "env", [dict(RANK=0), dict(RANK=1, WORLD_SIZE=2), dict(RANK="x"), dict(RANK="")]
+)
+def test_a_part_of_what_torchrun_sets(nursery, short, tmp_path, env):
+    """As a scheduler may leave it behind."""
+    words = (*short("sft.py"), "--output_dir", tmp_path / "out")
+    line = refused(nursery.start(*words, log=tmp_path / "log", **env), "RANK is set", "torchrun")
+    assert "MASTER_ADDR" in line and ("WORLD_SIZE" in line) == ("WORLD_SIZE" not in env)
+    assert not (tmp_path / "out").exists()
+
+
+NO_LOGIN = '''"""Stage 1, with a wandb that nobody has logged in to."""
+
+import sys
+import types
+
+import sft
+from support.run import main
+
+
+def init(**settings):
+    raise RuntimeError("api_key not configured (no-tty). call wandb.login()")
+
+
+sys.modules["wandb"] = types.SimpleNamespace(init=init, finish=lambda: None)
+main(sft.train)
+'''
+
+
+def test_wandb_without_a_login_leaves_nothing_behind(nursery, short, tmp_path):
+    """So the same command works once there is one, or without it."""
+    script, out = tmp_path / "stage.py", tmp_path / "out"
+    script.write_text(NO_LOGIN)
+    words = (*short("sft.py")[1:], "--max_steps", 1, "--output_dir", out)
+    report = ("--report_to", "wandb")
+    line = refused(nursery.start(script, *words, *report, log=tmp_path / "log"))
+    assert "--report_to wandb: it does not start (api_key not configured" in line
+    assert "run `wandb login`, or set WANDB_MODE=offline" in line
+    done = nursery.run(script, *words, log=tmp_path / "log")
+    assert done.codes == [0], done.said
 
 
 def test_the_largest_seed_works(nursery, short, tmp_path):
