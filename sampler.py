@@ -58,7 +58,7 @@ class RowCache:
         self.prompt_of = torch.zeros(slots, dtype=torch.long, device=device)  # (S,)
         self.length = torch.zeros(slots, dtype=torch.long, device=device)  # (S,) own tokens so far
         self.slots = torch.arange(slots, device=device)
-        self.filled = 0  # at least as many as any slot holds, counted without asking the device
+        self.filled = 0  # at least as many as any slot holds; each step counts one more
         self.generation = 0  # how often tensors have moved or changed their shape
         self.table = self.place = self.beyond = None
 
@@ -66,6 +66,7 @@ class RowCache:
         """New rows, with no tokens of their own, take slots."""
         self.length[slots] = 0
         self.prompt_of[slots] = prompt_of
+        self.filled = int(self.length.max())
         self._tabulate()
 
     def compact(self, idle: torch.Tensor) -> torch.Tensor:
@@ -240,7 +241,8 @@ class Rows:
                     self._step()
             self.recorded = self.cache.generation
         except RuntimeError as error:
-            said = f"this call of generate goes on without CUDA graphs: {error}"
+            why = error.__context__ or error  # the second says no more than that there was a first
+            said = f"this call of generate goes on without CUDA graphs: {why}"
             warnings.warn(said, stacklevel=2)
             self.graph, self.records = None, False
 

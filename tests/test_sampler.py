@@ -133,8 +133,11 @@ def recorded(monkeypatch) -> type[Recorded]:
     @contextlib.contextmanager
     def graph(recorded, **options):
         before, here[0] = here[0], "side"
-        with recorded:
-            yield
+        try:
+            with recorded:
+                yield
+        except RuntimeError as error:
+            raise RuntimeError("failed due to a previous error during capture") from error
         here[0] = before
 
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Recorded)
@@ -193,6 +196,32 @@ def test_fixed_shapes_without_a_gpu(world, trained):
     with pytest.warns(UserWarning, match="without CUDA graphs"):
         fixed = generate(policy, prompts, replace(sampling, fixed=True))
     assert same_samples(policy, plain, fixed, 1.3, seed=5) > 0
+
+
+@pytest.mark.parametrize("fixed", [False, True])
+def test_rows_that_wait_read_no_more_keys_than_there_are(
+    world, trained, recorded, monkeypatch, fixed
+):
+    """Many short rows on few slots: what a step reads, and the cache's room, follow the longest row
+    in a slot and not the number of steps."""
+    policy, processor = load_policy(trained)
+    prompts = encode_prompts(processor, load_data(world["validation"])[:2])
+    steps, reserve = [], RowCache.reserve
+
+    def spy(cache):
+        longest = int(cache.length.max())
+        reserve(cache)
+        steps.append((cache.filled, longest + 1, cache.own[0][0].shape[2]))
+
+    monkeypatch.setattr(RowCache, "reserve", spy)
+    sampling = Sampling(16, 600, temperature=1.3, seed=5, max_rollout_rows=4, fixed=fixed)
+    groups = generate(policy, prompts, sampling)
+    filled, longest, room = torch.tensor(steps).T
+    most = max(len(branch) for group in groups for branch in group.branches)
+    assert len(steps) > 300 > most and room.max() == 256
+    assert (filled >= longest).all()
+    # Fixed shapes keep slots that have ended, and count on from the longest of those.
+    assert filled.max() <= 2 * most + 8 if fixed else (filled == longest).all()
 
 
 def test_sampling_follows_the_distribution(world, policy_processor):
