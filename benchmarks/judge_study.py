@@ -90,7 +90,7 @@ def supervision(seed: int) -> list[dict]:
 # --------------------------------------------------------------------------------------------------
 # Runs and arms
 
-ALWAYS = dict(dataloader_num_workers=0, save_steps=100000)
+ALWAYS = dict(dataloader_num_workers=0, save_steps=100000, save_total_limit=100)
 SAMPLES = dict(max_completion_length=96, max_rollout_rows=256)
 GAME = dict(max_steps=ALIGNED // 16, prompts_per_step=16, num_generations=8) | SAMPLES
 RL = dict(algorithm="grpo", prompts_per_step=16, num_generations=8, max_steps=100) | SAMPLES
@@ -100,8 +100,8 @@ MORE = dict(lr_scheduler_type="constant", per_device_train_batch_size=16)
 BLIND = dict(max_steps=60, learning_rate=3e-4, per_device_train_batch_size=32)
 BLIND |= dict(gradient_accumulation_steps=1) | SAMPLES
 # From the grid. Steps of RL that take as long as the alignment, or as it and not more SFT.
-RATE, DISCRIMINATOR, MORE_RATE, ALL_RATE = 1e-4, 3e-5, 3e-4, 3e-4
-EQUAL, EQUAL_MORE = 120, 100
+RATE, ORACLE, MORE_RATE, ALL_RATE, DISCRIMINATOR = 3e-4, 1e-4, 1e-3, 3e-4, 3e-5
+EQUAL, EQUAL_MORE = 110, 100
 # Made once for all seeds, as published models are.
 ONCE = "reader base warm_up text_warm_up dense_warm_up".split()
 
@@ -130,16 +130,16 @@ def stages() -> dict[str, Stage]:
         "text": game(judged="text_warm_up"),
         "dense": game(judged="dense_warm_up"),
         "blind": game(judged="blind_warm_up"),
-        "oracle": game(own=0, judged="reader", kind="oracle"),
+        "oracle": game(ORACLE, 0, "reader", "oracle"),
         "more_sft": more("aligned", MORE_RATE),
         "more_all": more("all", ALL_RATE),
     }
     ends = [name for name in runs if name not in (*ONCE, "blind_warm_up")]
     # The grid, of seed VALIDATION alone, before RL
     runs |= {f"prism_{rate}": game(rate) for rate in (1e-4, 3e-4)}
-    runs |= {f"more_sft_{rate}": more("aligned", rate) for rate in (1e-4, 3e-4, 1e-3)}
+    runs |= {f"more_sft_{rate}": more("aligned", rate) for rate in (1e-4, 3e-4, 1e-3, 3e-3)}
     runs |= {f"oracle_{rate}": game(rate, 0, "reader", "oracle") for rate in (1e-4, 3e-4)}
-    runs |= {f"more_all_{rate}": more("all", rate) for rate in (1e-4, 3e-4)}
+    runs |= {f"more_all_{rate}": more("all", rate) for rate in (1e-4, 3e-4, 1e-3)}
     for name in ends:
         longer = {"sft": EQUAL, "more_sft": EQUAL_MORE}.get(name, 0)
         flags = RL | dict(max_steps=RL["max_steps"] + longer, save_hf_steps=RL["max_steps"])
@@ -153,7 +153,7 @@ ARMS = "base sft sft_grpo prism prism_grpo more_sft more_sft_grpo sft_grpo_longe
 ARMS += "more_sft_grpo_longer more_all more_all_grpo frozen frozen_grpo".split()
 ARMS += "blind blind_grpo oracle oracle_grpo".split()
 ABLATIONS = "text text_grpo dense dense_grpo".split()
-GRID = ["sft", *(name for name in stages() if "_0.0" in name)]
+GRID = ["sft", *(name for name in stages() if "_0.0" in name)]  # a rate
 
 
 def run(seed: int, name: str) -> Path:
