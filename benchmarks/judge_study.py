@@ -315,15 +315,16 @@ def tables(lines: list[dict]) -> dict[str, list[list]]:
     """Every table of docs/judge-study.md by its name. The first has at most eight rows."""
     found = results(lines)
     every = [*ARMS, *ABLATIONS]
-    grid = {(x["arm"], x["seed"]): x for x in lines if x["seed"] == VALIDATION}
-    chosen = [["arm", *COLUMNS.values()]]
-    for arm, seed in grid:
-        chosen.append([arm, *(f"{grid[arm, seed][name]:.3f}" for name in COLUMNS)])
+    grid = [["arm", "rate", *COLUMNS.values()]]
+    for line in [line for line in lines if line["seed"] == VALIDATION]:
+        name, _, rate = line["arm"].partition("_0")
+        values = [f"{line[column]:.3f}" for column in COLUMNS]
+        grid.append([LABELS[name], f"0{rate}" if rate else "", *values])
     return {
         "judge": arms_table(found, FIRST, COLUMNS),
         "judge_arms": arms_table(found, every, COLUMNS | MORE_COLUMNS),
         "judges": judges_table(found),
-        "judge_grid": chosen,
+        "judge_grid": grid,
     }
 
 
