@@ -8,7 +8,7 @@ The first trains a policy on the built-in digits for a moment, on two ranks, whi
 bfloat16; vLLM opens what they saved. Both answer 40 questions greedily in float32, and the line
 `equal N of 40` counts the answers whose tokens are the same.
 
-The second compares tokens per second on random weights, of 5M and of 75M parameters, both sides
+The second compares tokens per second on random weights, of 5M and of 80M parameters, both sides
 in float32: 4 new prompts of about 285 tokens with an image a turn, 16 rows each, images encoded
 inside the time. Our rows end at random; vLLM's get the same lengths. The sides alternate, and the
 first turn warms up. vLLM's engine is another process, so this needs a quiet machine, and it wants
