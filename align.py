@@ -16,7 +16,7 @@ is no KL to a reference, which would pull towards the drifted SFT policy, and no
 Deviations from the published run:
 D7  The supervision response is not cut; the release cuts its two parts to 512 tokens each.
 D8  Length debiasing acts on the rewards only; in the release also on the discriminator's loss.
-D10 A supervision response of broken format is a bad row.
+D10 A row whose supervision response has a broken format is left out, counted and named.
 D1 to D5 and D13 are in discriminator.py, D9 and D11 in policy_gradient.py.
 
     torchrun --nproc_per_node=8 align.py --ckpt sft_out --output_dir align_out

@@ -53,7 +53,8 @@ BLOCKS = ("caption", "think", "answer")
 TAGS = [tag for name in BLOCKS for tag in (f"<{name}>", f"</{name}>")]
 RESPONSE = r"\s*" + r"\s*".join(f"<{name}>(.*)</{name}>" for name in BLOCKS) + r"\s*"
 
-# What every stage gives to a row without a system turn: the format, described (D14).
+# What a row without a system turn gets, where neither --system_prompt nor the checkpoint says
+# otherwise: the format, described (D14).
 SYSTEM_PROMPT = (
     "Answer in three blocks, in this order and with nothing around them. First describe all that "
     "the image shows and the question needs: <caption>...</caption>. Then reason step by step: "
@@ -234,9 +235,9 @@ def encode_views(processor, response: Response) -> tuple[torch.Tensor, torch.Ten
     answer blocks).
 
     Supervision and rollout both come through here: the blocks are laid out in one way and
-    tokenised once, the boundary is the first token at or behind the think block, and both views
-    end in the same end of sequence. White space, sampled token boundaries or a missing end
-    therefore cannot tell the two sides apart."""
+    tokenised once, the reasoning view begins with the first token that starts at `<think>` or
+    later, and both views end in the same end of sequence. White space, sampled token boundaries or
+    a missing end therefore cannot tell the two sides apart."""
     caption = f"<caption>{response.caption}</caption>\n"
     text = f"{caption}<think>{response.think}</think>\n<answer>{response.answer}</answer>"
     encoded = processor.tokenizer(

@@ -17,17 +17,17 @@ stands in the data or, with `--policy`, is sampled from that policy. A student o
 no views, so it enters no loss.
 
 A prompt stands in a pack once, behind it the views of its rollouts and of its supervision response,
-so prompt and image are computed once for all views in the pack; `data.make_packs` may need several
-packs. Both sides go through one function (`data.encode_views`), and
-equal views of a prompt are one branch, so two sides of the same text score exactly the same (D15).
-Nothing is cut.
+so prompt and image are computed once for all views in the pack. Views that do not fit into one pack
+go on in another, where the prompt is repeated. Supervision and student go through one function
+(`data.encode_views`), and equal views of a prompt are one branch, so two sides of the same text
+score exactly the same (D15). No response is truncated.
 
 Deviations from the published run (all are in docs/deviations.md, with the reasons):
 D1  Each view has a score vector of its own; the release reads both views from one.
 D2  Views keep the image's rotary positions; the release drops them.
-D3  Prompt tokens are computed once, so they enter (8) once and not once a view. (8) is taken in
-    each pack and averaged by tokens, so it depends on how a batch is cut, as do dropout's masks
-    and the shares of the experts in the log.
+D3  Prompt tokens are computed once a pack, so they enter (8) once a pack and not once a view. (8)
+    is taken in each pack and the packs are weighted by their tokens, so it depends on how a batch
+    is cut into packs, as do dropout's masks and the shares of the experts in the log.
 D4  The clamp of (5) and the score penalty of (7) also act in the warm-up, the balance loss also in
     the game; the release has the first two in the game only, the last in the warm-up only.
 D5  A step of the warm-up takes both views of 64 pairs; the release shuffles the 128 single-view
@@ -274,7 +274,8 @@ def view_of_tokens(pack: Pack, views: torch.Tensor) -> torch.Tensor:
 def pair_loss(teacher: torch.Tensor, student: torch.Tensor, num_pairs: int | None = None):
     """(6), Bradley-Terry: the sum of -log sigmoid(D(x, y+) - D(x, y)) over two tensors of scores of
     one shape, divided by their number of elements or, where given, by `num_pairs`. -> scalar.
-    Scores (U, 2), both views of U pairs, with the global number of pairs give (6)."""
+    For (6), averaged over pairs: scores (U, 2), a column for each view of U pairs, and `num_pairs`
+    over all packs and ranks."""
     count = teacher.numel() if num_pairs is None else num_pairs
     return -F.logsigmoid(teacher - student).sum() / count
 
@@ -365,7 +366,7 @@ def without_images(processor, prompt: Prompt) -> Prompt:
 
 @dataclass
 class Judgement:
-    """What the discriminator said of N students each of P prompts. 0 where there is no score."""
+    """The discriminator's scores of P prompts with N students each, 0 where a student has none."""
 
     perception: torch.Tensor  # (P, N) scores of the students
     reasoning: torch.Tensor  # (P, N)
@@ -460,8 +461,9 @@ def load_discriminator(
 ):
     """-> (discriminator, processor) from a Hugging Face directory or hub id.
 
-    A dense vision-language model is upcycled. A discriminator, ours or the released one, is loaded
-    as it is, with its score head or heads. `kind` None is the kind that was saved, else learned.
+    A dense vision-language model is upcycled, unless `kind` is dense. A discriminator, ours or the
+    released one, is loaded as it is, with its score head or heads. `kind` None is the kind that
+    was saved, else learned.
     UserError where it cannot be loaded, or where prompts that `policy_processor` encodes would mean
     something else to it."""
     saved = open_discriminator(path)

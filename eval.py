@@ -51,7 +51,7 @@ class EvalConfig:
     num_samples: Count = 1  # answers to a row
     temperature: NonNegative = 0.0  # of sampling; 0: greedy
     max_rollout_rows: Count | None = 32  # rollouts a rank samples at a time; none: all
-    dry_run: Natural = 0  # print the bytes a GPU of this run on so many GPUs, and end
+    dry_run: Natural = 0  # print the memory that this run needs per GPU on N GPUs, then stop
 
 
 def read_response(text: str, untagged: str | None) -> Response | None:

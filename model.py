@@ -62,7 +62,8 @@ class PackAttention:
     Every token is a query of exactly one sequence: a prompt (keys: itself) or a branch (keys: its
     prompt and itself). The last key of a sequence belongs to its last query, and a query sees no
     later key than its own. On a GPU all sequences go through one call for ragged sequences. On a
-    CPU those of like lengths go together as padded rows, and a prompt with its only branch is one.
+    CPU those of like lengths go together as padded rows, and a prompt that has only one branch
+    forms a single sequence with it.
     Takes along: has_varlen, _alike, _padded, _ragged, data.Segment, data.Pack."""
 
     def __init__(self, pack: Pack, collected: list | None = None):
@@ -263,9 +264,9 @@ class LogProbs(torch.autograd.Function):
     -> (2, K) float32: log-probabilities, entropies (without gradient). The backward pass computes
     the logits of each chunk again and adds to the head's one gradient, in float32.
 
-    All branches of a prompt are predicted from its last token, so rows repeat. They are picked
-    here because on a CPU torch sums the gradient of an index in whatever order its threads come,
-    and then two equal runs would differ in the last bit (on a GPU they may all the same)."""
+    The first token of every branch is predicted from the prompt's last token, so rows repeat. The
+    rows are picked here because on a CPU torch sums the gradient of an index in whatever order its
+    threads come, and then two equal runs would differ in the last bit (on a GPU they still may)."""
 
     @staticmethod
     def forward(ctx, hidden, weight, predictors, targets, temperature, forbidden, chunk):

@@ -11,9 +11,9 @@
     clip (15)      0.2 / 0.2, dual 3       0.2 / 0.28, dual 10     0.0003 / 0.0004, no dual
     mean (16)      over all tokens         over all tokens         over sequences, of token means
 
-The clips and dual clips are the published run's; 0.28 is DAPO's Clip-Higher. The dual clip is
-PPO's (1912.09729); neither 2402.03300 nor 2503.14476 has one. The token mean of GRPO is verl's and
-the release's; 2402.03300 averages each sequence first.
+The clips and dual clips are the published run's, but for GSPO's dual clip (D11); 0.28 is DAPO's
+Clip-Higher. The dual clip is that of dual-clip PPO (1912.09729); none of the three papers above has
+one. The token mean of GRPO is verl's and the release's; 2402.03300 averages each sequence first.
 
 Denominators are those of the whole batch, over all ranks and packs (D9). So neither the loss nor
 its gradient depends on how the batch was cut. GSPO has no dual clip, and its KL penalty is a mean
@@ -33,8 +33,9 @@ from model import token_logprobs
 from support.metrics import Loss, Max, Mean, Min
 from support.ranks import all_sum
 
-# What the published runs set for each algorithm; a dual clip of 0 is none. A flag of the same name
-# overrides it. For the weight decay of DAPO and GSPO the release has two values, 0.1 and 0.01.
+# What the published runs set for each algorithm (but for GSPO's dual clip, D11); a dual clip of 0
+# is none. A flag of the same name overrides it. For the weight decay of DAPO and GSPO the release
+# has two values, 0.1 and 0.01.
 ALGORITHMS = {
     "grpo": dict(epsilon=0.2, epsilon_high=0.2, dual_clip=3.0, warmup_steps=0.0, weight_decay=0.01),
     "dapo": dict(

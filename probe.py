@@ -132,7 +132,8 @@ def draw_trials(
 
 
 def first_usable(rows: Sequence, learned) -> list[Example]:
-    """The first rows, TRIALS at most, that can be read and have not been learned from."""
+    """The first rows, TRIALS at most, that can be read, have a supervision response of whole format
+    and have not been learned from."""
     found = []
     for number in range(len(rows)):
         try:

@@ -52,7 +52,7 @@ class RLVRConfig(RunConfig):
     lr_scheduler_type: Schedule = "constant"  # schedule of the learning rate; paper: constant
     warmup_steps: NonNegative | None = None  # paper: grpo 0, dapo 10 steps, gspo 0.05 of the run
     weight_decay: NonNegative | None = None  # of AdamW; paper: grpo 0.01, dapo and gspo 0.1
-    max_steps: Count = 1500  # batches of rollouts; paper: 1500
+    max_steps: Count = 1500  # steps, each on prompts_per_step prompts; paper: 1500
     prompts_per_step: Count = 32  # over all ranks; paper: 32
     num_generations: Count = 16  # rollouts a prompt; paper: 16
     temperature: Positive = 1.0  # of sampling; paper: 1.0
@@ -99,8 +99,8 @@ def spread(values: torch.Tensor) -> torch.Tensor:
 def select_groups(useful: torch.Tensor, number: list[int], wanted: int) -> tuple[list[int], int]:
     """(19): which of this rank's prompts to keep, and how many are kept on all ranks.
 
-    `useful` (P,) tells which of this rank's P prompts have spread in accuracy (the release's
-    choice, whatever format and length earn), `number` where each stands in the batch of all ranks.
+    `useful` (P,) tells which of this rank's P prompts have spread in accuracy; as in the release,
+    format and length do not count. `number` tells where each stands in the batch of all ranks.
     The first `wanted` useful prompts of the whole batch are kept, so what is kept does not depend
     on the number of ranks. Every rank calls it."""
     last = all_max([max(number, default=0)])[0]
@@ -198,7 +198,8 @@ def train() -> None:
         kept, sampled, count = [], [], 0
         for number in range(config.max_gen_batches):
             new = sample(next(stream), step * 1000 + number)
-            # The stream is cut into batches, so a place in it tells the place in its batch.
+            # Batches are cut from the stream in order, so a prompt's place in the stream, modulo
+            # the batch size, is its place in the batch.
             places = [rolled.group.prompt.index % batch_size for rolled in new]
             useful = spread(column(new, "accuracy"))
             chosen, more = select_groups(useful, places, wanted - count)

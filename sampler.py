@@ -174,7 +174,8 @@ def attend_first(read, q, k, v, scale: float) -> tuple[torch.Tensor, torch.Tenso
     return torch.bmm(logp.exp().to(v.dtype), v), scores[..., :1] - logp[..., :1]
 
 
-@lru_cache(maxsize=8)  # for all layers; made by the step before the one that is recorded
+# Cached, so that all layers share it and the step before a recorded one has made it already.
+@lru_cache(maxsize=8)
 def _starts(count: int, length: int, device) -> torch.Tensor:
     return torch.arange(count + 1, dtype=torch.int32, device=device) * length
 
@@ -384,7 +385,7 @@ def _generate(policy, prompts: list[Prompt], sampling: Sampling, step: int) -> l
             continue
         if len(idle) == len(rows.row):
             break
-        # Ended rows leave, at once or, where shapes are fixed, when half have ended.
+        # Ended rows leave, at once or, where shapes are fixed, when more than half have ended.
         if len(idle) > (len(rows.row) // 2 if fixed else 0):
             rows.compact(idle)
         for _ in range(8 if fixed else 1):

@@ -108,8 +108,9 @@ def train() -> None:
             rate = learning_rate_at(step, max_steps, config)
             grad_norm = optimizer_step(policy, optimizer, rate, config.max_grad_norm)
 
-        # Log the step. At each pack the ranks wait for the one whose pack is the longest:
-        # `idle_share` is the share of the tokens, `paced`, for which a rank only waited.
+        # Log the step. At each pack the ranks wait for the one whose pack is the longest. `paced`
+        # sums the tokens of these longest packs; `idle_share` is the share of them for which a rank
+        # only waited.
         all_tokens = sum(group.num_tokens for group in groups)
         sizes = [pack.input_ids.numel() for pack in packs]
         paced = float(all_max([0, *sizes]).sum())
