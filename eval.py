@@ -32,6 +32,7 @@ from support.flags import Count, Natural, NonNegative, parse
 from support.loader import batches
 from support.ranks import join_ranks, rank, world_size, say
 from support.resuming import replacing, write_json
+from support.rows import check_truth
 from support.run import main, start_verifier
 from support.verifier import verify
 
@@ -113,8 +114,14 @@ def evaluate() -> None:
     start_verifier()
     examples = load_examples(config, ("answer",), config.ckpt)
     policy, processor = load_policy(config.ckpt, device)
+
+    def encode(example, prompt):
+        """A row as (row, prompt x)."""
+        check_truth(example.answer)
+        return example, prompt
+
     batch_size = config.per_device_eval_batch_size * world_size()
-    encoded = Encoded(examples, processor, lambda *row: row, max_pixels=config.max_pixels)
+    encoded = Encoded(examples, processor, encode, max_pixels=config.max_pixels)
     share = rank(), world_size()
     stream = batches(encoded, batch_size, seed=0, total=len(examples), share=share)
     sampling = Sampling(

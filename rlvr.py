@@ -24,13 +24,13 @@ from data import Encoded, Group, decode, load_examples, parse_response
 from model import load_policy, rank_packs
 from policy_gradient import ALGORITHMS, Objective, group_advantage, policy_backward, rescore
 from sampler import Sampling, generate
-from support.errors import RowError, UserError
+from support.errors import UserError
 from support.flags import Count, Natural, NonNegative, Positive, RunConfig, Schedule, Share
 from support.huggingface import save_policy
 from support.metrics import Max, Mean, add
 from support.optimizer import adamw, learning_rate_at, optimizer_step
 from support.ranks import all_max, all_sum, world_size
-from support.rows import Example
+from support.rows import Example, check_truth
 from support.run import Run, main, start_verifier
 from support.verifier import verify
 
@@ -145,8 +145,7 @@ def train() -> None:
 
     def encode(example, prompt):
         """A row as (row, prompt x)."""
-        if not any(verify(answer, answer) for answer in example.answer):
-            raise RowError(f"the ground truth {example.answer} is one that no answer can match")
+        check_truth(example.answer)
         return example, prompt
 
     dapo, wanted = config.algorithm == "dapo", config.prompts_per_step

@@ -8,7 +8,6 @@ counts and names it. Nothing is dropped in silence, nothing is fetched from an a
 names, and nothing in a row is executed.
 """
 
-import ast
 import base64
 import contextlib
 import io
@@ -28,6 +27,7 @@ from huggingface_hub import hf_hub_download, snapshot_download
 from PIL import Image, ImageOps
 
 from support.errors import RowError, UserError
+from support.verifier import read_list, verify
 
 
 @dataclass
@@ -391,11 +391,14 @@ def _options(row: dict) -> list[str]:
     if value is None and None not in (row.get("A"), row.get("B")):
         value = [row[x] for x in itertools.takewhile(lambda x: row.get(x) is not None, LETTERS)]
     if isinstance(value, str):
-        listed = value.startswith("[")
-        value = ast.literal_eval(value) if listed else re.split(r"\s*[;\n]\s*", value.strip())
+        value = value.strip()
+        if not value.startswith("["):
+            value = re.split(r"\s*[;\n]\s*", value)
+        elif value != "[]":
+            value = read_list(value)[0] or value
     if isinstance(value, dict):  # letter -> text
         value = [value[x] for x in LETTERS if x in value] if "A" in value else value.get("text")
-    value = [] if value is None else value
+    value = [] if value in (None, "[]") else value
     texts = isinstance(value, list) and all(isinstance(x, (str, int, float)) for x in value)
     if not texts or len(value) == 1 or len(value) > len(LETTERS):
         raise RowError("its options are no list of texts; write them into the question")
@@ -489,6 +492,12 @@ def _accepted(value) -> list[str]:
     if value is not None and not isinstance(value, (str, int, float)):
         raise RowError(f"an answer must be text or a number, found {type(value).__name__}")
     return [] if value is None or value in ("", "__EMPTY__") else [_text(str(value))]
+
+
+def check_truth(answers: list[str]) -> None:
+    """RowError where no answer can match any of these, so that no response could be right."""
+    if not any(verify(answer, answer) for answer in answers):
+        raise RowError(f"the ground truth {answers} is one that no answer can match")
 
 
 def _side(row: dict, side: str) -> str | None:

@@ -19,6 +19,7 @@ a unit, a counted noun, a label and a leading phrase each have to stand in a tab
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import json
 import os
@@ -67,11 +68,30 @@ def _meant(truth) -> list:
     """The answers that a truth accepts, without what its data set writes around them."""
     if not isinstance(truth, str) or len(truth) > 9 * MAX_CHARS:
         return [truth]
-    truth = truth.rpartition("####")[2].strip()  # GSM8K writes the solution before
-    wrapped = re.findall(rf"<answer>[^<>]*</answer>|\\boxed ?{_ARGUMENT}", truth)
-    if re.fullmatch(r"\[ ?(['\"]).*\1 ?\]", truth):  # MMMU writes a list of answers as a string
+    truth = truth.rpartition("####")[2]  # GSM8K writes the solution before
+    truth = truth.rpartition("</think>")[2].strip()
+    members, unit = read_list(truth)  # MMMU writes a list of answers as a string
+    if members and all(isinstance(member, str) for member in members):
+        return [member + unit for member in members]
+    if re.fullmatch(r"\[ ?(['\"]).*\1 ?\]", truth):  # one with quotes that nobody has escaped
         return re.findall(r"""(?<=')[^'",]+(?=')|(?<=")[^'",]+(?=")""", truth) or [""]
-    return wrapped if len(wrapped) == 1 else [truth]
+    boxed = rf"\\boxed ?({_ARGUMENT})"
+    wrapped = [m[0] for m in re.finditer(rf"<answer>[^<>]*</answer>|{boxed}", truth)]
+    if len(wrapped) == 1:
+        return wrapped
+    # What is left of the tags, no answer can hold, since the format breaks at them.
+    truth = re.sub(r"</?(?:caption|think|answer)>", " ", truth)
+    return [re.sub(boxed, lambda match: match[1][1:-1], truth).strip()]
+
+
+def read_list(text: str) -> tuple[list, str]:
+    """-> (the members of a list that Python or JSON wrote as text, what is written behind it);
+    ([], "") for any other text. A lone backslash is LaTeX, and no escape, so that is other text."""
+    match = re.fullmatch(r"(\[.*\])([^\[\]'\",]*)", text.strip(), re.DOTALL)
+    if match and not re.search(r"""(?<!\\)(?:\\\\)*\\(?![\\'"])""", text):
+        with contextlib.suppress(SyntaxError, ValueError, MemoryError, RecursionError):
+            return ast.literal_eval(match[1]), match[2]
+    return [], ""
 
 
 # Whether brackets open and close inside a text, of whatever shape: [1, 2) is an interval.

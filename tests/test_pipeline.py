@@ -706,11 +706,14 @@ def test_eval_leaves_bad_rows_out(world, trained, tmp_path):
     """Also where one of two ranks has no row in its last batch."""
     data = tmp_path / "rows.jsonl"
     (place,) = with_bad_rows(world, data, 2, 1, "test")
+    with open(data, "a") as file:  # and one that no answer could match
+        file.write(json.dumps(lines(data)[0] | {"answer": "NaN"}) + "\n")
     flags = ("--ckpt", trained, "--data", data, "--image_dir", "/", "--output_dir", tmp_path / "o")
     done = launch("eval.py", *flags, "--per_device_eval_batch_size", 1, *TINY, ranks=2)
     result = json.loads((tmp_path / "o" / "eval.json").read_text())
-    assert (result["rows"], result["rows_left_out"]) == (2, 1)
+    assert (result["rows"], result["rows_left_out"]) == (2, 2)
     assert f"left out: {place}: image" in done.stderr
+    assert "the ground truth ['NaN'] is one that no answer can match" in done.stderr
     rows = lines(tmp_path / "o" / "generations.jsonl")
     assert [row["where"] for row in rows] == [f"{data}:1", f"{data}:2"]
 

@@ -195,6 +195,17 @@ def test_truths_as_data_sets_write_them():
         ("['5 cm', 'five']", "5 cm"),
         ('["5 cm"]', "5"),
         ("[1, 2] cm", "[1, 2] cm"),
+        ("['5', '6'] cm", "6 cm"),
+        ("['1,000', 'a, b']", "1000"),
+        ("['a, b', '2']", "a, b"),
+        (r"['it\'s']", "it's"),
+        ("""["it's", '2']""", "it's"),
+        (r"['\\frac{1}{2}', '2']", "1/2"),
+        (r"['\frac{1}{2}', '2']", "1/2"),
+        ("<think>3 + 2</think> 5", "5"),
+        ("<answer>5", "5"),
+        ("5</answer>", "5"),
+        (r"x=\boxed{5}, y=\boxed{6}", "x = 5, y = 6"),
     ):
         assert verify(answer, truth) and verify(truth, truth) and not verify("7", truth)
     for truth in ("NaN", float("nan"), "inf", "", "####", "<answer></answer>", "x" * 1025):
