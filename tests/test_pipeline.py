@@ -867,7 +867,7 @@ def test_its_own_model_on_its_data_has_its_settings(command_line, world, trained
         config, (line,) = command_line(stage, model_flag(stage), model, "--data", "digits", *given)
         pretrain = stage is SFTConfig and model == world["init"]
         assert config.data == [world["pretrain" if pretrain else split_of(stage)]]
-        assert "its settings" in line and model in line
+        assert "own settings" in line and model in line
         assert getattr(config, model_flag(stage)[2:]) == model
         own = digits.SETTINGS["pretrain" if pretrain else stage.stage] | {given[0][2:]: given[1]}
         assert {name: getattr(config, name) for name in own} == own
