@@ -44,6 +44,12 @@ Schedule = Literal[
 ]
 
 
+# The learning rate that suits adapters is about ten times that of all weights, in SFT and in RL:
+# "LoRA Without Regret" (Schulman et al. 2025, thinkingmachines.ai/blog/lora), which TRL's guide of
+# the same name reproduces (huggingface.co/docs/trl/lora_without_regret).
+OF_ADAPTERS = 10
+
+
 @dataclasses.dataclass
 class RunConfig:
     """The flags that every stage has. A stage's own dataclass adds its hyperparameters."""
@@ -99,6 +105,10 @@ def parse(config_class):
         raise Ended("a dry run: nothing was read but configurations, and nothing written", 0)
     if config.data == ["digits"] or not given & {"model", "ckpt", "data"}:
         say(digits.settle(config, given))
+    if getattr(config, "lora_rank", 0) and "learning_rate" not in given:
+        config.learning_rate *= OF_ADAPTERS
+        rate = config.learning_rate
+        say(f"--lora_rank: --learning_rate is {rate:g}, {OF_ADAPTERS} times the default")
     if rank() == 0:
         for name in ("model", "ckpt", "policy", "discriminator", "data"):
             value = getattr(config, name, None) or []

@@ -7,6 +7,7 @@ weights transformers renames or turns while it reads them are loaded whole by ev
 sharded afterwards.
 """
 
+import copy
 import itertools
 import json
 import os
@@ -30,7 +31,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor,
 from transformers import ProcessorMixin, Qwen3VLMoeConfig, Qwen3VLProcessor
 
 from support.errors import RowError, UserError
-from support.ranks import all_sum, barrier, rank
+from support.ranks import all_sum, barrier, rank, say
 
 CPU = torch.device("cpu")
 
@@ -42,6 +43,7 @@ CPU = torch.device("cpu")
 class Source:
     """What a model was loaded from, besides its weights: what a save has to write again."""
 
+    path: str  # a directory or hub id
     files: dict[str, bytes]  # configuration, processor and chat template, byte for byte
     dtype: torch.dtype  # that the configuration names, and servers compute in
 
@@ -99,7 +101,7 @@ def load_pretrained(path: str, config, unused: str = "$^", hollow: bool = False)
                 ignore_mismatched_sizes=True,  # refused below, by name
             )
         configs = _files(path, ["config.json", "generation_config.json"])
-        model.source = Source(configs | processor_files(path), dtype)
+        model.source = Source(path, configs | processor_files(path), dtype)
     except Exception as error:
         raise UserError(
             f"{path}: cannot be loaded as a vision-language model with its processor "
@@ -161,7 +163,8 @@ def fill(model, path: str, device: torch.device):
 
 def add_adapters(policy, lora_rank: int) -> None:
     """Adds 2 B A, by peft, to every linear layer W of the language model; nothing else learns. B is
-    0 at the start, so an untrained policy, such as the reference of RLVR, is as it was."""
+    0 at the start, so an untrained policy, such as the reference of RLVR, is as it was. The experts
+    of a mixture are no linear layers, and stay as they are."""
     try:
         from peft import LoraConfig, inject_adapter_in_model
     except ImportError:
@@ -169,12 +172,15 @@ def add_adapters(policy, lora_rank: int) -> None:
     lora = LoraConfig(r=lora_rank, lora_alpha=2 * lora_rank, target_modules="all-linear")
     policy.requires_grad_(False)
     inject_adapter_in_model(lora, policy.get_decoder())
+    policy.adapters = lora
     for layer in policy.modules():
         if hasattr(layer, "reset_lora_parameters"):
             # peft puts A and B on W's device; on the meta device they would stay empty.
             layer.lora_A.to_empty(device=CPU)
             layer.lora_B.to_empty(device=CPU)
             layer.reset_lora_parameters("default", init_lora_weights=True)
+    if any(p.ndim == 3 for p in policy.get_decoder().parameters()):
+        say("--lora_rank: adapters reach the linear layers; the experts stay as they are")
 
 
 def _in_files(module) -> dict[str, torch.Tensor]:
@@ -210,11 +216,35 @@ def read_tensors(path: str, pattern: str) -> dict[str, torch.Tensor]:
 
 def save_policy(policy, path: str, shared: dict | None = None) -> None:
     """Writes a Hugging Face directory: the weights, and the configuration, processor and chat
-    template of the source as they were. `shared` is what the next stage has to share, see
-    `read_shared`; None: as the source has it. Every rank calls it."""
+    template of the source as they were. Adapters are merged into the weights, and stand in
+    `adapter/` as well. `shared` is what the next stage has to share, see `read_shared`; None: as
+    the source has it. Every rank calls it."""
     if rank() == 0:
         write_files(path, policy.source.files | _shared_file(shared))
     save_weights(policy, path)
+    if hasattr(policy, "adapters"):
+        save_adapters(policy, f"{path}/adapter")
+
+
+def save_adapters(policy, path: str) -> None:
+    """Writes the adapters, in float32, as `PeftModel.from_pretrained(source, path)` reads them.
+    Every rank calls it."""
+    tensors, layers = {}, set()
+    for name, parameter in policy.named_parameters():
+        if ".lora_" in name:
+            whole = parameter.detach()
+            whole = whole.full_tensor() if isinstance(whole, DTensor) else whole
+            tensors["base_model.model." + name.replace(".default.", ".")] = whole.cpu().contiguous()
+            layers.add(re.sub(r"\.\d+\.", ".N.", name.partition(".lora_")[0]))
+    if rank() == 0:
+        lora = copy.copy(policy.adapters)
+        # By their whole names: layers of the vision tower may end in the same ones.
+        every = "|".join(re.escape(layer) for layer in sorted(layers))
+        lora.target_modules = every.replace(r"\.N\.", r"\.\d+\.")
+        lora.base_model_name_or_path = policy.source.path
+        lora.save_pretrained(path)
+        _write_tensors(os.path.join(path, "adapter_model.safetensors"), tensors)
+    barrier()
 
 
 def save_weights(module, path: str, file_size: str = "5GB") -> None:

@@ -29,7 +29,7 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 
 from support.errors import UserError
-from support.ranks import all_max, barrier, rank, world_size, say
+from support.ranks import all_max, all_sum, barrier, rank, world_size, say
 
 
 CHECKSUMS = "checksums.json"
@@ -159,6 +159,21 @@ def check_weights(modules: dict, step: int) -> None:
                 f"the weights of the {name} hold NaN or infinity at step {step}; nothing was saved "
                 f"over the last checkpoint"
             )
+
+
+@torch.no_grad()
+def checksum_of(module) -> int:
+    """A checksum of a module's weights but for adapters, the same however they are sharded. Every
+    rank calls it."""
+    total, limit = 0, 2**40  # below it float64 adds up the ranks' exactly
+    weights = (p for name, p in module.named_parameters() if ".lora_" not in name)
+    for number, weight in enumerate(weights, 1):
+        mesh = getattr(weight, "device_mesh", None)
+        if mesh is not None and mesh.ndim > 1 and mesh.get_local_rank(0) > 0:
+            continue  # another node has counted this shard
+        bits = getattr(weight, "to_local", weight.detach)().view(torch.int32)
+        total += number * int(bits.sum(dtype=torch.int64))
+    return int(all_sum([total % limit])[0]) % limit
 
 
 def _stepped(modules: dict) -> dict[str, list[str]]:

@@ -43,7 +43,7 @@ from support.loader import batches
 from support.metrics import Max, Sum, across_ranks, finite, writer_to
 from support.ranks import all_max, barrier, join_ranks, rank, world_size, say
 from support.resuming import REMOVED, UNSUPPORTED, Checkpoints, all_or_nothing, check_weights
-from support.resuming import files_below, force, of_another_rank, replacing, write_json
+from support.resuming import checksum_of, files_below, force, of_another_rank, replacing, write_json
 
 # --------------------------------------------------------------------------------------------------
 # The end of a run, whatever it is
@@ -268,6 +268,8 @@ class Run:
         on from, saves one every `save_steps` and before a signal ends the run, and the result at
         the end. `modules` are name -> (module, optimiser); `save(path)` writes the Hugging Face
         directory."""
+        if "policy" in modules:
+            self._check_start(modules["policy"][0])
         self._start()
         save = self._measured(save, modules)
         if self.step:
@@ -289,6 +291,16 @@ class Run:
         self.bar.close()
         self.checkpoints.wait()
         self._save_result(modules, save)
+
+    def _check_start(self, policy) -> None:
+        """UserError where a run goes on with other weights than it started from. A checkpoint of
+        adapters does not hold these, and no checkpoint holds a reference."""
+        mine = checksum_of(policy)
+        if self.progress.setdefault("start", mine) != mine:
+            raise UserError(
+                f"--resume: {self.path} has started from other weights than {policy.source.path} "
+                f"holds; give it those again, or name another --output_dir"
+            )
 
     def _measured(self, save: Callable, modules: dict) -> Callable:
         """`save`, which also says what the weights would lose in the type that servers compute in.

@@ -8,6 +8,7 @@ import atexit
 import functools
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -190,4 +191,19 @@ def trained(world, tmp_path_factory) -> str:
     launch(
         "sft.py", "--model", world["init"], "--data", world["prompts"], "--output_dir", out, *flags
     )
+    return str(out)
+
+
+@pytest.fixture(scope="session")
+def in_bfloat16(trained, tmp_path_factory) -> str:
+    """The same as models are published: in bfloat16, which its configuration names."""
+    from safetensors.torch import load_file, save_file
+
+    out = tmp_path_factory.mktemp("in_bfloat16") / "policy"
+    shutil.copytree(trained, out, ignore=shutil.ignore_patterns("run.json", "*.jsonl", "ranks"))
+    weights = load_file(out / "model.safetensors")
+    halves = {name: weight.bfloat16() for name, weight in weights.items()}
+    save_file(halves, out / "model.safetensors", {"format": "pt"})
+    config = json.loads((out / "config.json").read_text())
+    (out / "config.json").write_text(json.dumps(config | {"dtype": "bfloat16"}))
     return str(out)

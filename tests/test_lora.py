@@ -1,24 +1,32 @@
 """--lora_rank: adapters learn in a policy's place, and what is saved has none."""
 
+import json
+import re
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from peft import PeftModel
 from safetensors.torch import load_file
 from torch.distributed.checkpoint import FileSystemReader
-from transformers import AutoModelForImageTextToText
+from transformers import AutoModelForImageTextToText, Qwen3VLMoeConfig
+from transformers import Qwen3VLMoeForConditionalGeneration
 
+from align import AlignConfig
 from data import Group, encode_prompts, encode_response, make_packs
 from model import load_policy, token_logprobs
 from sampler import Sampling, generate
 from sft import SFTConfig
 from support import fit
-from support.huggingface import add_adapters, save_policy
+from support.flags import parse
+from support.huggingface import add_adapters, processor_files, save_policy, write_files
 from support.rows import load_data
 from tests.chaos import differences, flags_of
-from tests.conftest import fails, lines
+from tests.conftest import fails, launch, lines
 from tests.test_run import stopped_at
+from tests.test_saves import lost
 
 LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
@@ -36,6 +44,18 @@ def run(nursery, world, trained, tmp_path_factory):
         return folder / name
 
     return make
+
+
+CHECKSUM = """
+import sys
+from types import SimpleNamespace
+from model import load_policy
+from support.ranks import join_ranks
+from support.resuming import checksum_of
+
+policy, _ = load_policy(sys.argv[1], join_ranks(), SimpleNamespace(lora_rank=2, seed=0))
+print("checksum", checksum_of(policy), flush=True)
+"""
 
 
 def stated(out, name: str) -> list:
@@ -130,6 +150,105 @@ def test_a_run_with_adapters_resumes(nursery, run, world, trained, tmp_path, scr
     done = nursery.run(*words, "--output_dir", out, "--resume", ranks=ranks, log=log)
     assert done.codes == [0] * ranks and "resumed from" in done.said, done.said
     assert differences(whole, out) == []
+
+
+def adapter_on(base, adapter):
+    """What peft and transformers make of a base and the directory of adapters, and its names."""
+    model = AutoModelForImageTextToText.from_pretrained(base, dtype=torch.float32)
+    model = PeftModel.from_pretrained(model, adapter)
+    names = {name for name, _ in model.named_parameters() if ".lora_" in name}
+    return model.merge_and_unload().state_dict(), names
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_adapters_stand_beside_the_merged_weights(run, in_bfloat16, ranks):
+    """As peft reads them, whole; merged in float32 they lose nothing, and the line says what
+    bfloat16 would lose of them."""
+    flags = (
+        "--model",
+        in_bfloat16,
+        "--lora_rank",
+        3,
+        "--learning_rate",
+        1e-5,
+        "--save_hf_steps",
+        3,
+    )
+    out = run(f"beside-{ranks}", "sft.py", *flags, ranks=ranks)
+    before, after = (load_file(f"{path}/model.safetensors") for path in (in_bfloat16, out))
+    for folder in (out, out / "checkpoint-3"):
+        stored = load_file(folder / "adapter" / "adapter_model.safetensors")
+        assert {tensor.dtype for tensor in stored.values()} == {torch.float32}
+        state, names = adapter_on(in_bfloat16, folder / "adapter")
+        assert len(names) == len(stored) == 2 * len(LINEAR) * 2  # of two layers, and no others
+        for name, weight in load_file(folder / "model.safetensors").items():
+            torch.testing.assert_close(state[name], weight, rtol=0, atol=1e-7)
+    config = json.loads((out / "adapter" / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == in_bfloat16 and config["r"] == 3
+    record = json.loads((out / "run.json").read_text())
+    share = lost(before, after)
+    assert share > 0.2
+    assert record["rounding_loss"] == {"policy": pytest.approx(share, rel=1e-4)}
+
+
+def test_a_checksum_is_the_same_on_any_number_of_ranks(trained, tmp_path):
+    (tmp_path / "sum.py").write_text(CHECKSUM)
+    sums = set()
+    for ranks in (1, 2, 3):
+        done = launch(tmp_path / "sum.py", trained, ranks=ranks)
+        sums |= set(re.findall(r"checksum (\d+)", done.stdout))
+    assert len(sums) == 1
+
+
+def test_adapters_learn_at_ten_times_the_rate(world, monkeypatch, capsys):
+    """Unless another is given; in the embedded world of its own settings."""
+
+    def read(config_class, *words):
+        monkeypatch.setattr("sys.argv", ["stage.py", *map(str, words)])
+        monkeypatch.setattr(sys.modules["__main__"], "__doc__", "A stage.")
+        return parse(config_class)
+
+    data = ("--data", world["prompts"])
+    own = ("--discriminator", world["init"])
+    config = read(AlignConfig, "--ckpt", world["init"], *data, *own, "--lora_rank", 8)
+    assert config.learning_rate == pytest.approx(10 * AlignConfig.learning_rate)
+    assert config.discriminator_learning_rate == AlignConfig.discriminator_learning_rate
+    assert "--learning_rate is 1e-05, 10 times the default" in capsys.readouterr().err
+    sft = ("--model", world["init"], *data)
+    assert read(SFTConfig, *sft, "--lora_rank", 8).learning_rate == pytest.approx(1e-4)
+    given = ("--lora_rank", 8, "--learning_rate", 3e-4)
+    assert read(SFTConfig, *sft, *given).learning_rate == 3e-4
+    assert read(SFTConfig, *sft).learning_rate == SFTConfig.learning_rate
+
+
+def test_the_experts_of_a_policy_stay_as_they_are(world, tmp_path, capsys):
+    """And a line says so. Its attention has adapters, merged and beside."""
+    config = json.loads(Path(world["init"], "config.json").read_text())
+    text, vision = config["text_config"], config["vision_config"]
+    text |= dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32)
+    text |= dict(decoder_sparse_step=1, mlp_only_layers=[])
+    for part in (text, vision):
+        part.pop("model_type")
+    ids = {name: value for name, value in config.items() if name.endswith("_token_id")}
+    torch.manual_seed(0)
+    mixture = Qwen3VLMoeConfig(text_config=text, vision_config=vision, **ids)
+    model = Qwen3VLMoeForConditionalGeneration(mixture)
+    model.save_pretrained(tmp_path / "mixture")
+    write_files(tmp_path / "mixture", processor_files(world["init"]))
+    lora = SimpleNamespace(lora_rank=2, seed=0)
+    policy, _ = load_policy(str(tmp_path / "mixture"), config=lora)
+    assert "the experts stay as they are" in capsys.readouterr().err
+    learns = {name for name, p in policy.named_parameters() if p.requires_grad}
+    assert learns and all(".self_attn." in name for name in learns)
+    for name, parameter in policy.named_parameters():
+        if name in learns:
+            torch.nn.init.normal_(parameter, std=0.05)
+    save_policy(policy, str(tmp_path / "out"))
+    state, names = adapter_on(tmp_path / "mixture", tmp_path / "out" / "adapter")
+    assert len(names) == len(learns)
+    theirs = AutoModelForImageTextToText.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    for name, weight in theirs.state_dict().items():
+        torch.testing.assert_close(state[name], weight, rtol=0, atol=1e-6)
 
 
 def test_a_discriminator_has_none(world, trained, tmp_path):

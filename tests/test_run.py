@@ -470,6 +470,28 @@ def test_another_runs_directory_is_refused(nursery, world, trained, whole, tmp_p
         assert "\n" not in line and (out / "model.safetensors").exists()
 
 
+@pytest.mark.parametrize("more", [("--lora_rank", 4), ()])
+def test_a_base_that_has_changed_is_refused(nursery, world, trained, tmp_path, more):
+    """A checkpoint of adapters holds no base, and no checkpoint what an update is measured from.
+    The name is the same, the files are not; nothing is touched."""
+    base, out, log = tmp_path / "base", tmp_path / "out", tmp_path / "log"
+    shutil.copytree(trained, base, ignore=shutil.ignore_patterns("checkpoint-*"))
+    words = ("sft.py", *flags_of("sft.py", world, str(base), str(base)), *more)
+    stopped_at(nursery, words, out, log=log)
+    before = files(out)
+    weights = load_file(base / "model.safetensors")
+    name = sorted(weights)[len(weights) // 2]
+    weights[name].view(-1)[3] += 1e-6
+    save_file(weights, base / "model.safetensors", {"format": "pt"})
+    again = (*words, "--output_dir", out, "--resume")
+    line = refused(nursery.start(*again, log=log), "--resume", "another --output_dir")
+    assert f"{out} has started from other weights than {base} holds" in line
+    assert files(out) == before
+    shutil.copy(f"{trained}/model.safetensors", base / "model.safetensors")
+    done = nursery.run(*again, log=log)
+    assert done.codes == [0], done.said
+
+
 @pytest.fixture(scope="module")
 def stopped(nursery, whole, tmp_path_factory):
     """A run of stage 1 that was stopped with checkpoints 2 and 3, or later ones, each with a

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText
 
 from discriminator import load_discriminator
@@ -21,19 +21,6 @@ from support.huggingface import rounding_loss, save_discriminator, save_policy, 
 from tests.chaos import flags_of
 from tests.conftest import ROOT, WORLD
 from tests.test_run import stopped_at
-
-
-@pytest.fixture(scope="module")
-def published(trained, tmp_path_factory) -> str:
-    """A policy as it is published: bfloat16, which its configuration names."""
-    out = tmp_path_factory.mktemp("published") / "policy"
-    shutil.copytree(trained, out, ignore=shutil.ignore_patterns("run.json", "*.jsonl", "ranks"))
-    weights = load_file(out / "model.safetensors")
-    halves = {name: weight.bfloat16() for name, weight in weights.items()}
-    save_file(halves, out / "model.safetensors", {"format": "pt"})
-    config = json.loads((out / "config.json").read_text())
-    (out / "config.json").write_text(json.dumps(config | {"dtype": "bfloat16"}))
-    return str(out)
 
 
 def lost(before: dict, after: dict) -> float:
@@ -64,11 +51,11 @@ def run(nursery, world, tmp_path_factory):
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_a_stage_hands_on_all_that_it_has_learned(run, published, ranks):
+def test_a_stage_hands_on_all_that_it_has_learned(run, in_bfloat16, ranks):
     """Also what bfloat16 rounds away; how much that is, it says, and run.json has it. The next
     stage begins with the very weights, and its own update is measured from them."""
-    out, said, record = run(f"first-{ranks}", published, "--save_hf_steps", 3, ranks=ranks)
-    before, after = weights_of(published), weights_of(out)
+    out, said, record = run(f"first-{ranks}", in_bfloat16, "--save_hf_steps", 3, ranks=ranks)
+    before, after = weights_of(in_bfloat16), weights_of(out)
     assert {w.dtype for w in after.values()} == {torch.float32}
     share = lost(before, after)
     assert 0.2 < share <= 1
@@ -78,7 +65,7 @@ def test_a_stage_hands_on_all_that_it_has_learned(run, published, ranks):
     )
     assert line.format(share) in said
     assert line.format(lost(before, weights_of(out / "checkpoint-3"))) in said
-    assert (out / "config.json").read_bytes() == Path(published, "config.json").read_bytes()
+    assert (out / "config.json").read_bytes() == Path(in_bfloat16, "config.json").read_bytes()
 
     served = AutoModelForImageTextToText.from_pretrained(out)
     assert {p.dtype for p in served.parameters()} == {torch.bfloat16}
@@ -90,9 +77,9 @@ def test_a_stage_hands_on_all_that_it_has_learned(run, published, ranks):
     assert record["rounding_loss"] == {"policy": pytest.approx(share, rel=1e-5)}
 
 
-def test_a_resumed_run_measures_from_its_start(nursery, world, published, run, tmp_path):
-    _, _, record = run("whole", published)
-    base = ("sft.py", *flags_of("sft.py", world, published, published))
+def test_a_resumed_run_measures_from_its_start(nursery, world, in_bfloat16, run, tmp_path):
+    _, _, record = run("whole", in_bfloat16)
+    base = ("sft.py", *flags_of("sft.py", world, in_bfloat16, in_bfloat16))
     base += ("--learning_rate", 1e-6, "--warmup_steps", 0)
     stopped_at(nursery, base, tmp_path / "out")
     again = (*base, "--output_dir", tmp_path / "out", "--resume")
@@ -106,21 +93,21 @@ def test_in_float32_nothing_is_lost_and_nothing_said(run, trained):
     assert record["rounding_loss"] == {} and "would lose" not in said
 
 
-def test_frozen_weights_do_not_count(run, published):
+def test_frozen_weights_do_not_count(run, in_bfloat16):
     """Neither do they lose anything, nor are they held twice."""
-    out, _, record = run("frozen", published, "--freeze_vision", True)
-    before, after = weights_of(published), weights_of(out)
+    out, _, record = run("frozen", in_bfloat16, "--freeze_vision", True)
+    before, after = weights_of(in_bfloat16), weights_of(out)
     assert record["rounding_loss"]["policy"] == pytest.approx(lost(before, after), rel=1e-5)
-    policy, _ = load_policy(published)
+    policy, _ = load_policy(in_bfloat16)
     whole = starting_weights(policy)
     assert whole.keys() == before.keys() and {w.dtype for w in whole.values()} == {torch.bfloat16}
     policy.model.visual.requires_grad_(False)
     assert starting_weights(policy).keys() == {n for n in before if ".visual." not in n}
 
 
-def test_a_discriminators_update_begins_behind_its_upcycling(published, tmp_path):
+def test_a_discriminators_update_begins_behind_its_upcycling(in_bfloat16, tmp_path):
     """Experts are copies with noise, so their start lies on no grid and is kept in float32."""
-    discriminator, _ = load_discriminator(published)
+    discriminator, _ = load_discriminator(in_bfloat16)
     start = {n: p.detach().clone() for n, p in discriminator.named_parameters()}
     kept = starting_weights(discriminator)
     experts = [kept[name] for name in kept if ".experts." in name]
