@@ -155,7 +155,8 @@ def train() -> None:
         # Sample N rollouts y ~ G(x) of each prompt from the policy.
         with run.phase("rollout"):
             groups = generate(policy, prompts, sampling, step=step)
-            texts = [[decode(processor, branch) for branch in group.branches] for group in groups]
+            ends = policy.stop_ids
+            texts = [[decode(processor, y, ends) for y in group.branches] for group in groups]
 
         # Compare every rollout with y+. A rollout of broken format is None and has no scores.
         comparisons = []

@@ -161,7 +161,10 @@ def _encode_prompts(processor, examples, max_image_size) -> list[Prompt]:
         for image in itertools.chain.from_iterable(images):
             if max_image_size is not None:
                 image.thumbnail((max_image_size, max_image_size))
-        inputs = processor(text=texts, images=images if any(images) else None)
+        begin = processor.tokenizer.bos_token  # not once more where the template has written it
+        adding = not (begin and texts[0].startswith(begin))
+        pictures = images if any(images) else None
+        inputs = processor(text=texts, images=pictures, add_special_tokens=adding)
     except Exception as error:  # processors raise many kinds, MemoryError among them
         why = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
         raise RowError(f"the processor refuses the row ({why})") from None
@@ -221,11 +224,11 @@ def encode_response(processor, text: str) -> torch.Tensor:
     return torch.tensor([*ids["input_ids"], processor.tokenizer.eos_token_id])
 
 
-def decode(processor, branch: torch.Tensor) -> str:
-    """A branch as text, without the token that ended it. Other special tokens stay visible, and
-    so break the format."""
+def decode(processor, branch: torch.Tensor, stop_ids=()) -> str:
+    """A branch as text, without the token that ended it: the end of sequence, or one of the
+    policy's `stop_ids`. Other special tokens stay visible, and so break the format."""
     ids = branch.tolist()
-    if ids and ids[-1] in processor.tokenizer.all_special_ids:
+    if ids and ids[-1] in {processor.tokenizer.eos_token_id, *map(int, stop_ids)}:
         ids.pop()
     return processor.tokenizer.decode(ids, skip_special_tokens=False)
 

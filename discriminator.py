@@ -554,7 +554,8 @@ def warm_up() -> None:
             return
         groups = generate(policy, [c.prompt for c in batch], sampling, step=step)
         for comparison, group in zip(batch, groups):
-            comparison.students = [parse_response(decode(processor, group.branches[0]))]
+            text = decode(processor, group.branches[0], policy.stop_ids)
+            comparison.students = [parse_response(text)]
 
     scoring = dict(
         max_tokens=config.max_tokens_per_pack,

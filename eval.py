@@ -139,7 +139,7 @@ def evaluate() -> None:
         groups = generate(policy, [prompt for _, prompt in pairs], sampling)
         answers = ((e, branch) for (e, _), g in zip(pairs, groups) for branch in g.branches)
         for example, branch in answers:
-            text = decode(processor, branch)
+            text = decode(processor, branch, policy.stop_ids)
             response = read_response(text, config.untagged)
             reads = response is not None and same_caption(response.caption, example.captions)
             rows.append(

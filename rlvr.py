@@ -171,7 +171,7 @@ def train() -> None:
         rollouts = []
         with run.phase("reward"):
             for (example, _), group in zip(batch, groups):
-                texts = [decode(processor, branch) for branch in group.branches]
+                texts = [decode(processor, branch, policy.stop_ids) for branch in group.branches]
                 # The reward (13), and in DAPO the penalty for overlong responses (18).
                 earned = [reward(text, example.answer) for text in texts]
                 rewards = torch.tensor([value for value, _ in earned])

@@ -161,7 +161,8 @@ def own_rollouts(policy: Path, judges: dict[str, Path], data: str, seed: int, co
     sampling = Sampling(8, 96, temperature=1.0, seed=seed, max_rollout_rows=256)
     comparisons, right = [], []
     for row, group in zip(rows, generate(model, prompts, sampling)):
-        students = [parse_response(decode(processor, branch)) for branch in group.branches]
+        texts = [decode(processor, branch, model.stop_ids) for branch in group.branches]
+        students = [parse_response(text) for text in texts]
         forms = [parse_response(demonstration(*task(row), first=first)) for first in (False, True)]
         comparisons.append(Comparison(group.prompt, forms[0], students))
         thinks = [(form.think, form.answer) for form in forms]

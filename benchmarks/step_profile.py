@@ -67,7 +67,8 @@ def main() -> None:
     def rollout(step):
         limit = config.max_completion_length
         groups = state["groups"] = generate(policy, state["prompts"], Sampling(n, limit), step=step)
-        state["texts"] = [[decode(processor, b) for b in group.branches] for group in groups]
+        ends = policy.stop_ids
+        state["texts"] = [[decode(processor, b, ends) for b in group.branches] for group in groups]
         state["tokens"] = sum(len(b) for group in groups for b in group.branches)
 
     def rewarding(step):

@@ -119,7 +119,7 @@ def measure(path: Path, folder: str) -> SimpleNamespace:
 
     # The rollouts. Equal ones share a row of the page: the first one's number -> all their numbers.
     groups = generate(policy, [prompt], Sampling.of(config), step=step)
-    texts = [decode(processor, branch) for branch in groups[0].branches]
+    texts = [decode(processor, branch, policy.stop_ids) for branch in groups[0].branches]
     if texts != [line["response"] for line in lines]:
         raise UserError(
             f"{path}: step {step} gave other rollouts when it was played again; another processor "

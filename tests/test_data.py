@@ -14,6 +14,7 @@ from hypothesis import example as h_example
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from tokenizers import processors
 from transformers import CLIPImageProcessorPil
 
 from data import (
@@ -132,21 +133,43 @@ def test_any_text_round_trips(processor, text):
 
 
 def test_decode_drops_the_token_that_ended_a_branch(processor):
-    """One special token at the end, whichever it is, and no more."""
+    """The end of sequence, or a stop id of the policy, special or not; once, and no other."""
     ids = processor.tokenizer.convert_tokens_to_ids
     text = encode_response(processor, "a b")[:-1].tolist()
-    end, pad = ids("<|im_end|>"), ids("<|endoftext|>")
-    for branch, expected in [
-        (text, "a b"),
-        ([*text, end], "a b"),
-        ([*text, pad], "a b"),
-        ([*text, pad, end], "a b<|endoftext|>"),
-        ([end, *text], "<|im_end|>a b"),
-        ([*text, ids("</think>")], "a b</think>"),  # an added token that is not special
-        ([end], ""),
-        ([], ""),
+    end, pad, plain = (ids(token) for token in ("<|im_end|>", "<|endoftext|>", "</think>"))
+    assert plain not in processor.tokenizer.all_special_ids  # an added token, and no special one
+    for branch, stop_ids, expected in [
+        (text, (), "a b"),
+        ([*text, end], (), "a b"),
+        ([*text, end], (pad, plain), "a b"),
+        ([*text, pad], (), "a b<|endoftext|>"),
+        ([*text, pad], (end, pad), "a b"),
+        ([*text, plain], torch.tensor([plain, end]), "a b"),
+        ([*text, plain], (), "a b</think>"),
+        ([*text, pad, end], (pad,), "a b<|endoftext|>"),
+        ([end, *text], (), "<|im_end|>a b"),
+        ([end], (), ""),
+        ([], (), ""),
     ]:
-        assert decode(processor, torch.tensor(branch, dtype=torch.long)) == expected
+        branch = torch.tensor(branch, dtype=torch.long)
+        assert decode(processor, branch, stop_ids) == expected
+
+
+def test_a_prompt_begins_once(world):
+    """Where the tokenizer adds a beginning of sequence, and the template writes one as well."""
+    writes, silent = with_template(world, "{{ bos_token }}" + TURNS), with_template(world, TURNS)
+    plain = encode_prompts(silent, [Example(0, "f", MORE, [])])[0].input_ids
+    begin = writes.tokenizer.convert_tokens_to_ids("<|endoftext|>")
+    adds = processors.TemplateProcessing(
+        single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", begin)]
+    )
+    for processor in (writes, silent):
+        processor.tokenizer.bos_token = "<|endoftext|>"
+        processor.tokenizer.backend_tokenizer.post_processor = adds
+        (prompt,) = encode_prompts(processor, [Example(0, "f", MORE, [])])
+        assert prompt.input_ids.tolist() == [begin, *plain.tolist()]
+        chat = dict(conversation=MORE, add_generation_prompt=True, tokenize=True)
+        assert processor.apply_chat_template(**chat, return_dict=False)[0] == [begin, *plain]
 
 
 def test_a_written_processor_has_the_published_files(world, processor):

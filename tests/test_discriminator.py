@@ -212,12 +212,12 @@ def test_no_shortcut_by_the_end_of_sequence(learned, prompts):
     assert ended[-1] == eos
     other_end = torch.cat([ended[:-1], torch.tensor([pad])])
     rollouts = [ended, ended[:-1], other_end]
-    students = [parse_response(decode(processor, rollout)) for rollout in rollouts]
+    students = [parse_response(decode(processor, rollout, [eos, pad])) for rollout in rollouts]
     assert pad != eos and students == [TEACHER] * 3
     # Sampling leaves no padding behind, so more than one end is text, and no response.
     for more in ([pad], [pad] * 5, [eos]):
         padded = torch.cat([ended, torch.tensor(more)])
-        assert parse_response(decode(processor, padded)) is None
+        assert parse_response(decode(processor, padded, [eos, pad])) is None
     scores, _ = both_scores(discriminator, processor, [Comparison(prompts[0], TEACHER, students)])
     assert torch.equal(scores[..., :2], scores[..., 2:])
     (v,) = view_packs([Comparison(prompts[0], TEACHER, [OTHER, LONG])], processor)
