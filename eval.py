@@ -99,6 +99,29 @@ def summarise(rows: list[dict]) -> dict:
     }
 
 
+def keep_other_results(config: EvalConfig, output_dir: str) -> None:
+    """UserError where the directory holds the result of another evaluation, which this one would
+    overwrite."""
+    try:
+        with open(os.path.join(output_dir, "eval.json")) as file:
+            before = dict(json.load(file))
+    except (OSError, ValueError, TypeError):  # there is none
+        return
+    names = ["data", "num_samples", "temperature"]
+    names += [] if os.path.realpath(output_dir) == os.path.realpath(config.ckpt) else ["ckpt"]
+    for name in names:
+        mine = getattr(config, name)
+        if before.get(name, mine) != mine:
+            raise UserError(
+                f"{output_dir}/eval.json: the result with --{name} {shown(before[name])}, not "
+                f"{shown(mine)}; name another --output_dir, or remove it"
+            )
+
+
+def shown(value) -> str:
+    return " ".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
 def evaluate() -> None:
     start = time.perf_counter()
     config = parse(EvalConfig)
@@ -111,6 +134,7 @@ def evaluate() -> None:
         raise UserError(f"--output_dir {config.output_dir} is a file; name a directory")
     here = config.ckpt if os.path.isdir(config.ckpt) else "out/eval"
     output_dir = config.output_dir or here
+    keep_other_results(config, output_dir)
     start_verifier()
     examples = load_examples(config, ("answer",), config.ckpt)
     policy, processor = load_policy(config.ckpt, device)

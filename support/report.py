@@ -36,6 +36,7 @@ from PIL import Image
 
 from support.errors import UserError
 from support.plots import VIEWS, curves, expert_shares, experts, figure, number, overlay, show
+from support.rows import IMAGE_FORMATS
 
 HERE = Path(__file__).resolve().parent
 STARTS = ("", HERE.parent)  # of a relative path in a log: where we are, or where stages run
@@ -50,7 +51,6 @@ TYPES = dict.fromkeys(MEASURED, (int, float)) | {"step": (int, float), "valid": 
 TYPES |= {"row": (str, int), "where": object, "images": (list, str), "question": str}
 TYPES |= {"answer": (list, str, int, float), "supervision": str, "response": str}
 DATA_FILES = (".jsonl", ".json", ".parquet", ".arrow")
-IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")  # EPS would start Ghostscript
 # The bytes that rollouts, wrong answers and images may take. With the plotting library's 2 MB and
 # a thousand points a curve, a page stays below 20 MB.
 TEXT_BYTES, WRONG_BYTES, IMAGE_BYTES = 11.5e6, 0.5e6, 3.5e6

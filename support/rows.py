@@ -10,6 +10,7 @@ names, and nothing in a row is executed.
 
 import base64
 import contextlib
+import glob
 import io
 import itertools
 import json
@@ -23,6 +24,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
 from huggingface_hub import hf_hub_download, snapshot_download
 from PIL import Image, ImageOps
 
@@ -184,7 +186,8 @@ def _arrow_table(path: str):
     except ImportError:
         raise UserError(f"--data {path}: needs `datasets`; pip install datasets") from None
     if path.endswith(".parquet"):
-        table = datasets.load_dataset("parquet", data_files=path, split="train")
+        # A name is a pattern to `datasets`: that of x*.parquet would match other files as well.
+        table = datasets.load_dataset("parquet", data_files=glob.escape(path), split="train")
     elif path.endswith(".arrow"):
         table = datasets.Dataset.from_file(path)
     elif not os.path.exists(path) and re.fullmatch(r"[\w.-]+/[\w.-]+", path):
@@ -530,6 +533,8 @@ def _image_source(image, folders: list[str | None]) -> str | bytes:
         return image
     if not isinstance(image, str):
         raise RowError(f"an image must be a path or encoded bytes, found {type(image).__name__}")
+    if "\0" in image:
+        raise RowError(f"image {image[:80]!r}: a path has no NUL; name the file")
     if re.match(r"https?://", image):
         raise RowError(
             f"image {image[:80]}: addresses are not fetched; download it beside the data"
@@ -543,6 +548,7 @@ def _image_source(image, folders: list[str | None]) -> str | bytes:
     )
 
 
+IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")  # EPS would start Ghostscript
 MAX_RATIO = 200  # of an image's sides, as the processors of the Qwen-VL family have it
 
 
@@ -552,20 +558,22 @@ def open_image(source: str | bytes) -> Image.Image:
     length would make the longer one huge. Grey of more than 8 bits is scaled from its full range,
     which for floats is 1, 255 or 65535."""
     try:
-        image = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source)
+        file = io.BytesIO(source) if isinstance(source, bytes) else source
+        image = Image.open(file, formats=IMAGE_FORMATS)
         size = f"{image.width} x {image.height} pixels"
         if image.width * image.height > Image.MAX_IMAGE_PIXELS:
             raise ValueError(f"{size} are too many")
         if max(image.size) > MAX_RATIO * min(image.size):
             raise ValueError(f"{size}; one side may be at most {MAX_RATIO} times the other")
-        if image.format == "EPS":
-            raise ValueError("PostScript is a program, which may never end")
         image = ImageOps.exif_transpose(image)
         if image.mode[0] in "IF":
             floats = image.convert("F")
             white = next((w for w in (1, 255) if floats.getextrema()[1] <= w), 65535)
             white = 65535 if image.mode.startswith("I") else white
-            return floats.point(lambda x: x * (255 / white) + 0.5).convert("L").convert("RGB")
+            grey = floats.point(lambda x: x * (255 / white) + 0.5).convert("L")
+            if isinstance(clear := image.info.get("transparency"), int):
+                grey.paste(255, mask=Image.fromarray(np.asarray(floats) == clear))
+            return grey.convert("RGB")
         if image.has_transparency_data:
             image = (image.convert("LA") if image.mode == "La" else image).convert("RGBA")
             return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert(

@@ -716,6 +716,14 @@ def test_eval_leaves_bad_rows_out(world, trained, tmp_path):
     assert "the ground truth ['NaN'] is one that no answer can match" in done.stderr
     rows = lines(tmp_path / "o" / "generations.jsonl")
     assert [row["where"] for row in rows] == [f"{data}:1", f"{data}:2"]
+    # The same again takes its place; another benchmark does not.
+    launch("eval.py", *flags, *TINY)
+    other = tmp_path / "other.jsonl"
+    shutil.copy(data, other)
+    said = fails("eval.py", *[other if flag == data else flag for flag in flags], *TINY)
+    assert f"{tmp_path}/o/eval.json: the result with --data {data}, not {other}" in said
+    assert fails("eval.py", *flags, *TINY, "--temperature", 1).count("--temperature 0.0, not 1.0")
+    assert json.loads((tmp_path / "o" / "eval.json").read_text())["data"] == [str(data)]
 
 
 @pytest.mark.parametrize("script", ["align.py", "rlvr.py"])

@@ -540,6 +540,15 @@ def test_a_parquet_file_whose_pages_are_damaged_is_one_line(tmp_path):
         load_data(str(path))
 
 
+def test_the_name_of_a_parquet_file_is_no_pattern(tmp_path):
+    for name in ("x*", "xy", "a[1]", "q?", "**"):
+        table = pyarrow.Table.from_pylist([{"question": name, "answer": "1"}])
+        parquet.write_table(table, tmp_path / f"{name}.parquet")
+    for name in ("x*", "xy", "a[1]", "q?", "**"):
+        (example,) = load_data(str(tmp_path / f"{name}.parquet"))
+        assert example.messages[0]["content"][0]["text"] == name
+
+
 @pytest.mark.parametrize("content", ['{"question": "q"}', "3", "[]"])
 def test_json_that_is_no_list_of_rows(tmp_path, content):
     (tmp_path / "data.json").write_text(content)
@@ -599,6 +608,7 @@ def asked(content) -> dict:
         ([asked(None)], ["must be text or parts", "NoneType"]),
         ([ROW | {"question": None}], ["expected `messages`, or `question`"]),
         ([ROW | {"image": "https://host/a.png"}], ["addresses are not fetched"]),
+        ([ROW | {"image": "a.png\0b"}], ["a.png", "a path has no NUL"]),
         ([ROW | {"image": 3}], ["must be a path or encoded bytes", "int"]),
         ([ROW | {"image": {"bytes": None, "path": None}}], ["path or encoded bytes", "NoneType"]),
         ([ROW | {"image": "data:image/png;base64,abcde"}], ["data.jsonl:1", "cannot be"]),
@@ -818,7 +828,7 @@ def test_modes_that_no_file_holds(monkeypatch):
         (picture("PA", (0, 255), (0, 0)), grey(0, 255)),
         (picture("RGBX", (1, 2, 3, 0)), [(1, 2, 3)]),
     ]:
-        monkeypatch.setattr(rows.Image, "open", lambda source, image=image: image)
+        monkeypatch.setattr(rows.Image, "open", lambda source, image=image, **_: image)
         result = open_image(b"")
         assert result.mode == "RGB" and near(result, *expected), image.mode
 
@@ -850,6 +860,9 @@ def test_deep_grey_is_scaled_from_its_full_range():
     assert pixels(opened(Image.fromarray(values.astype(np.int32)), "TIFF")) == grey(0, 128, 255)
     dark = np.array([[0, 200]], dtype=np.uint16)  # dark, but of the same range
     assert near(opened(Image.fromarray(dark)), *grey(0, 1))
+    for clear in (0, 32768, 65535):  # a transparent value is white, as in grey of 8 bits
+        expected = [255 if value == clear else value // 256 for value in (0, 32768, 65535)]
+        assert pixels(opened(wide, transparency=clear)) == grey(*expected)
     below = np.array([[-5, 70000, 65535]], dtype=np.int32)
     assert pixels(opened(Image.fromarray(below), "TIFF")) == grey(0, 255, 255)
 
@@ -910,6 +923,6 @@ def test_postscript_is_not_run(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
     monkeypatch.setattr(EpsImagePlugin, "gs_binary", None)  # looked up once
     Image.new("RGB", (4, 4)).save(tmp_path / "a.eps")
-    with pytest.raises(RowError, match="PostScript is a program"):
+    with pytest.raises(RowError, match="cannot be opened"):
         open_image(str(tmp_path / "a.eps"))
     assert not (tmp_path / "ran").exists()
