@@ -5,8 +5,9 @@ It writes two files:
 
     output_dir/eval.json          accuracy, format_valid, mean_response_tokens, caption_accuracy
                                   (where rows have accepted captions), by_source, rows, truncated,
-                                  and how many rows were left out; of k samples a row the means,
-                                  and pass_at_k, the share of rows with any right answer
+                                  how many rows were left out, and how many responses --untagged
+                                  would take too long to read; of k samples a row the means, and
+                                  pass_at_k, the share of rows with any right answer
     output_dir/generations.jsonl  every response with its judgement
 
     torchrun --nproc_per_node=8 eval.py --ckpt rl_out --data mathvista.jsonl
@@ -21,10 +22,11 @@ import time
 from dataclasses import dataclass, field
 from typing import ClassVar
 
+import regex
 import torch.distributed as dist
 from tqdm import tqdm
 
-from data import TAGS, Encoded, Response, decode, load_examples, parse_response
+from data import BLOCKS, TAGS, Encoded, Response, decode, load_examples, parse_response
 from model import load_policy
 from sampler import Sampling, generate
 from support.errors import RowError, UserError
@@ -55,14 +57,34 @@ class EvalConfig:
     dry_run: Natural = 0  # print the memory that this run needs per GPU on N GPUs, then stop
 
 
+MATCH_LIMIT = 1.0  # seconds of processor time that --untagged may take for a response
+
+
+def check_pattern(untagged: str) -> None:
+    """UserError where --untagged is no regular expression with a group for each block."""
+    try:
+        groups = regex.compile(untagged).groupindex
+    except (regex.error, RecursionError) as error:
+        raise UserError(
+            f"--untagged {untagged}: no regular expression ({error}); write one with the groups "
+            f"{', '.join(BLOCKS)}"
+        ) from None
+    if {*groups} != {*BLOCKS}:
+        raise UserError(
+            f"--untagged {untagged}: has the groups {', '.join(groups) or 'none'}; name them "
+            f"{', '.join(BLOCKS)}, as in (?P<answer>.*)"
+        )
+
+
 def read_response(text: str, untagged: str | None) -> Response | None:
     """A response by its tags. A text without any tag, of a model that was never taught the format,
-    is read by the groups of the pattern `untagged`, which must match all of it."""
+    is read by the groups of the pattern `untagged`, which must match all of it; a group that takes
+    no part is empty. TimeoutError where the match takes longer than MATCH_LIMIT."""
     response = parse_response(text)
     if response is None and untagged and not any(tag in text for tag in TAGS):
-        match = re.fullmatch(untagged, text, re.DOTALL)
+        match = regex.fullmatch(untagged, text, regex.DOTALL, timeout=MATCH_LIMIT)
         if match:
-            response = Response(**match.groupdict())
+            response = Response(**match.groupdict(""))
     return response
 
 
@@ -130,6 +152,8 @@ def evaluate() -> None:
         raise UserError("--data: name the rows to answer, or `digits`")
     if config.num_samples > 1 and not config.temperature:
         raise UserError(f"--num_samples {config.num_samples} need a --temperature above 0")
+    if config.untagged is not None:
+        check_pattern(config.untagged)
     if config.output_dir and os.path.isfile(config.output_dir):
         raise UserError(f"--output_dir {config.output_dir} is a file; name a directory")
     here = config.ckpt if os.path.isdir(config.ckpt) else "out/eval"
@@ -154,7 +178,7 @@ def evaluate() -> None:
         temperature=config.temperature,
         max_rollout_rows=config.max_rollout_rows,
     )
-    rows, left_out = [], []
+    rows, left_out, unread = [], [], []  # unread: where the pattern would take too long
     steps = range(math.ceil(len(examples) / batch_size))
     for _ in tqdm(steps, desc="eval", disable=rank() != 0):
         items = next(stream)
@@ -164,7 +188,11 @@ def evaluate() -> None:
         answers = ((e, branch) for (e, _), g in zip(pairs, groups) for branch in g.branches)
         for example, branch in answers:
             text = decode(processor, branch, policy.stop_ids)
-            response = read_response(text, config.untagged)
+            try:
+                response = read_response(text, config.untagged)
+            except (TimeoutError, MemoryError):  # a pattern may backtrack, or recur, for ever
+                response = None
+                unread.append(example.where)
             reads = response is not None and same_caption(response.caption, example.captions)
             rows.append(
                 {
@@ -182,11 +210,18 @@ def evaluate() -> None:
             )
     if world_size() > 1:
         parts = [None] * world_size()
-        dist.all_gather_object(parts, (rows, left_out))
-        rows = [row for part, _ in parts for row in part]
-        left_out = [line for _, part in parts for line in part]
+        dist.all_gather_object(parts, (rows, left_out, unread))
+        rows = [row for part, _, _ in parts for row in part]
+        left_out = [line for _, part, _ in parts for line in part]
+        unread = [where for _, _, part in parts for where in part]
     for line in left_out[:3]:
         say(f"left out: {line}")
+    if unread:
+        say(
+            f"--untagged {config.untagged}: {len(unread)} responses would take over "
+            f"{MATCH_LIMIT:g} s each and count as wrong, the first to {unread[0]}; give a pattern "
+            f"that backtracks less"
+        )
     if not rows:
         raise UserError(f"--data: none of {len(examples)} rows can be used; {left_out[0]}")
     if rank() == 0:
@@ -201,6 +236,7 @@ def evaluate() -> None:
             "temperature": config.temperature,
             **summarise(rows),
             "rows_left_out": len(left_out),
+            "responses_unread": len(unread),
             "by_source": {source: summarise(part) for source, part in sorted(by_source.items())},
             "seconds": time.perf_counter() - start,
         }

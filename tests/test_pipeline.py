@@ -19,9 +19,9 @@ import torch
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer
 
 from align import AlignConfig
-from data import SYSTEM_PROMPT, encode_prompts
+from data import SYSTEM_PROMPT, TAGS, Response, encode_prompts
 from discriminator import DiscriminatorConfig
-from eval import EvalConfig
+from eval import EvalConfig, read_response
 from rlvr import RLVRConfig
 from sft import SFTConfig
 from support import digits
@@ -700,6 +700,45 @@ def test_too_many_bad_rows_end_the_run(world, trained, tmp_path):
     assert "3 of 7 rows are bad, over --max_bad_fraction 0.01" in said
     assert any(place in said for place in places)
     assert sorted(row["row"] for row in lines(out / "left_out.jsonl")) == places
+
+
+@pytest.mark.parametrize(
+    "pattern, said",
+    [
+        ("(?P<caption>.*", "no regular expression (missing ) at position 14); write one with"),
+        ("", "has the groups none; name them caption, think, answer, as in (?P<answer>.*)"),
+        ("(?P<answer>.*)", "has the groups answer; name them caption, think, answer"),
+        ("(?P<caption>.)(?P<think>.)(?P<answer>.)(?P<more>.)", "has the groups caption, think,"),
+    ],
+)
+def test_eval_refuses_a_pattern_before_it_answers(world, tmp_path, pattern, said):
+    """And before it opens the rows and the checkpoint."""
+    flags = ("--ckpt", tmp_path / "none", "--data", world["test"], "--untagged", pattern)
+    assert fails("eval.py", *flags).startswith(f"error: --untagged {pattern}: {said}")
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_eval_does_not_match_for_ever(world, tmp_path, ranks):
+    """A pattern that would try all ways to cut a response costs a second, and is named."""
+    data, out = tmp_path / "rows.jsonl", tmp_path / "out"
+    rows = open(world["test"]).read().splitlines()[:3]
+    data.write_text("\n".join(rows))
+    flags = ("--ckpt", world["init"], "--data", data, "--image_dir", Path(world["test"]).parent)
+    pattern = r"(?P<caption>(.|..|...)*)(?P<think>[\x00\x01])(?P<answer>.)"
+    flags += ("--untagged", pattern, "--output_dir", out, "--max_completion_length", 200)
+    done = launch("eval.py", *flags, ranks=ranks)
+    result = json.loads((out / "eval.json").read_text())
+    answers = [row["response"] for row in lines(out / "generations.jsonl")]
+    late = [a for a in answers if len(a) > 40 and not any(tag in a for tag in TAGS)]
+    assert late and result["responses_unread"] == len(late)
+    assert (result["rows"], result["accuracy"]) == (3, 0)
+    assert f"{len(late)} responses would take over 1 s each and count as wrong" in done.stderr
+
+
+def test_a_group_that_takes_no_part_is_an_empty_block():
+    pattern = r"(?P<caption>I see .*\.)?(?P<think>.*)It is (?P<answer>\w+)"
+    assert read_response("So. It is 5", pattern) == Response("", "So. ", "5")
+    assert read_response("I see 5. It is 5", pattern) == Response("I see 5.", " ", "5")
 
 
 def test_eval_leaves_bad_rows_out(world, trained, tmp_path):
