@@ -88,6 +88,15 @@ def until(condition, limit: float = 60.0) -> None:
         time.sleep(0.002)
 
 
+def left(started) -> bool:
+    """Whether a process of the run is there, also one that encodes rows."""
+    for pid in started.pids:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(pid, 0)
+            return True
+    return False
+
+
 def files(path) -> dict[str, str]:
     """Every file below a directory and the hash of its bytes; not the lock and the ranks' notes."""
     names = [p for p in sorted(Path(path).rglob("*")) if p.is_file() and p.parent.name != "ranks"]
@@ -725,6 +734,8 @@ def test_the_lock_goes_with_its_process(nursery, whole, tmp_path):
     done = nursery.run(*words, log=tmp_path / "log")
     assert done.codes == [0], done.said
     assert differences(expected, out) == []
+    started.wait()
+    until(lambda: not left(started))
 
 
 WITHOUT = '''"""Stage 1, on a file system without locks that cannot force a folder to the disk."""
@@ -988,6 +999,7 @@ def test_a_lost_worker_is_one_line(nursery, whole, tmp_path, ranks, fault, said)
     bug = re.search("Lost|KeyboardInterrupt", fault)
     assert started.said.count("Traceback") == bool(bug), started.said
     assert not bug or bug[0] in started.said
+    until(lambda: not left(started))
     done = nursery.run("sft.py", *words, ranks=ranks, log=tmp_path / "log")
     assert done.codes == [0] * ranks, done.said
     assert differences(expected, out) == []
