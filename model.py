@@ -13,8 +13,10 @@ the model as the keyword `layout` to the attention function registered below.
 """
 
 import itertools
+import warnings
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
@@ -61,9 +63,9 @@ class PackAttention:
 
     Every token is a query of exactly one sequence: a prompt (keys: itself) or a branch (keys: its
     prompt and itself). The last key of a sequence belongs to its last query, and a query sees no
-    later key than its own. On a GPU all sequences go through one call for ragged sequences. On a
-    CPU those of like lengths go together as padded rows, and a prompt that has only one branch
-    forms a single sequence with it.
+    later key than its own. On a GPU all sequences go through one call for ragged sequences.
+    Elsewhere those of like lengths go together as padded rows, and a prompt that has only one
+    branch forms a single sequence with it.
     Takes along: has_varlen, _alike, _padded, _ragged, data.Segment, data.Pack."""
 
     def __init__(self, pack: Pack, collected: list | None = None):
@@ -135,8 +137,19 @@ class PackAttention:
 
 def has_varlen(tensor: torch.Tensor) -> bool:
     """Whether `varlen_attn`, torch's attention of ragged sequences (torch 2.13), runs where the
-    tensor is."""
-    return tensor.is_cuda
+    tensor is. Takes along: _is_ampere."""
+    return tensor.is_cuda and _is_ampere(tensor.device)
+
+
+@lru_cache
+def _is_ampere(device) -> bool:
+    """Whether a GPU is of compute capability 8.0 or newer. Where it is not, this is said once."""
+    capability = torch.cuda.get_device_capability(device)
+    if capability < (8, 0):
+        found = "compute capability {}.{}".format(*capability)
+        said = f"{device} has {found}, ragged attention needs 8.0: sequences are padded instead"
+        warnings.warn(said, stacklevel=3)
+    return capability >= (8, 0)
 
 
 def _alike(sequences) -> Iterator[list[tuple[int, int]]]:

@@ -5,6 +5,9 @@ found is an operation that mixes devices or dtypes, that a GPU's kernel or FSDP2
 that a CUDA graph cannot record. What is computed is tested elsewhere, on the CPU.
 """
 
+import warnings
+from types import SimpleNamespace
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -112,6 +115,7 @@ def gpu(monkeypatch, request):
     monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: Graph(mode))
     monkeypatch.setattr(torch.cuda, "graph", lambda graph, **kwargs: graph)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda: None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.setattr(Graph, "recorded", 0)
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=count)
     try:
@@ -149,7 +153,10 @@ def test_a_step_of_sft(gpu, monkeypatch, capsys, optimizer):
     assert optimizer in capsys.readouterr().out
 
 
-def test_decoding(gpu):
+@pytest.mark.parametrize("varlen", [True, False])
+def test_decoding(gpu, monkeypatch, varlen):
+    """Also as on a GPU that has no ragged attention."""
+    monkeypatch.setattr(sampler, "has_varlen", lambda tensor: varlen)
     gpu.decode("tiny", Clock(), GPU, copied=1.0)
     assert Graph.recorded > 0
 
@@ -196,3 +203,17 @@ def test_ratios_in_bfloat16(monkeypatch):
     import gpu
 
     gpu.ratios("tiny", Clock(), torch.device("cpu"), None)
+
+
+@pytest.mark.parametrize("capability, has", [((7, 5), False), ((8, 0), True), ((9, 0), True)])
+def test_ragged_attention_where_a_gpu_has_it(monkeypatch, capability, has):
+    """From Ampere on. An older GPU attends as a CPU does, and this is said once."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    model._is_ampere.cache_clear()
+    tensor = SimpleNamespace(is_cuda=True, device=GPU)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        assert [model.has_varlen(tensor) for _ in range(3)] == [has] * 3
+    found = [str(w.message)[:33] for w in said]
+    assert found == ([] if has else ["cuda:0 has compute capability 7.5"])
+    model._is_ampere.cache_clear()
