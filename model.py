@@ -224,7 +224,8 @@ def adapt(model, where: str = "the model"):
     Its language layers attend through a layout. Its head gives log-probabilities where they are
     asked for. Patches are embedded by a matrix product, and a norm is one operation. `forbidden`
     are the ids that are never sampled (D16).
-    Takes along: _attention, Patches, Norm, Head, LogProbs, _logits, support.fit.check_layers."""
+    Takes along: _attention, Patches, Norm, Head, LogProbs, _logits, _in_float32,
+    support.fit.check_layers."""
     check_layers(model.config, where)
     text = model.config.get_text_config()
     AttentionInterface.register("layout", _attention)
@@ -320,8 +321,16 @@ class LogProbs(torch.autograd.Function):
 
 
 def _logits(hidden, weight, temperature, forbidden):
-    logits = (hidden @ weight.T).to(torch.promote_types(hidden.dtype, torch.float32))
+    logits = _in_float32(hidden, weight)
     return logits.div_(temperature).index_fill_(1, forbidden, -torch.inf)
+
+
+def _in_float32(hidden, weight):
+    """hidden (T, h) @ weight.T in float32 or wider, without a derivative. A GPU sums products of
+    bfloat16 in float32; to round the sums to bfloat16 would move a log-probability by 0.02."""
+    if hidden.is_cuda and hidden.dtype in (torch.bfloat16, torch.float16):
+        return torch.mm(hidden, weight.T, out_dtype=torch.float32)
+    return (hidden @ weight.T).to(torch.promote_types(hidden.dtype, torch.float32))
 
 
 class Head(torch.nn.Linear):
@@ -332,6 +341,8 @@ class Head(torch.nn.Linear):
     asked = None  # (predictors (K,), targets (K,), temperature, forbidden ids, chunk)
 
     def forward(self, hidden):
+        if self.asked is None and hidden.is_cuda and torch.is_inference_mode_enabled():
+            return _in_float32(hidden.flatten(0, -2), self.weight).unflatten(0, hidden.shape[:-1])
         if self.asked is None:
             return super().forward(hidden)
         return LogProbs.apply(hidden[0], self.weight, *self.asked)

@@ -5,6 +5,7 @@ found is an operation that mixes devices or dtypes, that a GPU's kernel or FSDP2
 that a CUDA graph cannot record. What is computed is tested elsewhere, on the CPU.
 """
 
+import re
 import warnings
 from types import SimpleNamespace
 
@@ -18,12 +19,13 @@ from torch.distributed.fsdp._fully_shard import _fsdp_collectives, _fsdp_init, _
 from torch.distributed.fsdp._fully_shard import _fsdp_state
 from torch.distributed.tensor import DTensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import model
 import sampler
-from data import Prompt
+from data import Prompt, make_packs
 from discriminator import Discriminator, judge, upcycle
-from model import rank_packs
+from model import rank_packs, token_logprobs
 from policy_gradient import Objective, policy_backward, rescore
 from sampler import Rows, Sampling, generate
 from support import ranks
@@ -191,6 +193,34 @@ def test_experts(gpu, world):
     comparisons = gpu.comparisons(2048)[:2]
     judge(discriminator, comparisons, load_processor(world["init"]), 16384, backward=True)
     optimizer_step(discriminator, adamw(discriminator, 0.0), 1e-6, 1.0)
+
+
+class Products(TorchDispatchMode):
+    """The dtypes of the matrix products that are `width` wide."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.width, self.dtypes = width, []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if re.search(r"aten\.(mm|bmm|addmm|linear|matmul)\.", str(func)) and len(out.shape) > 1:
+            self.dtypes += [out.dtype] if out.shape[-1] == self.width else []
+        return out
+
+
+def test_logits_are_not_rounded(gpu):
+    """Those of scores, of their gradient, of prompts and of samples, of a policy in bfloat16."""
+    policy = shard(gpu.make("tiny", GPU), GPU)
+    prompts, vocab = [text_prompt(i, 30) for i in range(2)], policy.lm_head.weight.shape[0]
+    with Products(vocab) as sampled:
+        groups = generate(policy, prompts, Sampling(4, 8))
+    (pack,) = make_packs(groups)
+    with Products(vocab) as scored:
+        logp, _ = token_logprobs(policy, pack.to(GPU))
+        logp.sum().backward()
+    assert len(sampled.dtypes) > 2 and len(scored.dtypes) == 2
+    assert {*sampled.dtypes, *scored.dtypes} == {torch.float32}
 
 
 def test_the_machine(gpu):
