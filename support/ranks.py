@@ -14,7 +14,7 @@ from functools import partial
 
 import torch
 import torch.distributed as dist
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import Shard
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
@@ -65,9 +65,10 @@ def world_size() -> int:
 
 
 def barrier(group=None) -> None:
-    """Waits until every rank is here."""
+    """Waits until every rank is here. RuntimeError where one is gone, or does not come in time: on
+    the CPU, since on a GPU the watchdog of NCCL would end this process without a word."""
     if world_size() > 1:
-        dist.barrier(group)
+        dist.all_reduce(torch.zeros(1), group=group)
 
 
 def say(*words) -> None:
@@ -121,16 +122,15 @@ def shard(module, device: torch.device, config=None):
         recompute(module)
     if world_size() == 1 and device.type == "cpu":
         return module
-    shape, names = (world_size(),), ("ranks",)
     if getattr(config, "hsdp", False):
-        node = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-        shape, names = (world_size() // node, node), ("nodes", "ranks")
-    mesh = init_device_mesh(device.type, shape, mesh_dim_names=names)
+        mesh = nodes_mesh(device, datetime.timedelta(minutes=config.timeout))
+    else:
+        mesh = init_device_mesh(device.type, (world_size(),))
     # Inputs stay as the model made them, as they do where the hooks are put aside (`gathered`).
     half = dict(param_dtype=torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False)
     precision = MixedPrecisionPolicy(**(half if device.type == "cuda" else {}))
     sharding = dict(mesh=mesh, mp_policy=precision)
-    sharding["shard_placement_fn"] = lambda p: Shard(sharded_dimension(p.shape, shape[-1]))
+    sharding["shard_placement_fn"] = lambda p: Shard(sharded_dimension(p.shape, mesh.shape[-1]))
     for block in blocks(module):
         fully_shard(block, **sharding)
     fully_shard(module, **sharding)
@@ -139,6 +139,18 @@ def shard(module, device: torch.device, config=None):
             part.set_gradient_divide_factor(1.0)
             part.set_force_sum_reduction_for_comms(True)  # gloo has no other, nccl needs none
     return module
+
+
+def nodes_mesh(device: torch.device, timeout: datetime.timedelta) -> DeviceMesh:
+    """The ranks as nodes x ranks of a node. `init_device_mesh` would give its groups a timeout of
+    its own."""
+    grid = torch.arange(world_size()).view(-1, int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    groups = [
+        dist.new_subgroups_by_enumeration(ranks.tolist(), timeout=timeout)[0]
+        for ranks in (grid.T, grid)
+    ]
+    names = ("nodes", "ranks")
+    return DeviceMesh.from_group(groups, device.type, mesh=grid, mesh_dim_names=names)
 
 
 def sharded_dimension(shape, count: int) -> int:

@@ -85,7 +85,7 @@ def main(stage: Callable) -> None:
     if not dist.is_initialized():
         sys.exit(code)
     with contextlib.suppress(RuntimeError):  # where a rank is gone, that one has said why
-        dist.barrier()  # a thread of the last collective may still hold tensors
+        barrier()  # a thread of the last collective may still hold tensors
         dist.destroy_process_group()
     if "wandb" in sys.modules:
         sys.modules["wandb"].finish()
@@ -369,8 +369,10 @@ class Run:
 
     @contextlib.contextmanager
     def phase(self, name: str):
-        """Seconds spent inside go to the step's metrics as time/<name>."""
+        """Seconds spent inside go to the step's metrics as time/<name>. Ranks begin it together, so
+        that one that is lost is named."""
         start = time.perf_counter()
+        barrier()
         yield
         if self.device.type == "cuda":
             torch.cuda.synchronize()

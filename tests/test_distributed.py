@@ -275,3 +275,29 @@ def test_experts_that_are_shared_in_another_dimension(world, trained, tmp_path):
     words = trained, world["prompts"], out
     done = launch(tmp_path / "experts.py", *words, ranks=2)
     assert "equal 0" in done.stdout and "equal 1" in done.stdout
+
+
+GROUPS = """
+import datetime
+import os
+from types import SimpleNamespace
+import torch
+from support.ranks import join_ranks, rank, shard
+
+os.environ["LOCAL_WORLD_SIZE"] = "1"  # two nodes of one rank
+device = join_ranks(datetime.timedelta(minutes=7))
+module = shard(torch.nn.Linear(4, 4), device, SimpleNamespace(hsdp=True, timeout=7.0))
+mesh = module.weight.device_mesh
+assert mesh.shape == (2, 1) and mesh.mesh_dim_names == ("nodes", "ranks")
+limits = {g._get_backend(device).options._timeout for g in mesh.get_all_groups()}
+assert limits == {datetime.timedelta(minutes=7)}, limits
+module(torch.ones(1, 4)).sum().backward()
+assert torch.equal(module.weight.grad.full_tensor(), torch.full((4, 4), 2.0))
+print(f"equal {rank()}", flush=True)
+"""
+
+
+def test_groups_of_nodes_wait_as_long_as_others(tmp_path):
+    (tmp_path / "groups.py").write_text(GROUPS)
+    done = launch(tmp_path / "groups.py", ranks=2)
+    assert "equal 0" in done.stdout and "equal 1" in done.stdout

@@ -889,6 +889,44 @@ def test_a_rank_that_is_gone_or_stuck_is_named(nursery, short, tmp_path, fault, 
     assert f"rank {lost} is gone or stuck" in line and "--resume" in line, line
 
 
+ON_A_GPU = """
+import os, signal
+import align
+from support.ranks import rank
+from support.run import Run, main
+
+batches, generate = Run.batches, align.generate
+
+def second_is_stuck(run, *args, **kwargs):
+    for number, batch in enumerate(batches(run, *args, **kwargs)):
+        if number == 1 and rank() == 1:
+            os.kill(os.getpid(), signal.SIGSTOP)
+        yield batch
+
+def collective(*args, step, **kwargs):
+    if step == 2:
+        os.abort()
+    return generate(*args, step=step, **kwargs)
+
+Run.batches, align.generate = second_is_stuck, collective
+main(align.train)
+"""
+
+
+def test_a_rank_that_is_stuck_on_a_gpu_is_named(nursery, short, tmp_path):
+    """There a collective ends the process without a word where a rank does not come: here sampling
+    does, which begins with one."""
+    (tmp_path / "align.py").write_text(ON_A_GPU)
+    _, *words = short("align.py")
+    words = (tmp_path / "align.py", *words, "--output_dir", tmp_path / "out", "--timeout", 0.08)
+    started = nursery.start(*words, ranks=2, log=tmp_path / "log")
+    until(lambda: started.gone(0), 90)
+    started.signal(signal.SIGKILL)
+    assert started.wait()[0] == 1, started.said
+    (line,) = started.errors
+    assert "rank 1 is gone or stuck" in line and "--resume" in line, line
+
+
 def test_a_rank_that_is_gone_before_the_ranks_have_met(short, tmp_path):
     """It has come to the store and no further."""
     port = free_port()
