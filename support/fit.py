@@ -36,7 +36,7 @@ from support.ranks import blocks, sharded_dimension, vision_tower
 
 # What model.py and sampler.py hold at a time.
 LOGIT_ROWS = 1024  # rows of logits over the vocabulary
-PROMPT_TOKENS = 2**17  # tokens of the prompts that are sampled from, each as long as the longest
+PROMPT_TOKENS = 2**16  # tokens of the prompts that are sampled from, each as long as the longest
 
 CARD = 80e9
 IMAGES = 0.25  # of the tokens of a pack; assumed, as no data is read

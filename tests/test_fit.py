@@ -26,6 +26,7 @@ from transformers import Qwen2VLConfig, Qwen3VLConfig
 from align import AlignConfig
 from data import Group, Prompt, encode_prompts, make_packs
 from discriminator import Discriminator, DiscriminatorConfig, upcycle
+from eval import EvalConfig
 from model import LogProbs, PackAttention, _ragged, adapt, token_logprobs
 from rlvr import RLVRConfig
 from sampler import Sampling, generate
@@ -324,8 +325,10 @@ def test_the_table_of_the_docs(published):
         of_policy = dict(ckpt=published[size], **ours)
         runs = [SFTConfig(model=published[size], dry_run=8)]
         runs += [AlignConfig(discriminator=published["2B"], **of_policy), RLVRConfig(**of_policy)]
+        runs.append(EvalConfig(ckpt=published[size], dry_run=8))
         if size == "4B":
-            runs.insert(1, DiscriminatorConfig(model=published["2B"], dry_run=8))
+            warm_up = dict(model=published["2B"], dry_run=8)
+            runs.insert(1, DiscriminatorConfig(policy=published["4B"], **warm_up))
         for config in runs:
             stage = config.stage
             head, rule, *rows = fit.table(config).splitlines()
