@@ -32,10 +32,11 @@ from model import adapt, rank_packs, token_logprobs
 from policy_gradient import Objective, group_advantage, policy_backward
 from sampler import Sampling, generate
 from sft import sft_loss
-from support import digits, fit
+from support import fit
 from support.huggingface import load_processor
 from support.optimizer import optimizer_step
 from support.ranks import join_ranks, shard
+from support.tiny import Shape, build_model, train_tokenizer
 
 VISION = dict(depth=24, hidden_size=1024, num_heads=16, intermediate_size=4096)
 VISION |= dict(num_position_embeddings=2304, deepstack_visual_indexes=[5, 11, 17])
@@ -330,8 +331,8 @@ def main() -> None:
     say("---", "---", "---", "---")
     shapes = args.shapes or (["2B", "4B"] if clock.gpu else ["tiny"])
     with tempfile.TemporaryDirectory() as folder:
-        tokenizer = digits.train_tokenizer([words(random.Random(i), 40) for i in range(50)], 200)
-        digits.build_model(Path(folder), tokenizer, digits.World())
+        tokenizer = train_tokenizer([words(random.Random(i), 40) for i in range(50)], 200)
+        build_model(Path(folder), tokenizer, Shape())
         processor = load_processor(folder)
     peak, copied = machine(clock, device)
     small, large = shapes[0], shapes[-1]

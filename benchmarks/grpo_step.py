@@ -30,8 +30,8 @@ from rollout import arguments, ratio
 from transformers import GenerationConfig
 from views import SIDE, WORDS
 
-from support import digits
 from support.huggingface import load_processor
+from support.tiny import Shape, build_model, train_tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
 PROMPTS, ROLLOUTS, LIMIT, STEPS = 4, 16, 256, 4
@@ -44,7 +44,7 @@ def build(folder: str, hidden_size: int, layers: int, ends: float = ENDS) -> tup
     100 tokens of question."""
     rng = random.Random(0)
     folder = Path(folder)
-    world = digits.World(
+    shape = Shape(
         hidden_size=hidden_size,
         intermediate_size=4 * hidden_size,
         layers=layers,
@@ -57,8 +57,8 @@ def build(folder: str, hidden_size: int, layers: int, ends: float = ENDS) -> tup
         initializer_range=0.02,
     )
     texts = [" ".join(rng.choices(WORDS, k=40)) for _ in range(50)]
-    tokenizer = digits.train_tokenizer(texts, 200)
-    digits.build_model(folder / "model", tokenizer, world)
+    tokenizer = train_tokenizer(texts, 200)
+    build_model(folder / "model", tokenizer, shape)
     ends = list(range(300, 300 + round(len(tokenizer) * ends)))
     GenerationConfig(
         eos_token_id=ends or None, pad_token_id=tokenizer.pad_token_id

@@ -34,10 +34,10 @@ from PIL import Image
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from data import Encoded, encode_response
-from support.digits import CHAT_TEMPLATE, train_tokenizer, write_processor
 from support.huggingface import load_processor
 from support.loader import batches
 from support.rows import load_data
+from support.tiny import CHAT_TEMPLATE, train_tokenizer, write_processor
 
 WAYS = ("0", "thread", "1", "2")  # workers; a thread is how it would be done without them
 IMAGE = {  # as in the published Qwen3-VL: 512 x 512 pixels are 256 tokens

@@ -36,8 +36,8 @@ from rollout import arguments, ratio
 from data import Response, encode_prompts, encode_views
 from discriminator import Comparison, discriminator_loss, load_discriminator, view_packs
 from model import adapt
-from support import digits
 from support.rows import Example
+from support.tiny import Shape, build_model, train_tokenizer
 
 ROLLOUTS, PROMPT_TOKENS, CAPTION_TOKENS, REASONING_TOKENS = 16, 302, 42, 60
 SIDE = 224  # pixels, 14 x 14 image tokens
@@ -53,7 +53,7 @@ def build(path: str, args) -> tuple:
         f"<caption>{r.caption}</caption>\n<think>{r.think}</think>\n<answer>{r.answer}</answer>"
         for r in texts
     ]
-    world = digits.World(
+    shape = Shape(
         hidden_size=args.hidden_size,
         intermediate_size=2 * args.hidden_size,
         layers=args.layers,
@@ -65,7 +65,7 @@ def build(path: str, args) -> tuple:
         vision_layers=2,
         initializer_range=0.04,
     )
-    digits.build_model(Path(path), digits.train_tokenizer(texts, 200), world)
+    build_model(Path(path), train_tokenizer(texts, 200), shape)
     return load_discriminator(path, dropout=0.0)
 
 

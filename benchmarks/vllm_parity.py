@@ -133,17 +133,17 @@ def speed(args, folder: Path) -> None:
     from data import encode_prompts
     from model import load_policy
     from sampler import Sampling, generate
-    from support import digits
     from support.rows import Example
+    from support.tiny import Shape, build_model, train_tokenizer
 
     words = "the image shows some digits side by side and a question about them".split()
-    tokenizer = digits.train_tokenizer([" ".join(words)] * 3, 200)
+    tokenizer = train_tokenizer([" ".join(words)] * 3, 200)
     for hidden, layers in ((256, 4), (768, 8)):
-        shape = dict(hidden_size=hidden, intermediate_size=4 * hidden, layers=layers, head_dim=64)
+        wide = dict(hidden_size=hidden, intermediate_size=4 * hidden, layers=layers, head_dim=64)
         heads = dict(heads=hidden // 64, kv_heads=hidden // 128, vision_hidden_size=hidden // 2)
         path = folder / f"{hidden}"
-        world = digits.World(**shape, **heads, initializer_range=0.02)
-        digits.build_model(path, tokenizer, world)
+        shape = Shape(**wide, **heads, initializer_range=0.02)
+        build_model(path, tokenizer, shape)
         policy, processor = load_policy(str(path))
         policy.stop_ids = torch.arange(100, 106)  # about 1 of 92 tokens
         size = sum(p.numel() for p in policy.parameters()) / 1e6

@@ -52,11 +52,11 @@ from discriminator import (
     view_packs,
 )
 from model import PackAttention
-from support import digits
 from support.errors import UserError
 from support.huggingface import load_processor, processor_files, save_discriminator, write_files
 from support.metrics import Loss, Mean
 from support.rows import Example
+from support.tiny import Shape, build_model, train_tokenizer
 from tests.conftest import ROOT, fails, launch, lines
 
 repeatable = settings(derandomize=True, deadline=None, database=None, max_examples=50)
@@ -477,10 +477,8 @@ TEACHER = Response(
 def dense(tmp_path_factory) -> str:
     """A tiny dense Qwen3-VL directory, every parameter random."""
     path = tmp_path_factory.mktemp("models") / "dense"
-    world = digits.World(
-        hidden_size=48, intermediate_size=80, head_dim=16, layers=2, vision_layers=2
-    )
-    digits.build_model(path, digits.train_tokenizer([TEXT] * 3, 20), world)
+    shape = Shape(hidden_size=48, intermediate_size=80, head_dim=16, layers=2, vision_layers=2)
+    build_model(path, train_tokenizer([TEXT] * 3, 20), shape)
     model = Qwen3VLForConditionalGeneration.from_pretrained(path)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():

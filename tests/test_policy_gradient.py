@@ -18,9 +18,9 @@ from hypothesis import strategies as st
 from data import Group, encode_prompts, encode_response
 from model import load_policy, rank_packs
 from policy_gradient import Objective, group_advantage, kl_k3, policy_backward, policy_loss, rescore
-from support import digits
 from support.metrics import Mean
 from support.rows import Example
+from support.tiny import Shape, build_model, train_tokenizer
 
 NAMES = ("grpo", "dapo", "gspo")
 CLIPS = {
@@ -549,9 +549,9 @@ def tiny(tmp_path_factory):
     """(policy, processor, another policy as the reference model), random weights."""
     path = tmp_path_factory.mktemp("models")
     text = "<caption>1, 2 and 3.</caption> <think>1 + 2 = 3.</think> <answer>A</answer>"
-    tokenizer = digits.train_tokenizer([text], 10)
-    digits.build_model(path / "policy", tokenizer, digits.World(hidden_size=32))
-    digits.build_model(path / "other", tokenizer, digits.World(hidden_size=32, seed=1))
+    tokenizer = train_tokenizer([text], 10)
+    build_model(path / "policy", tokenizer, Shape(hidden_size=32))
+    build_model(path / "other", tokenizer, Shape(hidden_size=32), seed=1)
     policy, processor = load_policy(str(path / "policy"))
     return policy, processor, load_policy(str(path / "other"))[0]
 
