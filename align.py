@@ -4,20 +4,24 @@ pre-alignment by black-box on-policy distillation).
     (2)   min over D, max over G:  E[ sum_k - log sigmoid( D_k(x, y+) - D_k(x, y) ) ],   y ~ G(x)
     (9)   s_k of a rollout of broken format = (lowest valid s_k of its group, or 0) - 1
     (11)  A = alpha * GN(s_perception) + (1 - alpha) * GN(s_reasoning) - 1.5 * [broken format]
-    (12)  s_k - beta_k * log(1 + length of view k)         length debiasing, off by default
+    (12)  s_k = D_k(x, y) - beta_k * log(1 + length of view k)      length debiasing, off by default
 
-k is a view, perception or reasoning, and s_k = D_k(x, y) its score, (5) in discriminator.py. y+ is
-the one supervision response of a prompt; no logits of a teacher are used. GN is the group
-normalisation, (10) in policy_gradient.py. A step samples N rollouts of each prompt and scores their
-two views. One forward gives the discriminator's loss (7) and the rewards. The policy
-then takes one step of the clipped policy gradient (14) to (16) with A, strictly on policy. There
-is no KL to a reference, which would pull towards the drifted SFT policy, and no entropy bonus.
+k is a view, perception or reasoning, and D_k(x, y) its score, (5) in discriminator.py. s_k is what
+the reward takes of that score, through (12) first and then (9). GN is the group normalisation, (10)
+in policy_gradient.py. y+ is the one supervision response of a prompt; no logits of a teacher are
+used. In names, teacher is y+, and student is a rollout y that is compared with it.
+
+A step samples N rollouts of each prompt and scores their two views. One forward gives the
+discriminator's loss (7) and the rewards. The policy then takes one step of the clipped policy
+gradient (14) to (16) with A, strictly on policy. There is no KL to a reference, which would pull
+towards the drifted SFT policy, and no entropy bonus.
 
 Deviations from the published run:
 D7  The supervision response is not cut; the release cuts its two parts to 512 tokens each.
 D8  Length debiasing acts on the rewards only; in the release also on the discriminator's loss.
-D10 A row whose supervision response has a broken format is left out, counted and named.
-D1 to D5 and D13 are in discriminator.py, D9 and D11 in policy_gradient.py.
+D10 A supervision response of broken format is a bad row, left out, counted and named; the release
+    does not check the format.
+docs/deviations.md has all of them, with the reasons.
 
     torchrun --nproc_per_node=8 align.py --ckpt sft_out --output_dir align_out
     python align.py                                                 the embedded world of digits
@@ -93,8 +97,9 @@ def alignment_advantage(
 
 
 def fill_invalid(score: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
-    """(9): (P, N) scores of one view -> the same, with (lowest valid score of the group, or 0
-    where none is valid) - 1 in place of the rollouts of broken format."""
+    """(9): scores of one view and which of them are valid, (P, N) each -> (P, N), the scores with
+    those of broken format replaced. They become the lowest valid score of their group, or 0 where
+    none is valid, minus 1."""
     lowest = score.masked_fill(~valid, torch.inf).amin(1, keepdim=True)
     lowest = torch.where(valid.any(1, keepdim=True), lowest, torch.zeros_like(lowest))
     return torch.where(valid, score, lowest - 1)
@@ -108,6 +113,7 @@ def debias(score: torch.Tensor, length: torch.Tensor, beta: float) -> torch.Tens
 def train() -> None:
     run = Run(AlignConfig)
     config = run.config
+    # Every row needs a `response`, its supervision response y+.
     examples = load_examples(config, ("response",), config.ckpt, config.discriminator)
     policy, processor = load_policy(config.ckpt, run.device, config)
     discriminator, _ = load_discriminator(
@@ -130,6 +136,7 @@ def train() -> None:
     limits = dict(max_prompt_length=config.max_prompt_length, max_pixels=config.max_pixels)
     rows = Encoded(examples, processor, encode, **limits)
     stream = run.batches(rows, config.prompts_per_step)
+    # Trials are altered copies of y+, on which the discriminator is probed (probe.py).
     trials = trials_beside_the_game(config, examples, processor) if config.probe_steps else []
     num_trials = int(all_sum([len(trials)])[0])
     if config.probe_steps and not num_trials:
@@ -139,7 +146,12 @@ def train() -> None:
         )
     sampling = Sampling.of(config)
     # The ratio and the mean of (14) to (16) are by token, as in GRPO, without a dual clip.
-    objective = Objective("grpo", config.epsilon, config.epsilon, temperature=config.temperature)
+    objective = Objective(
+        algorithm="grpo",
+        clip_low=config.epsilon,
+        clip_high=config.epsilon,
+        temperature=config.temperature,
+    )
 
     def save(path: str) -> None:
         save_policy(policy, path, examples.shared)
@@ -155,10 +167,12 @@ def train() -> None:
         # Sample N rollouts y ~ G(x) of each prompt from the policy.
         with run.phase("rollout"):
             groups = generate(policy, prompts, sampling, step=step)
-            ends = policy.stop_ids
-            texts = [[decode(processor, y, ends) for y in group.branches] for group in groups]
+            texts = []  # of each prompt, its N rollouts
+            for group in groups:
+                texts.append([decode(processor, y, policy.stop_ids) for y in group.branches])
 
-        # Compare every rollout with y+. A rollout of broken format is None and has no scores.
+        # Put the rollouts of each prompt beside its y+, all split into caption, think and answer. A
+        # rollout of broken format is None and gets no scores.
         comparisons = []
         for (_, prompt, teacher), rollouts in zip(batch, texts):
             students = [parse_response(text) for text in rollouts]
@@ -198,42 +212,46 @@ def train() -> None:
         # Add the clipped policy gradient (14) to (16), strictly on policy; the policy steps.
         with run.phase("update"):
             packs = rank_packs(groups, processor, config.max_tokens_per_pack)
-            updated = policy_backward(policy, packs, groups, advantage, objective)
+            update_metrics = policy_backward(policy, packs, groups, advantage, objective)
             rate = learning_rate_at(step, config.max_steps, config)
             grad_norm = optimizer_step(policy, optimizer, rate, config.max_grad_norm)
 
-        # Log the step, and the rollouts of the first prompt.
+        # Log the step, and the rollouts of the first prompt. The clip never acts, so what it did is
+        # left out.
         lengths = [len(branch) for group in groups for branch in group.branches]
-        without_valid = int((~judged.valid.any(1)).sum())
+        prompts_without_valid = int((~judged.valid.any(1)).sum())
+        no_valid_at_all = len(groups) > 0 and prompts_without_valid == len(groups)
         metrics = {
             **judged.metrics,
-            "loss": updated["loss"],
-            "entropy": updated["entropy"],
-            "sampled_scored_gap": updated["sampled_scored_gap"],
+            "loss": update_metrics["loss"],
+            "entropy": update_metrics["entropy"],
+            "sampled_scored_gap": update_metrics["sampled_scored_gap"],
             "format_valid": Mean(judged.valid.sum(), judged.valid.numel()),
             "response_length": Mean(sum(lengths), len(lengths)),
-            "prompts_without_valid": Sum(without_valid),
-            "ranks_without_valid": Sum(int(len(groups) > 0 and without_valid == len(groups))),
+            "prompts_without_valid": Sum(prompts_without_valid),
+            "ranks_without_valid": Sum(int(no_valid_at_all)),
             "grad_norm": grad_norm,
             "d_grad_norm": d_grad_norm,
             "learning_rate": rate,
             "d_learning_rate": d_rate,
         }
-        # At step 1 and every `probe_steps` steps: is the discriminator blind? The trials are rows
-        # that it does not learn from.
+        # At step 1 and every `probe_steps` steps, probe whether the discriminator is blind. It does
+        # not learn from the rows of the trials.
         due = num_trials and (step == 1 or step % config.probe_steps == 0)
         if due:
             with run.phase("probe"):
                 max_tokens = config.max_tokens_per_pack
                 metrics |= probe(judge, discriminator, trials, processor, max_tokens)
+        # Tokens of prompts and rollouts, each counted once, for the log's tokens per second.
         tokens = sum(lengths) + sum(len(prompt.input_ids) for prompt in prompts)
         line = run.log(step, metrics, grad_norms=[grad_norm, d_grad_norm], tokens=tokens)
         if due:
             say(f"step {step}:", in_words(line))
         if batch:
+            example, _, _ = batch[0]
             run.log_rollouts(
                 step,
-                batch[0][0],
+                example,
                 texts[0],
                 perception=judged.perception[0],
                 reasoning=judged.reasoning[0],
