@@ -2,22 +2,23 @@
 warm-up on pairs, which is what running this file does (PRISM, the MoE discriminator).
 
     (3)  expert_e = dense MLP + N(0, 0.01^2),  e = 1 .. 4     sparse upcycling; routers N(0, 0.02^2)
-    (4)  MLP(h)  = sum over the top 2 of  p_e / (their sum) * expert_e(h),   p = softmax(W h)
-    (5)  D_k(x, y) = clip(w_k . dropout(h(x, view_k(y))), -10, 10)
+    (4)  MLP(h)  = sum over the top 2 of  p_e / (sum of both p) * expert_e(h),   p = softmax(W h)
+    (5)  D_k(x, y) = clip(w_k . dropout(z(x, view_k(y))), -10, 10)
                      k = perception: the caption; reasoning: the rest
     (6)  L_pair  = sum_k - log sigmoid(D_k(x, y+) - D_k(x, y))      Bradley-Terry, y+ against y
     (7)  L_D     = L_pair + 0.001 * mean of the squared scores + 0.01 * L_balance
     (8)  L_balance = E * sum_e f_e P_e        f_e: share of tokens that chose e (they sum to top_k),
                                              P_e: mean router probability
 
-h is the last hidden state at the last token of the view. Rewards are read without dropout. In
-names, teacher is the supervision response y+ and student the response y compared with it. In the
-game the students are the policy's own rollouts. In the warm-up each prompt has one student, which
-stands in the data or, with `--policy`, is sampled from that policy. A student of broken format has
-no views, so it enters no loss.
+h is a token's vector before the MLP of a layer, and W the layer's router. z is the last layer's
+output at the last token of the view, and w_k the score vector of view k. Rewards are read without
+dropout. In names, teacher is the supervision response y+ and student the response y compared with
+it. In the game the students are the policy's own rollouts. In the warm-up each prompt has one
+student, which stands in the data or, with `--policy`, is sampled from that policy. A student of
+broken format has no views, so it enters no loss.
 
-A prompt stands in a pack once, behind it the views of its rollouts and of its supervision response,
-so prompt and image are computed once for all views in the pack. Views that do not fit into one pack
+A prompt stands in a pack once, behind it the views of its rollouts and of its supervision response.
+So prompt and image are computed once for all views in the pack. Views that do not fit into one pack
 go on in another, where the prompt is repeated. Supervision and student go through one function
 (`data.encode_views`), and equal views of a prompt are one branch, so two sides of the same text
 score exactly the same (D15). No response is truncated.
@@ -26,12 +27,12 @@ Deviations from the published run (all are in docs/deviations.md, with the reaso
 D1  Each view has a score vector of its own; the release reads both views from one.
 D2  Views keep the image's rotary positions; the release drops them.
 D3  Prompt tokens are computed once a pack, so they enter (8) once a pack and not once a view. (8)
-    is taken in each pack and the packs are weighted by their tokens, so it depends on how a batch
-    is cut into packs, as do dropout's masks and the shares of the experts in the log.
-D4  The clamp of (5) and the score penalty of (7) also act in the warm-up, the balance loss also in
-    the game; the release has the first two in the game only, the last in the warm-up only.
-D5  A step of the warm-up takes both views of 64 pairs; the release shuffles the 128 single-view
-    comparisons apart from each other.
+    is taken in each pack, and packs are weighted by their tokens. So (8) depends on how a batch is
+    cut into packs. Dropout's masks do too, and so do the expert shares in the log.
+D4  The clamp of (5), the score penalty of (7) and the balance loss (8) act in warm-up and game; the
+    release clamps and penalises in the game only, and balances in the warm-up only.
+D5  A step of the warm-up takes both views of 64 pairs; a step of the release takes 128 single views
+    from a shuffle, so the two views of a pair may fall into different steps.
 D13 A twentieth of the pairs is held out, so the warm-up has 1,782 steps and not 1,875.
 
     torchrun --nproc_per_node=8 discriminator.py --model Qwen/Qwen3-VL-2B-Instruct
@@ -102,7 +103,8 @@ class DiscriminatorConfig(RunConfig):
 
 
 class Experts(torch.nn.Module):
-    """E gated MLPs in two tensors, named and shaped as in transformers' Qwen3VLMoeTextExperts."""
+    """E gated MLPs in two tensors, named and shaped as in transformers' Qwen3VLMoeTextExperts. A
+    token has h values outside an MLP and i values inside."""
 
     def __init__(self, gate_up_proj: torch.Tensor, down_proj: torch.Tensor, act_fn):
         super().__init__()
@@ -112,6 +114,8 @@ class Experts(torch.nn.Module):
 
 
 class Router(torch.nn.Module):
+    """The matrix W of (4), which gives a token one logit for each of E experts."""
+
     def __init__(self, weight: torch.Tensor):
         super().__init__()
         self.weight = torch.nn.Parameter(weight)  # (E, h)
@@ -120,8 +124,9 @@ class Router(torch.nn.Module):
 class SparseMLP(torch.nn.Module):
     """(4): a layer's experts and the router that chooses `top_k` of them for each token.
 
-    After a forward, `probabilities` (T, E) and `chosen` (T, top_k) tell how the router decided,
-    until `forget`. Where `allowed` (T, E) is set, a token chooses among its allowed experts.
+    After a forward, `probabilities` (T, E) and `chosen` (T, top_k) hold what the router decided for
+    T tokens, until `forget`. Where the boolean `allowed` (T, E) is set, a token chooses among the
+    experts that it allows.
     Takes along: Experts, Router, grouped."""
 
     def __init__(self, gate: Router, experts: Experts, top_k: int):
@@ -130,7 +135,7 @@ class SparseMLP(torch.nn.Module):
         self.forget()
 
     def forget(self) -> None:
-        """Drops what the last forward decided, and whatever restricted it."""
+        """Drops `allowed`, `probabilities` and `chosen`."""
         self.allowed = self.probabilities = self.chosen = None
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
@@ -140,12 +145,13 @@ class SparseMLP(torch.nn.Module):
             logits = logits.masked_fill(~self.allowed, -torch.inf)
         probabilities = logits.softmax(-1)
         weights, chosen = probabilities.topk(self.top_k, -1)
-        # Activation checkpointing runs this again in backward: what it makes then is not kept.
+        # Activation checkpointing runs this forward again in backward. What is kept is from the
+        # first run, from which the balance loss was computed.
         if self.chosen is None:
             self.probabilities, self.chosen = probabilities, chosen
         weights = (weights / weights.sum(-1, keepdim=True)).to(flat.dtype)
-        # One row for each choice, sorted by expert, so that each expert has a block of rows. The
-        # ends of the blocks are a tensor, so the CPU need not wait for the device.
+        # One row for each choice, (T * top_k, h), sorted by expert, so that each expert has a block
+        # of rows. The ends of the blocks, (E,), stay on the device: the CPU need not wait for them.
         order = chosen.flatten().argsort(stable=True)
         ends = F.one_hot(chosen, len(self.gate.weight)).sum((0, 1)).cumsum(0).int()
         rows = flat.repeat_interleave(self.top_k, 0).index_select(0, order)
@@ -157,7 +163,8 @@ class SparseMLP(torch.nn.Module):
 
 
 def grouped(rows: torch.Tensor, weight: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
-    """rows (T, i) in E blocks, which end at `ends` (E,), each times its own weight (E, o, i)."""
+    """rows (R, i) in E blocks, which end at `ends` (E,); weight (E, o, i) -> (R, o): the rows of
+    block e times weight[e], transposed."""
     if rows.is_cuda:
         return F.grouped_mm(rows, weight.mT, offs=ends)
     blocks = rows.tensor_split(ends[:-1].long())
@@ -173,7 +180,7 @@ def upcycle(
     seed: int = 0,
 ) -> None:
     """(3): turns every dense MLP of the backbone's language model into experts, in place. Each
-    expert is a copy of the dense MLP plus noise. UserError where an MLP is not gated.
+    expert is a copy of the dense MLP plus noise. UserError where an MLP is not gated or has biases.
     Takes along: SparseMLP, support.errors.UserError."""
     generator = torch.Generator().manual_seed(seed)
 
@@ -202,8 +209,9 @@ def upcycle(
 
 
 def balance_loss(probabilities, chosen) -> torch.Tensor:
-    """(8) over the tokens of all layers. Of each layer (T, E) router probabilities and (T, top_k)
-    chosen experts -> scalar, about top_k when balanced, as in transformers."""
+    """(8). probabilities, chosen: lists with, for each layer, the router's probabilities (T, E) and
+    the experts it chose (T, top_k). -> scalar, about top_k when balanced. The shares and the means
+    are over the tokens of all layers together, as in transformers."""
     probabilities, chosen = torch.cat(probabilities), torch.cat(chosen)
     num_experts = probabilities.shape[1]
     share = F.one_hot(chosen, num_experts).float().sum(1).mean(0)  # f_e
@@ -215,7 +223,8 @@ def balance_loss(probabilities, chosen) -> torch.Tensor:
 
 
 class Discriminator(torch.nn.Module):
-    """(5): a backbone and a score vector for each view. `kind` is one of Kind.
+    """(5): a backbone, which is a model without its language head, and a score head, whose row k is
+    the score vector of view k. `kind` is one of Kind.
     Takes along: SparseMLP, view_of_tokens, support.scores.VIEWS, model.adapt,
     model.model_inputs."""
 
@@ -229,12 +238,13 @@ class Discriminator(torch.nn.Module):
 
     @property
     def sparse(self) -> list[SparseMLP]:
-        """The layers' experts, none of a dense discriminator."""
+        """The layers' SparseMLPs, in order; a dense discriminator has none."""
         return [m for m in self.modules() if isinstance(m, SparseMLP)]
 
     def forward(self, pack: Pack, views: torch.Tensor) -> torch.Tensor:
-        """-> (2, B) scores in [-10, 10] of the pack's B branches, whose views are `views` (B,).
-        Row 0 is for the loss, with dropout while training; row 1, without, for rewards."""
+        """The scores (5) of the pack's B branches, each in [-10, 10]. `views` (B,) says which view
+        each branch is, 0 for perception and 1 for reasoning. -> (2, B). Row 0 is for the loss, with
+        dropout while training; row 1 is for rewards, without dropout."""
         inputs = model_inputs(self.model, pack)
         for mlp in self.sparse:
             mlp.forget()
@@ -246,14 +256,14 @@ class Discriminator(torch.nn.Module):
         hidden, weight = hidden.to(wide), self.score.weight.to(wide)
         with_dropout, without = F.linear(self.dropout(hidden), weight), F.linear(hidden, weight)
         scores = torch.stack([with_dropout, without])  # (2, B, number of views)
-        # Of each branch the score of the view that it is: (2, B).
+        # For each branch, take the score of the view that it is: (2, B).
         own = scores.gather(2, views.expand(2, -1)[..., None])[..., 0]
         return own.float().clamp(-10, 10)
 
     @staticmethod
     def _own_experts(pack: Pack, views: torch.Tensor, num_experts: int) -> torch.Tensor:
-        """(T, E): the tokens of a view may choose among its own half of the experts, those of a
-        prompt among all."""
+        """(T, E) boolean: the tokens of a view may choose among the view's own half of the experts,
+        and the tokens of a prompt among all experts."""
         view_of_token = view_of_tokens(pack, views)[:, None]
         experts = torch.arange(num_experts, device=view_of_token.device)
         view_of_expert = experts * len(VIEWS) // num_experts
@@ -272,18 +282,19 @@ def view_of_tokens(pack: Pack, views: torch.Tensor) -> torch.Tensor:
 
 
 def pair_loss(teacher: torch.Tensor, student: torch.Tensor, num_pairs: int | None = None):
-    """(6), Bradley-Terry: the sum of -log sigmoid(D(x, y+) - D(x, y)) over two tensors of scores of
-    one shape, divided by their number of elements or, where given, by `num_pairs`. -> scalar.
-    For (6), averaged over pairs: scores (U, 2), a column for each view of U pairs, and `num_pairs`
-    over all packs and ranks."""
+    """(6), Bradley-Terry: -log sigmoid(teacher - student), summed over two tensors of scores of one
+    shape. -> scalar. The sum is divided by the number of elements or, where given, by `num_pairs`.
+    (6) averaged over pairs takes scores (U, 2), a row for each pair and a column for each view, and
+    the number of pairs on all ranks and in all packs."""
     count = teacher.numel() if num_pairs is None else num_pairs
     return -F.logsigmoid(teacher - student).sum() / count
 
 
 def discriminator_loss(scores: torch.Tensor, num_pairs: int, score_l2: float = 0.001):
-    """(7) without the balance loss. scores (U, 4): of U pairs the supervision's perception and
-    reasoning, then the student's. Both pair losses, summed, + score_l2 * the mean square of the
-    four scores. Denominator: `num_pairs`. -> scalar. Takes along: pair_loss."""
+    """(7) without the balance loss: both pair losses, summed, + score_l2 * the mean square of the
+    four scores. scores (U, 4): a row for each of U pairs, with the perception and the reasoning
+    score of the supervision response, then those of the student. The sum over pairs is divided by
+    `num_pairs`. -> scalar. Takes along: pair_loss."""
     teacher, student = scores[:, :2], scores[:, 2:]
     loss = pair_loss(teacher, student, num_pairs)
     return loss + score_l2 * scores.square().mean(1).sum() / num_pairs
@@ -357,7 +368,8 @@ def view_packs(comparisons, processor, max_tokens=None, text_only=False) -> list
 
 
 def without_images(processor, prompt: Prompt) -> Prompt:
-    """The text-only ablation: the image's tokens and their brackets leave, the rest closes up."""
+    """The prompt of the text-only ablation: without the image's tokens and their brackets, with
+    positions counted anew."""
     names = ("image_token_id", "vision_start_token_id", "vision_end_token_id")
     gone = torch.tensor([getattr(processor, name) for name in names if hasattr(processor, name)])
     ids = prompt.input_ids[~torch.isin(prompt.input_ids, gone)]
@@ -366,7 +378,8 @@ def without_images(processor, prompt: Prompt) -> Prompt:
 
 @dataclass
 class Judgement:
-    """The discriminator's scores of P prompts with N students each, 0 where a student has none."""
+    """The discriminator's scores for P prompts with N students each. Where a student is None, its
+    scores and lengths are 0."""
 
     perception: torch.Tensor  # (P, N) scores of the students
     reasoning: torch.Tensor  # (P, N)
@@ -398,6 +411,7 @@ def judge(
     tokens = sum(len(view_pack.pack.read) for view_pack in packs)
     num_pairs, num_tokens = all_sum([pairs, tokens]).tolist()
 
+    # The tables that the scores (P, N) and the choices of experts go into.
     most = max((len(comparison.students) for comparison in comparisons), default=1)
     table = PairTable.empty(len(comparisons), most)
     routing = Routing(discriminator.sparse, device)
@@ -410,6 +424,8 @@ def judge(
             scores = of_pairs(with_dropout, view_pack.pairs)
             # The loss (7), this pack's share of it.
             loss = discriminator_loss(scores, max(num_pairs, 1), score_l2)
+            # The balance loss (8) of the tokens that a view reads, weighted by this pack's share of
+            # all such tokens.
             read = view_pack.pack.read
             if discriminator.sparse and len(read):
                 balance = balance_loss(
@@ -462,8 +478,8 @@ def load_discriminator(
     """-> (discriminator, processor) from a Hugging Face directory or hub id.
 
     A dense vision-language model is upcycled, unless `kind` is dense. A discriminator, ours or the
-    released one, is loaded as it is, with its score head or heads. `kind` None is the kind that
-    was saved, else learned.
+    released one, is loaded as it is, with its score head or heads. Where `kind` is None, it is the
+    kind that was saved with the model, or learned where none was saved.
     UserError where it cannot be loaded, or where prompts that `policy_processor` encodes would mean
     something else to it."""
     saved = open_discriminator(path)
@@ -494,7 +510,7 @@ def load_discriminator(
     if saved.head is None:
         say(f"{path}: has no score head yet; it starts from random numbers")
     else:
-        discriminator.score.weight.data.copy_(saved.head)  # (1, h) serves both views
+        discriminator.score.weight.data.copy_(saved.head)  # (2, h); a (1, h) fills both rows
     return discriminator, saved.processor
 
 
@@ -570,13 +586,13 @@ def warm_up() -> None:
         save_discriminator(discriminator, path, examples.shared)
 
     for step in run.steps(max_steps, modules, save):
-        # Pairs of a supervision response y+ and a student's response y.
+        # Draw pairs of a supervision response y+ and a student's response y.
         batch = next(stream)
         with run.phase("update"):
             answer(batch, step)
-            # Scores (5) of both views, and the gradient of the loss (7).
+            # Score both views (5), and add the gradient of the loss (7).
             judged = judge(discriminator, batch, processor, **scoring, backward=True)
-            # One step of the optimiser.
+            # Make one step of the optimiser.
             rate = learning_rate_at(step, max_steps, config)
             grad_norm = optimizer_step(discriminator, optimizer, rate, config.max_grad_norm)
         metrics = {
@@ -587,7 +603,7 @@ def warm_up() -> None:
         }
         run.log(step, metrics, grad_norms=[grad_norm])
 
-    # Held-out pairs, which the discriminator has not learned from.
+    # Judge the held-out pairs, which the discriminator has not learned from.
     if not validation:
         return
     discriminator.eval()
