@@ -16,8 +16,8 @@ Clip-Higher. The dual clip is that of dual-clip PPO (1912.09729); none of the th
 one. The token mean of GRPO is verl's and the release's; 2402.03300 averages each sequence first.
 
 Denominators are those of the whole batch, over all ranks and packs (D9). So neither the loss nor
-its gradient depends on how the batch was cut. GSPO has no dual clip, and its KL penalty is a mean
-over sequences as its loss is (D11).
+its gradient depends on how the batch was cut. The KL penalty of GSPO is a mean over sequences, as
+its loss is (D11).
 
 With one optimiser step per batch of rollouts the ratio is exactly 1 and no clip acts. That is the
 published setting.
@@ -34,8 +34,8 @@ from support.metrics import Loss, Max, Mean, Min
 from support.ranks import all_sum
 
 # What the published runs set for each algorithm (but for GSPO's dual clip, D11); a dual clip of 0
-# is none. A flag of the same name overrides it. For the weight decay of DAPO and GSPO the release
-# has two values, 0.1 and 0.01.
+# is none. Each value is the default of the flag of its name. For the weight decay of DAPO and GSPO
+# the release has two values, 0.1 and 0.01.
 ALGORITHMS = {
     "grpo": dict(epsilon=0.2, epsilon_high=0.2, dual_clip=3.0, warmup_steps=0.0, weight_decay=0.01),
     "dapo": dict(
@@ -76,39 +76,45 @@ def policy_loss(
     if algorithm not in ALGORITHMS:
         raise ValueError(f"algorithm {algorithm!r}: one of {', '.join(ALGORITHMS)}")
     r = importance_ratio(logp, old_logp, mask, algorithm)
-    # (15): the clip; then the dual clip, which bounds a negative advantage with a huge ratio.
     a = advantage[:, None].to(r.dtype)
+    # (15), the clip.
     loss = torch.maximum(-a * r, -a * r.clamp(1 - clip_low, 1 + clip_high))
+    # (15), the dual clip: it bounds the loss where the advantage is negative and the ratio huge.
     if dual_clip:
         loss = torch.where(a < 0, torch.minimum(loss, -a * dual_clip), loss)
     return aggregate(loss, mask, algorithm, num_tokens, num_sequences)
 
 
 def importance_ratio(logp, old_logp, mask, algorithm: str) -> torch.Tensor:
-    """(14): (B, T). In GSPO all tokens of a sequence share s = exp(mean_t log r_t), gradient and
-    all: ds = s * mean_t d(logp_t). The release gives each token s.detach() * exp(logp -
-    logp.detach()), straight through. Averaged over the tokens of a sequence, which have one
-    advantage, the two have the same gradient."""
+    """(14): logp, old_logp and the boolean mask, (B, T) each -> ratios (B, T), 1 at padding.
+
+    In GSPO all tokens of a sequence share s = exp(mean_t log r_t), and the gradient goes through s:
+    ds = s * mean_t d(logp_t). The release gives each token s.detach() * exp(logp - logp.detach()),
+    straight through. Averaged over the tokens of a sequence, which have one advantage, the two have
+    the same gradient."""
     log_ratio = torch.where(mask, logp - old_logp, 0.0)
     if algorithm == "gspo":
-        mean = log_ratio.sum(1, keepdim=True) / mask.sum(1).clamp(min=1)[:, None]
+        num_tokens = mask.sum(1, keepdim=True).clamp(min=1)
+        mean = log_ratio.sum(1, keepdim=True) / num_tokens
         log_ratio = torch.where(mask, mean, 0.0)
     return log_ratio.clamp(-20, 20).exp()  # +-20 as in the release
 
 
 def aggregate(values, mask, algorithm: str, num_tokens=None, num_sequences=None) -> torch.Tensor:
-    """(16): (B, T) values -> their mean as the algorithm takes it. GSPO averages each sequence
-    first, GRPO and DAPO all tokens."""
+    """(16): (B, T) values -> scalar, their mean as the algorithm takes it. GRPO and DAPO average
+    over all tokens; GSPO averages within each sequence first, then over the sequences."""
     values = torch.where(mask, values, 0.0)
     if algorithm == "gspo":
         sequences = max(len(mask), 1) if num_sequences is None else num_sequences
-        return (values.sum(1) / mask.sum(1).clamp(min=1)).sum() / sequences
+        means = values.sum(1) / mask.sum(1).clamp(min=1)  # (B,)
+        return means.sum() / sequences
     tokens = max(int(mask.sum()), 1) if num_tokens is None else num_tokens
     return values.sum() / tokens
 
 
 def kl_k3(logp: torch.Tensor, ref_logp: torch.Tensor) -> torch.Tensor:
-    """(17): the k3 estimate of KL(pi | ref) for each token (Schulman 2020). Never negative."""
+    """(17): the k3 estimate of KL(pi | pi_ref) for each token (Schulman 2020). Any shape -> the
+    same. Never negative."""
     d = (ref_logp - logp).clamp(-20, 20)
     return d.exp() - d - 1
 
@@ -123,8 +129,9 @@ class Objective:
     dual_clip: float = 0.0  # 0: none
     temperature: float = 1.0  # of the rollouts
     beta: float = 0.0  # weight of the KL to a reference (17)
-    # One optimiser step is made per batch of rollouts, so nothing has moved since sampling: the new
-    # log-probabilities, detached, are the old ones too.
+    # True where one optimiser step is made per batch of rollouts. Nothing has moved since sampling
+    # then, so the new log-probabilities, detached, are the old ones too. False: the old ones are
+    # those that the groups hold.
     on_policy: bool = True
 
 
@@ -136,35 +143,37 @@ def policy_backward(
     objective: Objective,
     reference=None,
 ) -> dict:
-    """Adds the gradient of the policy loss (14) to (17) over `groups`, whose `packs` are those of
-    `model.rank_packs`. advantage (P, N): of the N branches of each of the P groups. `reference` is
-    the policy of the KL term, where there is one. Every rank calls it.
-
-    The old log-probabilities are those that `groups` hold, unless the objective is on policy.
-    -> metrics."""
+    """Adds the gradient of the policy loss (14) to (17) over `groups`, and returns metrics for the
+    log. `packs` are the groups in packs, by `model.rank_packs`. advantage (P, N) belongs to the N
+    branches of the P groups. `reference` is the policy of the KL penalty, or None for no penalty.
+    Every rank calls it."""
     device = next(policy.parameters()).device
     recorded = [logp for group in groups for logp in group.logprobs]
     # The denominators of (16), over all ranks.
     num_tokens, num_sequences = all_sum([sum(map(len, recorded)), len(recorded)]).tolist()
     counts = dict(num_tokens=max(num_tokens, 1), num_sequences=max(num_sequences, 1))
-    total, tokens, measured = 0.0, 0, Measured()
+    loss_total = 0.0
+    tokens = 0
+    measured = Measured()
 
     for pack in packs:
         pack = pack.to(device)
         mask = pack.mask
-        # The advantage of each branch in the pack, and its log-probabilities while sampling.
+        # Look up the advantage of each of the pack's B branches, and the log-probabilities of their
+        # K tokens from sampling. A pack may have no branch, so zeros(0) stands before them.
         members = torch.tensor(pack.members, dtype=torch.long).view(-1, 2)
-        a = advantage[members[:, 0], members[:, 1]].to(device)
+        branch_advantage = advantage[members[:, 0], members[:, 1]].to(device)
         sampled = [groups[g].logprobs[i] for g, i in pack.members]
         sampled = torch.cat([torch.zeros(0), *sampled]).to(device)
-        # New log-probabilities and old ones; the loss; its gradient.
+        # Compute the new log-probabilities, and choose the old ones.
         logp, entropy = token_logprobs(policy, pack, objective.temperature)
         old_logp = logp.detach() if objective.on_policy else sampled
         new, old = pack.padded(logp), pack.padded(old_logp)
+        # Compute this pack's part of the loss (14) to (16).
         loss = policy_loss(
             logp=new,
             old_logp=old,
-            advantage=a,
+            advantage=branch_advantage,
             mask=mask,
             algorithm=objective.algorithm,
             clip_low=objective.clip_low,
@@ -172,6 +181,7 @@ def policy_backward(
             dual_clip=objective.dual_clip,
             **counts,
         )
+        # Add the KL penalty (17), where there is a reference.
         if reference is not None:
             with torch.no_grad():
                 ref_logp, _ = token_logprobs(reference, pack, objective.temperature)
@@ -179,20 +189,22 @@ def policy_backward(
             penalty = aggregate(pack.padded(kl), mask, objective.algorithm, **counts)
             loss = loss + objective.beta * penalty
             measured.kl_ref += kl.sum().item()
+        # Add its gradient.
         loss.backward()
 
-        total += loss.item()
+        # Measure for the log.
+        loss_total += loss.item()
         tokens += len(logp)
         measured.entropy += entropy.sum().item()
         if len(logp):
-            measured.add_ratios(new.detach(), old, a, mask, objective)
+            measured.add_ratios(new.detach(), old, branch_advantage, mask, objective)
             measured.kl_old += kl_k3(logp.detach(), old_logp).sum().item()
         if len(logp) and objective.on_policy:
             gap = (logp.detach() - sampled).abs().max().item()
             measured.sampled_scored_gap = max(measured.sampled_scored_gap, gap)
 
     metrics = {
-        "loss": Loss(total, updates=1 if num_sequences else 0),
+        "loss": Loss(loss_total, updates=1 if num_sequences else 0),
         "entropy": Mean(measured.entropy, tokens),
         "clipped_low": Mean(measured.clipped_low, tokens),
         "clipped_high": Mean(measured.clipped_high, tokens),
@@ -209,15 +221,17 @@ def policy_backward(
 
 @dataclass
 class Measured:
-    """What is measured of an update beside its loss: sums over tokens, and extremes."""
+    """What is measured of an update beside its loss, over all tokens of this rank."""
 
-    entropy: float = 0.0
+    entropy: float = 0.0  # the sum over tokens, as are the next four
     clipped_low: float = 0.0
     clipped_high: float = 0.0
     kl_old: float = 0.0
     kl_ref: float = 0.0
     ratio_max: float = -math.inf
     ratio_min: float = math.inf
+    # The largest difference between a token's log-probability from sampling and the one from the
+    # training's own forward.
     sampled_scored_gap: float = 0.0
 
     def add_ratios(self, logp, old_logp, advantage, mask, objective: Objective) -> None:
@@ -233,10 +247,10 @@ class Measured:
 
 @torch.no_grad()
 def rescore(policy, packs: list[Pack], groups: list[Group], temperature: float) -> float:
-    """Before the first of several steps on a batch: replaces the log-probabilities that were
-    recorded while sampling by those of the training's own forward. In bfloat16 the two differ by
-    more than GSPO's clip range, and a ratio should tell only what the steps have moved. Every rank
-    calls it. -> the largest difference."""
+    """Replaces the log-probabilities that `groups` recorded while sampling by those of the
+    training's own forward, and returns the largest difference. It is called before the first of
+    several steps on a batch. In bfloat16 the two differ by more than GSPO's clip range, and a ratio
+    should leave 1 only by what the steps have changed. Every rank calls it."""
     device, gap = next(policy.parameters()).device, 0.0
     for pack in packs:
         logp, _ = token_logprobs(policy, pack.to(device), temperature)
