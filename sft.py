@@ -10,6 +10,8 @@ without padding.
 Deviations from the published run:
 D6  A row that is too long is left out whole, counted and named; the published run cuts sequences
     at 8192 tokens. The other stages cut no row either.
+D16 The softmax of pi leaves out the ids of images and videos; the published run's does not.
+docs/deviations.md has all of them, with the reasons.
 
     torchrun --nproc_per_node=8 sft.py --model Qwen/Qwen3-VL-4B-Instruct --output_dir sft_out
     python sft.py                                                   the embedded world of digits
@@ -109,8 +111,8 @@ def train() -> None:
             grad_norm = optimizer_step(policy, optimizer, rate, config.max_grad_norm)
 
         # Log the step. At each pack the ranks wait for the one whose pack is the longest. `paced`
-        # sums the tokens of these longest packs; `idle_share` is the share of them for which a rank
-        # only waited.
+        # sums the tokens of these longest packs. A rank with shorter packs only waits for the rest,
+        # and `idle_share` is that rest as a share of `paced`.
         all_tokens = sum(group.num_tokens for group in groups)
         sizes = [pack.input_ids.numel() for pack in packs]
         paced = float(all_max([0, *sizes]).sum())
@@ -118,7 +120,7 @@ def train() -> None:
             "loss": Loss(loss, updates=1 if num_tokens else 0),
             "entropy": Mean(entropy, tokens),
             "response_length": Mean(tokens, len(groups)),
-            "padding_share": Mean(sum(sizes) - all_tokens, sum(sizes)),  # of blank packs
+            "padding_share": Mean(sum(sizes) - all_tokens, sum(sizes)),  # of blank images
             "idle_share": Mean(paced - sum(sizes), paced),
             "packs": len(packs),
             "grad_norm": grad_norm,
