@@ -43,6 +43,7 @@ def load_policy(path: str, device=CPU, config=None):
         raise UserError(f"{path}: a discriminator, without a language head; name a policy")
     policy, processor = load_pretrained(path, its_config, hollow=True)
     adapt(policy, path)
+    # A response may end with the tokenizer's end of sequence or with any that the model names.
     ends = policy.generation_config.eos_token_id
     ends = {processor.tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])}
     policy.stop_ids = torch.tensor(sorted(end for end in ends if end is not None))
@@ -72,11 +73,15 @@ class PackAttention:
         self.collected = collected  # where given, each layer's keys and values are appended
         device = pack.input_ids.device
         self.ragged = _ragged(pack) if has_varlen(pack.input_ids) else None
-        # The pack in pieces: the lengths of prompt, branches, prompt, branches, ..., T in sum.
+        # A pack is cut into pieces: a prompt, its branches together, the next prompt, and so on.
+        # These are the pieces' lengths, T in sum.
         self.cuts: list[int] = []
-        # Sequences of like lengths are one block, N rows padded to L tokens. Of each block: (number
-        # of the piece that is its prompt, or None; N; L; the keys that each of the L tokens sees,
-        # (L, prompt + L), or None: those up to itself).
+        # Sequences of like lengths are one block of N rows, padded to L tokens. A block is a tuple:
+        #   number of the piece that is its prompt, or None where no prompt stands before its rows,
+        #   N,
+        #   L,
+        #   boolean (L, prompt + L): the keys that each token of a row sees, or None: a token sees
+        #   its own row up to itself.
         self.padded = []
         gather = []  # of each block, (N * L,) which token of the pack stands there, -1 for padding
         plain = []  # (start, length) of the sequences without a prompt before them
@@ -87,6 +92,7 @@ class PackAttention:
                 plain.append((segment.start, segment.prompt + own))
                 continue
             plain.append((segment.start, segment.prompt))
+            # Every row of the branches sees the whole prompt, and its own tokens up to itself.
             starts = [first + at for at in itertools.accumulate([0, *segment.branches[:-1]])]
             for rows in _alike(zip(starts, segment.branches)):
                 longest = rows[0][1]
@@ -97,6 +103,7 @@ class PackAttention:
         for rows in _alike(plain):
             self.padded.append((None, len(rows), rows[0][1], None))
             gather.append(_padded(rows))
+        # `gather` picks the tokens of all blocks from the pack, `scatter` puts them back.
         if self.padded:
             places = torch.cat(gather)
             self.sizes = [len(part) for part in gather]
@@ -107,18 +114,19 @@ class PackAttention:
             self.scatter = self.scatter.to(device)
 
     def attend(self, layer: int, q, k, v, scale: float) -> torch.Tensor:
-        """(1, H, T, D), (1, K, T, D) twice -> (1, T, H, D)."""
+        """q (1, H, T, D), k and v (1, K, T, D) -> (1, T, H, D)."""
         if self.collected is not None:
             self.collected.append((k[0], v[0]))
         tokens = [x[0].transpose(0, 1) for x in (q, k, v)]
         if self.ragged is not None:
             # A branch's keys begin with a copy of its prompt's. To attend to the two apart and
-            # merge would need the gradient of a logsumexp, which varlen_attn has not. The gradient
-            # of the copies is summed in float32.
+            # merge would need the gradient of a logsumexp, which varlen_attn does not have. The
+            # gradient of the copies is summed in float32.
             index, *lengths = self.ragged
             tokens[1:] = (x.float().index_select(0, index).to(x.dtype) for x in tokens[1:])
             causal = dict(scale=scale, window_size=(-1, 0), enable_gqa=True)
             return varlen_attn(*tokens, *lengths, **causal)[None]
+        # Attend block by block, the rows of a block in one call.
         prompt_k, prompt_v = (x.split(self.cuts, 2) for x in (k, v))
         blocks = [x[self.gather].split(self.sizes) for x in tokens]
         options = dict(scale=scale, enable_gqa=q.shape[1] != k.shape[1])
@@ -126,6 +134,7 @@ class PackAttention:
         for (prompt, rows, length, visible), *block in zip(self.padded, *blocks):
             # A block as N rows of L tokens: (N, heads, L, D).
             qb, kb, vb = (x.unflatten(0, (rows, length)).transpose(1, 2) for x in block)
+            # The prompt's keys and values stand before each row's own.
             if prompt is not None:
                 kb = torch.cat([prompt_k[prompt].expand(rows, -1, -1, -1), kb], 2)
                 vb = torch.cat([prompt_v[prompt].expand(rows, -1, -1, -1), vb], 2)
@@ -143,7 +152,7 @@ def has_varlen(tensor: torch.Tensor) -> bool:
 
 @lru_cache
 def _is_ampere(device) -> bool:
-    """Whether a GPU is of compute capability 8.0 or newer. Where it is not, this is said once."""
+    """Whether a GPU is of compute capability 8.0 or newer. An older GPU gives one warning."""
     capability = torch.cuda.get_device_capability(device)
     if capability < (8, 0):
         found = "compute capability {}.{}".format(*capability)
@@ -153,8 +162,8 @@ def _is_ampere(device) -> bool:
 
 
 def _alike(sequences) -> Iterator[list[tuple[int, int]]]:
-    """(start, length) of sequences, the longest first, in rows of like lengths: padding to the
-    longest takes at most a quarter of what is real."""
+    """(start, length) of sequences -> lists of those with like lengths, the longest first. Padding
+    a list to its longest sequence adds at most a quarter to its tokens."""
     rows: list[tuple[int, int]] = []
     for start, length in sorted(sequences, key=lambda sequence: -sequence[1]):
         if rows and (len(rows) + 1) * rows[0][1] > 1.25 * (sum(n for _, n in rows) + length):
@@ -166,7 +175,8 @@ def _alike(sequences) -> Iterator[list[tuple[int, int]]]:
 
 
 def _padded(rows: list[tuple[int, int]]) -> torch.Tensor:
-    """The tokens of some sequences, row after row, padded with -1 to the first one's length."""
+    """The tokens of N sequences, row after row, padded with -1 to the length L of the first, which
+    is the longest. -> (N * L,)."""
     starts = torch.tensor([start for start, _ in rows])[:, None]
     lengths = torch.tensor([length for _, length in rows])[:, None]
     step = torch.arange(rows[0][1])
@@ -174,8 +184,9 @@ def _padded(rows: list[tuple[int, int]]) -> torch.Tensor:
 
 
 def _ragged(pack: Pack):
-    """The sequences for one ragged call: the keys of each, the cumulated lengths of queries and of
-    keys, and the longest of both."""
+    """The S sequences of a pack for one ragged call. -> which tokens are their keys, one sequence
+    after the other; where the queries of each begin, (S + 1,); where its keys begin, (S + 1,); the
+    most queries of a sequence; the most keys."""
     index, queries, keys = [], [0], [0]
     for segment in pack.segments:
         prompt = torch.arange(segment.start, segment.start + segment.prompt)
@@ -193,6 +204,7 @@ def _ragged(pack: Pack):
 
 
 def _attention(module, query, key, value, attention_mask, scaling, layout=None, **kwargs):
+    """The attention that transformers calls in every layer: it hands on to the `layout`."""
     if layout is None:
         raise RuntimeError(
             "an adapted model attends through a layout; call token_logprobs, generate, or "
@@ -246,8 +258,9 @@ def adapt(model, where: str = "the model"):
 
 
 def model_inputs(model, pack: Pack, collected: list | None = None) -> dict:
-    """What the forward of a model, or of its backbone, takes for a pack. `collected` is given each
-    layer's keys and values. RuntimeError where the model is not adapted.
+    """What the forward of a model, or of its backbone, takes for a pack. Where `collected` is a
+    list, the forward appends each layer's keys and values to it. RuntimeError where the model is
+    not adapted.
     Takes along: PackAttention, positions."""
     if model.config.get_text_config()._attn_implementation != "layout":
         raise RuntimeError("call adapt(model) first: the branches of a pack would see each other")
@@ -276,11 +289,12 @@ class LogProbs(torch.autograd.Function):
 
     hidden (T, h), weight (V, h), predictors (K,): the rows of hidden that predict, targets (K,)
     -> (2, K) float32: log-probabilities, entropies (without gradient). The backward pass computes
-    the logits of each chunk again and adds to the head's one gradient, in float32.
+    the logits of each chunk again. It sums the gradients of hidden and weight in float32.
 
     The first token of every branch is predicted from the prompt's last token, so rows repeat. The
-    rows are picked here because on a CPU torch sums the gradient of an index in whatever order its
-    threads come, and then two equal runs would differ in the last bit (on a GPU they still may)."""
+    rows are picked here, and not by an index before: on a CPU torch sums the gradient of an index
+    in whatever order its threads come. Two equal runs would then differ in the last bit, as on a
+    GPU they still may."""
 
     @staticmethod
     def forward(ctx, hidden, weight, predictors, targets, temperature, forbidden, chunk):
@@ -304,7 +318,7 @@ class LogProbs(torch.autograd.Function):
         hidden, weight, predictors, targets, normaliser = ctx.saved_tensors
         temperature, forbidden, chunk = ctx.rest
         grad_hidden = torch.zeros_like(hidden, dtype=grad.dtype)
-        learns = ctx.needs_input_grad[1]
+        learns = ctx.needs_input_grad[1]  # whether the head's weight needs a gradient
         grad_weight = torch.zeros_like(weight, dtype=grad.dtype) if learns else None
         for start in range(0, len(targets), chunk):
             span = slice(start, start + chunk)
@@ -341,6 +355,7 @@ class Head(torch.nn.Linear):
     asked = None  # (predictors (K,), targets (K,), temperature, forbidden ids, chunk)
 
     def forward(self, hidden):
+        # While sampling on a GPU the logits are in float32, as in `LogProbs`.
         if self.asked is None and hidden.is_cuda and torch.is_inference_mode_enabled():
             return _in_float32(hidden.flatten(0, -2), self.weight).unflatten(0, hidden.shape[:-1])
         if self.asked is None:
@@ -374,10 +389,12 @@ def rank_packs(groups, processor, max_tokens: int | None = None, units=None) -> 
 
 
 def even_packs(packs: list[Pack], processor) -> list[Pack]:
-    """As many packs on every rank, each with an image where any has one. A forward of a sharded
-    model is a collective: a rank with fewer packs, or without images, would hang the others."""
+    """The packs of this rank, with blank ones added until every rank has as many. Where any pack of
+    any rank has an image, every pack gets one. A forward of a sharded model is a collective: a rank
+    with fewer packs, or without images, would hang the others."""
     if world_size() == 1:
         return packs
+    # One collective gives the most packs of a rank, whether any has an image, and the fewest packs.
     images = [pack.pixel_values is not None for pack in packs]
     most, any_images, minus_fewest = all_max([len(packs), any(images), -len(packs)]).tolist()
     any_images = any_images or most > -minus_fewest  # a blank pack, which a rank adds, has one
@@ -389,7 +406,7 @@ def even_packs(packs: list[Pack], processor) -> list[Pack]:
 
 
 def _with_blank(pack: Pack, blank: Pack) -> Pack:
-    """A pack with the blank image behind it. No branch attends to that."""
+    """A pack with the blank image behind it, to which no branch attends."""
     behind = replace(blank.segments[0], start=pack.input_ids.shape[1])
     return replace(
         pack,
