@@ -2,16 +2,16 @@
 
     y_t ~ softmax(z_t / tau)          the distribution that model.token_logprobs scores
 
-A prompt is computed once, and its N rows go on from its keys and values, which stand once in
-memory. A row is sampled in a slot. Where there are fewer slots than rows, rows wait for a slot
-whose row has ended. A row draws its random numbers from (seed, step, prompt, row), so what it says
-depends on nothing else in the batch.
+A *row* is one branch while it is sampled. A prompt is computed once, and its N rows go on from its
+keys and values, which stand once in memory. A *slot* is a place in the batch that is decoded, with
+room for one row's own keys and values. Where there are fewer slots than rows, rows wait for an idle
+slot, whose row has ended. A row draws its random numbers from (seed, step, prompt, row), so its
+tokens depend on nothing else in the batch. In names, what a row says are the tokens sampled for it.
 
 On a GPU a step of decoding is a thousand small kernels that take longer to launch than to run.
-There, shapes are *fixed*: which rows have ended is asked in every eighth step only, and where no
-rows wait, idle slots are given up only when more than half are idle. A step changes its tensors in
-place, so it can be recorded once as a CUDA graph and replayed by one launch. The tests run this on
-a CPU, with a recorder in the graph's place and their own `varlen_attn`.
+There, shapes are *fixed*: only every eighth step asks which rows have ended. Where no rows wait,
+idle slots are given up only when more than half are idle. A step changes its tensors in place, so
+it can be recorded once as a CUDA graph and replayed by one launch.
 """
 
 import hashlib
@@ -33,7 +33,8 @@ from support.ranks import gathered
 
 class RowCache:
     """Keys and values of S slots, a row in each, and of the P prompts that the rows go on from,
-    given to the model as `layout`. K key-value heads, G query heads to each, D values a head.
+    given to the model as `layout`. K key-value heads, G query heads to each, H = K * G in all, D
+    values a head.
 
     All rows of a prompt attend to its keys together. A row's own keys stand in its slot, whose room
     grows up to `limit` tokens. The outputs of both are merged by their logsumexps.
@@ -41,10 +42,12 @@ class RowCache:
 
     def __init__(self, collected: list, lengths: list[int], n: int, slots: int, limit: int, fixed):
         """`collected` are the keys and values (K, T, D) of each layer for the T tokens of all
-        prompts, and are emptied. `n`: rows of a prompt."""
+        prompts; the list is emptied. `lengths` (P,) are the prompts' tokens, `n` the rows of a
+        prompt, `limit` the most tokens of a row. `fixed`: shapes are fixed."""
         self.n, self.limit, self.fixed = n, limit, fixed
         self.kv_heads, _, dim = collected[0][0].shape
         device = collected[0][0].device
+        # Which of the T tokens is token i of each prompt: (P, longest), 0 beyond a prompt's end.
         lengths = torch.tensor(lengths)
         first, offset = lengths.cumsum(0) - lengths, torch.arange(int(lengths.max()))
         index = torch.where(offset < lengths[:, None], first[:, None] + offset, 0).to(device)
@@ -58,7 +61,7 @@ class RowCache:
         self.prompt_of = torch.zeros(slots, dtype=torch.long, device=device)  # (S,)
         self.length = torch.zeros(slots, dtype=torch.long, device=device)  # (S,) own tokens so far
         self.slots = torch.arange(slots, device=device)
-        self.filled = 0  # at least as many as any slot holds; each step counts one more
+        self.filled = 0  # a bound of the tokens in any slot, which a step raises by one
         self.generation = 0  # how often tensors have moved or changed their shape
         self.table = self.place = self.beyond = None
 
@@ -70,7 +73,8 @@ class RowCache:
         self._tabulate()
 
     def compact(self, idle: torch.Tensor) -> torch.Tensor:
-        """Gives the idle slots up. Rows from the tail fill the holes. -> (S',) the old slots."""
+        """Gives the idle slots up. Rows from the last slots move into them, so that S' slots are
+        left. -> (S',) the slot from which the row in each slot comes."""
         alive = torch.ones(len(self.length), dtype=torch.bool, device=idle.device)
         alive[idle] = False
         count = len(alive) - len(idle)
@@ -90,7 +94,8 @@ class RowCache:
     def _tabulate(self) -> None:
         """Sorts the S rows by prompt, for each key-value head, into a flat table (P, K, width).
         `place` (S * K,): where each (row, head) stands in the table. `table`: which (row, head)
-        stands at each place, 0 where none does. `beyond`: how much of each prompt is read."""
+        stands at each place, 0 where none does. `beyond`: keeps padding beyond each prompt's end
+        from being read, by `first_keys`."""
         counts = torch.bincount(self.prompt_of, minlength=len(self.lengths))
         width = self.n if self.fixed else int(counts.max())
         order = self.prompt_of.argsort(stable=True)
@@ -101,7 +106,7 @@ class RowCache:
         place = place.flatten()  # (S * K,)
         table = torch.zeros(len(counts) * self.kv_heads * width, dtype=torch.long).to(place)
         table[place] = torch.arange(len(place), device=place.device)
-        # Of a prompt without rows one key is read, which nobody asks for.
+        # A prompt without rows counts as one key long. Nobody asks for the result.
         read = torch.where(counts > 0, self.lengths, 1).repeat_interleave(self.kv_heads)
         beyond = first_keys(read, self.prompts[0][0])
         # In place where the shape is the same, since a recorded step reads these very tensors.
@@ -121,27 +126,32 @@ class RowCache:
             for layer, kv in enumerate(self.own):  # again never twice in memory
                 self.own[layer] = [F.pad(x[: len(self.length)], (0, 0, 0, longer)) for x in kv]
             self.generation += 1
-        # Ragged attention is told how much of the room to read; a part of it would be a copy.
+        # How much of the room is handed to attention: all of it where shapes are fixed, or where
+        # ragged attention is told how much to read. There, less than all would be a copy.
         whole = self.fixed or has_varlen(self.slots)
         self.seen = self.own[0][0].shape[2] if whole else self.filled
 
     def begin_step(self) -> None:
-        """Before each forward of the S rows, one token a row."""
+        """Is called before each forward of the S rows, one token a row. `unseen` keeps the tokens
+        that a slot does not hold from being read, by `first_keys`."""
         read = (self.length + 1).repeat_interleave(self.kv_heads)
         self.unseen = first_keys(read, self.own[0][0][0, :, : self.seen])
 
     def attend(self, layer: int, q, k, v, scale: float) -> torch.Tensor:
-        """(S, H, 1, D), (S, K, 1, D) twice -> (S, 1, H, D)."""
+        """q (S, H, 1, D), k and v (S, K, 1, D) -> (S, 1, H, D)."""
+        # Put each row's new key and value into its slot.
         own = [x[: len(q)] for x in self.own[layer]]
         for kept, new in zip(own, (k, v)):
             kept[self.slots, :, self.length] = new[:, :, 0]
         own = (x[:, :, : self.seen].flatten(0, 1) for x in own)
+        # All rows of a prompt attend to its keys together, sorted by the table.
         rows = q.view(len(self.place), -1, q.shape[3])  # (S * K, G, D)
         asked = rows.index_select(0, self.table).view(len(self.beyond), -1, q.shape[3])
         shared = attend_first(self.beyond, asked, *self.prompts[layer], scale)
         shared, theirs = (
             x.view(len(self.table), rows.shape[1], -1).index_select(0, self.place) for x in shared
         )
+        # Each row attends to its own keys.
         alone, mine = attend_first(self.unseen, rows, *own, scale)
         # One softmax over both: the row's own keys weigh exp(mine) / (exp(mine) + exp(theirs)).
         merged = shared.lerp(alone, (mine - theirs).sigmoid().to(alone.dtype))
@@ -170,18 +180,18 @@ def attend_first(read, q, k, v, scale: float) -> tuple[torch.Tensor, torch.Tenso
         return output.view_as(q), logsumexp.view(*q.shape[:2], 1)
     scores = torch.baddbmm(read, q, k.mT, alpha=scale)
     logp = scores.log_softmax(-1, dtype=torch.float32)
-    # s - log softmax(s) is the logsumexp, for any one s
+    # The logsumexp is score - log softmax(score) at any key, here at the first.
     return torch.bmm(logp.exp().to(v.dtype), v), scores[..., :1] - logp[..., :1]
 
 
-# Cached, so that all layers share it and the step before a recorded one has made it already.
+# Cached, so that all layers share it. A step that is recorded finds it made by the step before.
 @lru_cache(maxsize=8)
 def _starts(count: int, length: int, device) -> torch.Tensor:
     return torch.arange(count + 1, dtype=torch.int32, device=device) * length
 
 
 class Rows:
-    """R rows, n of each prompt, and what they have said; S of them at a time are in slots.
+    """R rows, n of each prompt, and what they have said. S of them at a time are in slots.
 
     With fixed shapes, the second step after a tensor has moved is recorded as a CUDA graph, which
     is replayed until a tensor moves again. The weights must stay where they are."""
@@ -201,6 +211,7 @@ class Rows:
         # Of each slot: its row, or R, and the last token.
         self.row = torch.full_like(cache.length, self.nobody)
         self.token = torch.zeros_like(self.row)
+        # The graph; the cache's generation in the last step; its generation in the graph.
         self.graph, self.warm, self.recorded = None, -1, -1
         self.records = cache.fixed
 
@@ -259,8 +270,9 @@ class Rows:
         self.token.copy_(token)
 
     def _say(self, logits, row, number) -> tuple[torch.Tensor, torch.Tensor]:
-        """Chooses and notes token `number` of each row: the inverse of the cumulated distribution
-        at its random number, or the likeliest. -> the rows, R in place of those that end; tokens"""
+        """Chooses and notes token `number` (S,) of each row (S,) by its logits (S, V). A random
+        number picks it from the cumulated distribution; at temperature 0 it is the likeliest. ->
+        the rows, with R in place of those that have ended, and the tokens, (S,) each."""
         logits = logits.float().div_(self.temperature or 1.0)
         p = logits.index_fill_(1, self.forbidden, -torch.inf).softmax(-1)
         if self.temperature > 0:
@@ -335,8 +347,9 @@ def generate(policy, prompts: list[Prompt], sampling: Sampling, step: int = 0) -
 
 
 def _parts(prompts: list[Prompt]) -> Iterator[list[Prompt]]:
-    """Prompts in parts. Their keys are laid out as long as the longest's, so one large image among
-    small ones would cost as if all were large."""
+    """Prompts in parts of at most PROMPT_TOKENS tokens, each prompt counted as long as the longest.
+    The keys of a part are laid out as long as that, so one large image among small ones would cost
+    as if all were large."""
     part, longest = [], 0
     for prompt in prompts:
         longest = max(longest, len(prompt.input_ids))
@@ -349,10 +362,11 @@ def _parts(prompts: list[Prompt]) -> Iterator[list[Prompt]]:
 
 
 def _generate(policy, prompts: list[Prompt], sampling: Sampling, step: int) -> list[Group]:
+    """`generate` for the prompts of one part."""
     n, limit = sampling.num_generations, sampling.max_completion_length
     device = next(policy.parameters()).device
     fixed = device.type == "cuda" if sampling.fixed is None else sampling.fixed
-    # The prompts, once each: their keys and values, and the logits of the first tokens.
+    # Compute the prompts, once each: their keys and values, and the logits of the first tokens.
     pack = make_packs([Group(prompt, []) for prompt in prompts])[0].to(device)
     lengths = [segment.prompt for segment in pack.segments]
     collected = []
@@ -364,6 +378,7 @@ def _generate(policy, prompts: list[Prompt], sampling: Sampling, step: int) -> l
             "earlier checkpoint"
         )
     following = torch.tensor([prompt.next_position for prompt in prompts], device=device)
+    # Draw the random numbers of each row, one for each token.
     count = len(prompts) * n  # rows
     random = torch.zeros(count + 1, limit)
     if sampling.temperature > 0:
@@ -375,6 +390,7 @@ def _generate(policy, prompts: list[Prompt], sampling: Sampling, step: int) -> l
     cache = RowCache(collected, lengths, n=n, slots=slots, limit=limit, fixed=fixed)
     random = random.to(device)
     rows = Rows(policy, cache, first, following, random, temperature=sampling.temperature)
+    # Sample until all rows have ended.
     waiting = torch.arange(count, device=device)
     while True:
         idle = rows.idle()
