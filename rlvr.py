@@ -3,12 +3,16 @@
     (13)  R    = 0.8 * accuracy + 0.2 * format, 0 where the format is broken
     (10)  A    = group normalisation of R over the N rollouts of a prompt
     (14) - (16)  the clipped policy gradient of the algorithm                    policy_gradient.py
-    (18)  DAPO: R - clip((length - (limit - buffer)) / buffer, 0, 1): overlong responses cost
+    (18)  DAPO: R is less by clip((length - (limit - buffer)) / buffer, 0, 1), so that overlong
+          responses cost; limit is --max_completion_length and buffer --overlong_buffer, in tokens
     (19)  DAPO: groups whose accuracy has no spread are dropped, and prompts sampled until the
           batch is full
 
-`--num_minibatches` and `--num_iterations` make several optimiser steps of one batch of rollouts;
-then the ratio leaves 1 and the clips act.
+`--num_minibatches` and `--num_iterations` make several optimiser steps on one batch of rollouts.
+Then the ratio leaves 1 and the clips act.
+
+Deviations from the published run: D9 and D11 (policy_gradient.py) and D12 (the verifier).
+docs/deviations.md has all of them, with the reasons.
 
     torchrun --nproc_per_node=8 rlvr.py --ckpt align_out --algorithm dapo --output_dir rl_out
     python rlvr.py                                                  the embedded world of digits
@@ -91,24 +95,24 @@ def overlong_penalty(length: torch.Tensor, limit: int, buffer: int) -> torch.Ten
     return -((length - (limit - buffer)) / max(buffer, 1)).clamp(0, 1)
 
 
-def spread(values: torch.Tensor) -> torch.Tensor:
-    """(P, N) -> (P,): which groups have any spread."""
+def has_spread(values: torch.Tensor) -> torch.Tensor:
+    """(P, N) -> (P,) boolean: whether the values of a group differ."""
     return (values != values[:, :1]).any(1)
 
 
-def select_groups(useful: torch.Tensor, number: list[int], wanted: int) -> tuple[list[int], int]:
+def select_groups(useful: torch.Tensor, places: list[int], wanted: int) -> tuple[list[int], int]:
     """(19): which of this rank's prompts to keep, and how many are kept on all ranks.
 
     `useful` (P,) tells which of this rank's P prompts have spread in accuracy; as in the release,
-    format and length do not count. `number` tells where each stands in the batch of all ranks.
+    format and length do not count. `places` (P,) tells where each stands in the batch of all ranks.
     The first `wanted` useful prompts of the whole batch are kept, so what is kept does not depend
     on the number of ranks. Every rank calls it."""
-    last = all_max([max(number, default=0)])[0]
-    flags = torch.zeros(int(last) + 1)  # of the whole batch, 1 where a prompt is useful
-    flags[number] = useful.float()
-    order = all_sum(flags).cumsum(0)
-    kept = useful & (order[number] <= wanted)
-    return kept.nonzero()[:, 0].tolist(), min(wanted, int(order[-1]))
+    last_place = int(all_max([max(places, default=0)])[0])
+    is_useful = torch.zeros(last_place + 1)  # by place in the batch of all ranks: 1 or 0
+    is_useful[places] = useful.float()
+    useful_so_far = all_sum(is_useful).cumsum(0)
+    kept = useful & (useful_so_far[places] <= wanted)
+    return kept.nonzero()[:, 0].tolist(), min(wanted, int(useful_so_far[-1]))
 
 
 @dataclass
@@ -125,8 +129,10 @@ class Rollouts:
 
 
 def column(rollouts: list[Rollouts], name: str) -> torch.Tensor:
-    """One measure of P prompts' rollouts as (P, N)."""
-    return torch.stack([getattr(r, name) for r in rollouts]) if rollouts else torch.zeros(0, 1)
+    """One measure of P prompts' rollouts as (P, N). A rank may have no prompts: (0, 1)."""
+    if not rollouts:
+        return torch.zeros(0, 1)
+    return torch.stack([getattr(rolled, name) for rolled in rollouts])
 
 
 def train() -> None:
@@ -148,8 +154,10 @@ def train() -> None:
         check_truth(example.answer)
         return example, prompt
 
-    dapo, wanted = config.algorithm == "dapo", config.prompts_per_step
-    batch_size = wanted * (config.gen_batch_factor if dapo else 1)
+    # A step trains on `wanted` prompts. DAPO will drop groups (19), so it draws more at a time.
+    dapo = config.algorithm == "dapo"
+    wanted = config.prompts_per_step
+    batch_size = wanted * config.gen_batch_factor if dapo else wanted
     limits = dict(max_prompt_length=config.max_prompt_length, max_pixels=config.max_pixels)
     stream = run.batches(Encoded(examples, processor, encode, **limits), batch_size)
     sampling = Sampling.of(config)
@@ -165,7 +173,7 @@ def train() -> None:
 
     def sample(batch: list, draw: int) -> list[Rollouts]:
         """Rollouts y ~ pi(x) of one batch of prompts, and their rewards. `draw` keys the random
-        numbers: step * 1000 + the number of the batch in the step."""
+        numbers: step * 1000 + the number of the batch in the step, so each batch has its own."""
         with run.phase("rollout"):
             groups = generate(policy, [prompt for _, prompt in batch], sampling, step=draw)
         rollouts = []
@@ -194,17 +202,18 @@ def train() -> None:
 
     def dynamic_sampling(step: int) -> tuple[list[Rollouts], list[Rollouts], int]:
         """(19) -> (prompts kept, all prompts sampled, number of batches)."""
-        kept, sampled, count = [], [], 0
+        kept, sampled = [], []  # of this rank
+        count = 0  # prompts kept on all ranks
         for number in range(config.max_gen_batches):
-            new = sample(next(stream), step * 1000 + number)
+            batch = sample(next(stream), step * 1000 + number)
             # Batches are cut from the stream in order, so a prompt's place in the stream, modulo
             # the batch size, is its place in the batch.
-            places = [rolled.group.prompt.index % batch_size for rolled in new]
-            useful = spread(column(new, "accuracy"))
-            chosen, more = select_groups(useful, places, wanted - count)
-            kept += [new[i] for i in chosen]
-            sampled += new
-            count += more
+            places = [rolled.group.prompt.index % batch_size for rolled in batch]
+            useful = has_spread(column(batch, "accuracy"))
+            chosen, kept_of_batch = select_groups(useful, places, wanted - count)
+            kept += [batch[i] for i in chosen]
+            sampled += batch
+            count += kept_of_batch
             if count == wanted:
                 return kept, sampled, number + 1
         raise UserError(
@@ -217,7 +226,8 @@ def train() -> None:
         save_policy(policy, path, examples.shared)
 
     for step in run.steps(config.max_steps, modules, save):
-        # Draw prompts x, sample N rollouts y ~ pi(x) of each, and reward them (13).
+        # Draw prompts x, sample N rollouts y ~ pi(x) of each, and reward them (13). DAPO adds the
+        # overlong penalty (18), and samples until enough groups have spread (19).
         if dapo:
             rollouts, sampled, gen_batches = dynamic_sampling(step)
         else:
@@ -240,9 +250,9 @@ def train() -> None:
         rate = learning_rate_at(step, config.max_steps, config)
         updates, grad_norms = [], []
         with run.phase("update"):
-            # Several steps on one batch: the old log-probabilities are those of the training's
-            # own forward before the first step. The minibatches of the first pass hold every
-            # group once; those of later passes share the groups.
+            # Before several steps on one batch, take the old log-probabilities from the training's
+            # own forward. The minibatches of the first pass hold every group once. Later passes
+            # train on the same Group objects, so they need no forward of their own.
             if not objective.on_policy:
                 for groups, packs, _ in minibatches[: config.num_minibatches]:
                     gap = rescore(policy, packs, groups, config.temperature)
@@ -252,16 +262,17 @@ def train() -> None:
                 updates.append(policy_backward(policy, packs, groups, a, objective, reference))
                 grad_norms.append(optimizer_step(policy, optimizer, rate, config.max_grad_norm))
 
-        # Log the step, and the rollouts of the first prompt.
-        grad_norm = float(torch.tensor(grad_norms).max())  # of the minibatches, NaN if any is
-        length, useful = column(sampled, "length"), spread(column(sampled, "accuracy"))
+        # Log the step, and the rollouts of the first prompt. Rewards and lengths are those of all
+        # rollouts that were sampled, also where DAPO has dropped their group.
+        grad_norm = float(torch.tensor(grad_norms).max())  # the largest; NaN where any is NaN
+        length = column(sampled, "length")
         metrics = {
             **reduce(add, updates),
             "accuracy": mean_of(column(sampled, "accuracy")),
             "reward": mean_of(column(sampled, "reward")),
             "format_valid": mean_of(column(sampled, "valid")),
             "response_length": mean_of(length),
-            "groups_with_spread": mean_of(useful),
+            "groups_with_spread": mean_of(has_spread(column(sampled, "accuracy"))),
             "grad_norm": grad_norm,
             "learning_rate": rate,
             "gen_batches": gen_batches,
@@ -294,10 +305,10 @@ def settle_algorithm(config: RLVRConfig) -> None:
     for name, value in ALGORITHMS[config.algorithm].items():
         if getattr(config, name) is None:
             setattr(config, name, value)
-    of_rank = max(config.prompts_per_step // world_size(), 1)
-    if config.num_minibatches > of_rank:
+    prompts = max(config.prompts_per_step // world_size(), 1)  # of a rank in a step
+    if config.num_minibatches > prompts:
         raise UserError(
-            f"--num_minibatches {config.num_minibatches}: at most {of_rank}, a rank's prompts of a "
+            f"--num_minibatches {config.num_minibatches}: at most {prompts}, a rank's prompts of a "
             f"step; lower it, or raise --prompts_per_step"
         )
     if config.algorithm == "dapo" and config.overlong_buffer >= config.max_completion_length:

@@ -16,11 +16,11 @@ from rlvr import (
     RLVRConfig,
     Rollouts,
     column,
+    has_spread,
     overlong_penalty,
     reward,
     select_groups,
     settle_algorithm,
-    spread,
 )
 from support.errors import UserError
 from tests.conftest import ROOT, fails, launch, lines
@@ -65,8 +65,8 @@ def test_overlong_penalty_without_a_buffer_is_none():
 
 def test_spread():
     values = torch.tensor([[0.0, 0.0, 0.0], [1.0, 1.0, 1.0], [0.0, 1.0, 0.0], [0.3, 0.3, 0.30001]])
-    assert spread(values).tolist() == [False, False, True, True]
-    assert spread(torch.ones(2, 1)).tolist() == [False, False]
+    assert has_spread(values).tolist() == [False, False, True, True]
+    assert has_spread(torch.ones(2, 1)).tolist() == [False, False]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -148,7 +148,8 @@ def test_columns_of_rollouts():
         assert column(some, name).tolist() == [[3.0 * i, -3.0 * i], [5.0 * i, -5.0 * i]]
     nothing = column([], "reward")  # a rank without prompts
     assert nothing.numel() == 0 and group_advantage(nothing).numel() == 0
-    assert spread(nothing).tolist() == [] and select_groups(spread(nothing), [], 3) == ([], 0)
+    useful = has_spread(nothing)
+    assert useful.tolist() == [] and select_groups(useful, [], 3) == ([], 0)
 
 
 # --------------------------------------------------------------------------------------------------
