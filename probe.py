@@ -9,12 +9,13 @@ A supervision response y+ is compared with itself, one thing changed by a rule:
                   answer      D(x, y+)  >  D(x, y+ with another answer behind its reasoning)
 
 A probe measures the share of comparisons in which each of these holds. Ties count half, so 0.5 is
-blind. The pair accuracy does not tell: it is 1 for a blind discriminator that has learned in which
-words students differ from supervision.
+blind. The pair accuracy does not show blindness: it is 1 for a blind discriminator that has learned
+in which words students differ from supervision.
 
-Rows stand in twos, as partners, and each takes the other's picture, question and answer. A score
-may prefer one of two pictures, whatever is said of it. That helps one partner and harms the other,
-so where both count, such a score gets exactly 0.5. The same holds for questions and answers.
+Rows stand in twos, as partners, and each takes the other's picture, question and answer. A blind
+score may still prefer one of two pictures, whatever the caption says. Where both partners count, it
+wins for one and loses for the other: exactly 0.5 over the two. The same holds for questions and
+answers.
 """
 
 import json
@@ -33,7 +34,7 @@ from support.metrics import Mean
 from support.ranks import rank, world_size
 from support.rows import Example, at_hand, load_data
 
-TRIALS = 48  # over all ranks; a share of so many is known to about 0.07
+TRIALS = 48  # over all ranks; the standard error of a share of 48 is at most 0.07
 KINDS = ("picture", "digit", "question", "answer")
 
 
@@ -62,8 +63,8 @@ def probe(judge: Callable, discriminator, trials: list[Trial], processor, max_to
     discriminator.py itself imports this file. Every rank calls `probe` with its own trials."""
 
     def judged(prompts: list[Prompt]):
-        """The scores of all responses under these prompts. Two calls differ in the prompts only, so
-        what a discriminator does not read of a prompt moves no bit of a score."""
+        """The scores of all responses under these prompts. Two calls differ in the prompts only. So
+        a discriminator that does not read what differs gives the same scores to the last bit."""
         comparisons = []
         for prompt, trial in zip(prompts, trials):
             comparisons.append(Comparison(prompt, trial.response, [trial.changed]))
@@ -83,12 +84,12 @@ def probe(judge: Callable, discriminator, trials: list[Trial], processor, max_to
         "question": (own.teacher_reasoning, other_question.teacher_reasoning),
         "answer": (own.teacher_reasoning, own.reasoning),
     }
-    found = {}
+    metrics = {}
     for kind, (right, wrong) in right_and_wrong.items():
         changed = torch.tensor([trial.has(kind) for trial in trials], dtype=torch.bool)
         won = (right > wrong) + 0.5 * (right == wrong)
-        found[f"probe_{kind}"] = Mean(won[changed].sum(), changed.sum())
-    return found
+        metrics[f"probe_{kind}"] = Mean(won[changed].sum(), changed.sum())
+    return metrics
 
 
 def in_words(line: dict) -> str:
@@ -110,10 +111,11 @@ def draw_trials(
     rows: Sequence, processor, longest: int, max_image_size: int | None = None, learned=frozenset()
 ) -> list[Trial]:
     """This rank's share of TRIALS trials on `rows`, the same trials on any number of ranks. Where
-    rows are few, they are shuffled and paired again until there are enough trials. Left out are
-    rows that cannot be read, rows whose `where` is in `learned`, and prompts of more than `longest`
-    tokens."""
-    shuffler, twos = random.Random(0), []
+    rows are few, they are shuffled and paired again until there are enough trials. Three kinds are
+    left out: rows that cannot be read, rows whose `where` is in `learned`, and prompts of more than
+    `longest` tokens."""
+    shuffler = random.Random(0)
+    twos = []  # (row, its partner)
     usable = first_usable(rows, learned)
     while len(usable) > 1 and len(twos) < TRIALS // 2:
         shuffler.shuffle(usable)
@@ -147,26 +149,34 @@ def first_usable(rows: Sequence, learned) -> list[Example]:
     return found
 
 
-def make_trial(row: Example, partner: Example, processor, rng, longest, size) -> Trial | None:
+def make_trial(
+    row: Example, partner: Example, processor, rng, longest: int, max_image_size: int | None
+) -> Trial | None:
     """The trial of one row, or None where its prompt cannot be used."""
-    chats = {"prompt": row}
+    # The row as it is, with its partner's picture, and with its partner's question.
+    variants = {"prompt": row}
     if len(row.images) == len(partner.images):
         if row.images != partner.images:
-            chats["other_picture"] = replace(row, images=partner.images)
+            variants["other_picture"] = replace(row, images=partner.images)
         if row.messages != partner.messages:
-            chats["other_question"] = replace(row, messages=partner.messages)
+            variants["other_question"] = replace(row, messages=partner.messages)
+    # A variant that cannot be encoded, or is too long, is left out of the trial.
     prompts = {}
-    for name, prompt in zip(chats, encode_prompts(processor, list(chats.values()), size)):
+    encoded = encode_prompts(processor, list(variants.values()), max_image_size)
+    for name, prompt in zip(variants, encoded):
         if isinstance(prompt, Prompt) and len(prompt.input_ids) <= longest:
             prompts[name] = prompt
     own = prompts.get("prompt")
     if own is None:
         return None
-    response, other = parse_response(row.response), parse_response(partner.response)
+    # The response as it is, and with another digit in its caption and its partner's answer.
+    response = parse_response(row.response)
+    other_caption = change_digit(response.caption, rng)
+    other_answer = parse_response(partner.response).answer
     return Trial(
         prompt=own,
         response=response,
-        changed=replace(response, caption=change_digit(response.caption, rng), answer=other.answer),
+        changed=replace(response, caption=other_caption, answer=other_answer),
         other_picture=prompts.get("other_picture", own),
         other_question=prompts.get("other_question", own),
     )
@@ -183,37 +193,41 @@ def change_digit(text: str, rng: random.Random) -> str:
 
 
 def trials_beside_the_game(config, examples, processor) -> list[Trial]:
-    """Trials on rows from which the discriminator of a game (`align.AlignConfig`) does not learn.
-    Where `config.discriminator` is the directory of a warm-up, these are the rows that it held out;
-    otherwise the rows of the game's data that this run will not reach. [] where there are none."""
+    """Trials on rows from which the discriminator of a game does not learn. `config` is the game's
+    (`align.AlignConfig`), `examples` its rows. Where `config.discriminator` is the directory of a
+    warm-up, the trials are on rows that the warm-up held out. Otherwise they are on the rows of the
+    game that this run will not reach. [] where there are none."""
+    # The game takes its rows in this order, as far as `reached`.
     count = len(examples)
-    order = epoch_rows(0, count, count, config.seed)
+    order = epoch_rows(start=0, end=count, rows=count, seed=config.seed)
     reached = min(config.max_steps * config.prompts_per_step, count)
+    # The flags of the warm-up, from its directory.
     try:
         with open(os.path.join(config.discriminator, "run.json")) as file:
             record = json.load(file)
-        warm_up = record["run"] if record["stage"] == "discriminator" else None
+        flags = record["run"] if record["stage"] == "discriminator" else None
     except (OSError, ValueError, KeyError, TypeError):
-        warm_up = None
-    if warm_up is None:
+        flags = None
+    if flags is None:
         rows = torch.utils.data.Subset(examples, order[reached:])
         return draw_trials(rows, processor, config.max_prompt_length)
+    # The rows that the warm-up held out, less those that the game reaches.
     try:
-        if not all(map(at_hand, warm_up["data"])):
+        if not all(map(at_hand, flags["data"])):
             return []  # nothing is fetched for a probe
         pairs = load_data(
-            warm_up["data"],
+            flags["data"],
             need=("response",),
-            system_prompt=warm_up["system_prompt"],
-            image_dir=warm_up["image_dir"],
+            system_prompt=flags["system_prompt"],
+            image_dir=flags["image_dir"],
         )
-        _, rows = hold_out(pairs, warm_up["validation_share"], warm_up["seed"])
+        _, rows = hold_out(pairs, flags["validation_share"], flags["seed"])
     except (KeyError, UserError):  # what the warm-up learned from cannot be told
         return []
     return draw_trials(
         rows,
         processor,
-        longest=warm_up["max_length"],
-        max_image_size=warm_up["max_image_size"],
+        longest=flags["max_length"],
+        max_image_size=flags["max_image_size"],
         learned={examples.where(number) for number in order[:reached]},
     )
