@@ -19,7 +19,7 @@ computed once. A `Pack` is such a row, or several one after the other, cut by a 
 Packs are what micro-batches are elsewhere.
 
 This file knows the response format of the paper, and how a processor turns text and images into
-ids, pixels and rotary positions. Of a model it knows no weights.
+ids, pixels and rotary positions. It touches no weights of a model.
 """
 
 import io
@@ -50,11 +50,11 @@ class Response:
 
 
 BLOCKS = ("caption", "think", "answer")
-TAGS = [tag for name in BLOCKS for tag in (f"<{name}>", f"</{name}>")]
-RESPONSE = r"\s*" + r"\s*".join(f"<{name}>(.*)</{name}>" for name in BLOCKS) + r"\s*"
+TAGS = ("<caption>", "</caption>", "<think>", "</think>", "<answer>", "</answer>")
+RESPONSE = r"\s*<caption>(.*)</caption>\s*<think>(.*)</think>\s*<answer>(.*)</answer>\s*"
 
-# What a row without a system turn gets, where neither --system_prompt nor the checkpoint says
-# otherwise: the format, described (D14).
+# The system turn of a row that has none, where neither --system_prompt nor the checkpoint has
+# another (D14). It describes the format.
 SYSTEM_PROMPT = (
     "Answer in three blocks, in this order and with nothing around them. First describe all that "
     "the image shows and the question needs: <caption>...</caption>. Then reason step by step: "
@@ -67,7 +67,7 @@ def parse_response(text: str) -> Response | None:
 
     Each block stands once, in this order, none is empty, and only white space stands between and
     around them. Anything else gives None. Takes time linear in the length of the text.
-    Takes along: Response, BLOCKS, TAGS, RESPONSE."""
+    Takes along: Response, TAGS, RESPONSE."""
     if not isinstance(text, str) or any(text.count(tag) != 1 for tag in TAGS):
         return None  # with each tag once, the pattern can match in one way at most
     match = re.fullmatch(RESPONSE, text, re.DOTALL)
@@ -85,10 +85,10 @@ def parse_response(text: str) -> Response | None:
 class Prompt:
     """System + image + question, up to where the response begins. L tokens, I images.
 
-    Images are what the model's processor makes of them. In the Qwen-VL family: V patches of d
-    values, and the grid of each image. In models with images of one size: pixels alone."""
+    Images are what the model's processor makes of them. The Qwen-VL family has V patches of d
+    values, and the grid of each image. A model with images of one size has pixels alone."""
 
-    index: int  # place in the stream of rows; it seeds the sampling, so a row drawn twice differs
+    index: int  # place in the stream of rows; keys the sampling, so each visit of a row has its own
     input_ids: torch.Tensor  # (L,)
     position_ids: torch.Tensor  # (3, L), mrope; three equal rows where a model counts tokens only
     pixel_values: torch.Tensor | None = None  # (V, d), or (I, channels, height, width)
@@ -96,19 +96,21 @@ class Prompt:
 
     @property
     def next_position(self) -> int:
+        """The position of the first token of every branch."""
         return int(self.position_ids.max()) + 1
 
 
 @dataclass
 class Group:
-    """A prompt and its branches, (T_i,) token ids each, and the log-probabilities of sampling."""
+    """A prompt and its branches."""
 
     prompt: Prompt
-    branches: list[torch.Tensor]
-    logprobs: list[torch.Tensor] = field(default_factory=list)
+    branches: list[torch.Tensor]  # (T_i,) token ids of branch i
+    logprobs: list[torch.Tensor] = field(default_factory=list)  # (T_i,), where it was sampled
 
     @property
     def num_tokens(self) -> int:
+        """Tokens of the prompt and of all branches."""
         return len(self.prompt.input_ids) + sum(map(len, self.branches))
 
 
@@ -145,23 +147,35 @@ def encode_prompts(processor, examples, max_image_size: int | None = None) -> li
         if len(examples) == 1:
             error.where = examples[0].where
             return [error]
-    return [p for e in examples for p in encode_prompts(processor, [e], max_image_size)]
+    # One of several rows is bad. Each is encoded by itself, so that only the bad one is lost.
+    prompts = []
+    for example in examples:
+        prompts += encode_prompts(processor, [example], max_image_size)
+    return prompts
 
 
 def _encode_prompts(processor, examples, max_image_size) -> list[Prompt]:
+    """The prompts of all examples, from one call of the processor. RowError where any of them is
+    bad, or where they must be encoded one by one."""
+    # Refuse a text with a control token, which the tokenizer would read as one.
     chats = [example.messages for example in examples]
     special = processor.tokenizer.all_special_tokens
-    for part in itertools.chain.from_iterable(m["content"] for chat in chats for m in chat):
-        for token in special:
-            if token in part.get("text", ""):  # it would be encoded as what controls the model
-                raise RowError(f"the text contains {token}, a control token; remove it")
+    for message in itertools.chain.from_iterable(chats):
+        for part in message["content"]:
+            for token in special:
+                if token in part.get("text", ""):
+                    raise RowError(f"the text contains {token}, a control token; remove it")
+    # Write the chats by the model's template, and open and scale the images.
     texts = write_chats(processor, chats)
-    images = [[open_image(image) for image in e.images] for e in examples]
+    images = []  # of each row
+    for example in examples:
+        images.append([open_image(image) for image in example.images])
     try:
-        for image in itertools.chain.from_iterable(images):
-            if max_image_size is not None:
+        if max_image_size is not None:
+            for image in itertools.chain.from_iterable(images):
                 image.thumbnail((max_image_size, max_image_size))
-        begin = processor.tokenizer.bos_token  # not once more where the template has written it
+        # The tokenizer adds its begin-of-sequence token, unless the template has written it.
+        begin = processor.tokenizer.bos_token
         adding = not (begin and texts[0].startswith(begin))
         pictures = images if any(images) else None
         inputs = processor(text=texts, images=pictures, add_special_tokens=adding)
@@ -175,46 +189,58 @@ def _encode_prompts(processor, examples, max_image_size) -> list[Prompt]:
             f"{type(processor).__name__} gives {', '.join(sorted(unknown))} with an image; only "
             f"models that take pixel_values, with or without image_grid_thw, can be trained here"
         )
+    # Without grids nothing says which pixels are whose, so `encode_prompts` goes row by row.
     if any(images) and "image_grid_thw" not in inputs and len(examples) > 1:
-        raise RowError("one row at a time: nothing says which pixels are whose")
+        raise RowError("the images of several rows have no grids; encode one row at a time")
+    # Give each row its own images. The patches of all images stand one after the other.
     grids = torch.as_tensor(inputs.get("image_grid_thw", torch.zeros(0, 3, dtype=torch.long)))
     pixels = torch.as_tensor(inputs["pixel_values"]) if any(images) else None
-    prompts, image, patch = [], 0, 0
+    prompts = []
+    next_image = next_patch = 0
     for example, ids in zip(examples, inputs["input_ids"]):
-        ids, grid = torch.tensor(ids), grids[image : image + len(example.images)]
+        ids = torch.tensor(ids)
+        grid = grids[next_image : next_image + len(example.images)]
+        own_pixels = own_grid = None
         if len(grid):
             merge = processor.image_processor.merge_size
             positions = mrope_positions(ids, grid, processor.image_token_id, merge)
             patches = int(grid.prod(1).sum())
-            own = pixels[patch : patch + patches], grid
-            image, patch = image + len(grid), patch + patches
+            own_pixels, own_grid = pixels[next_patch : next_patch + patches], grid
+            next_image += len(grid)
+            next_patch += patches
         else:
             positions = torch.arange(len(ids)).expand(3, -1)
-            own = (pixels, None) if example.images else (None, None)
-        prompts.append(Prompt(example.index, ids, positions, *own))
+            if example.images:
+                own_pixels = pixels
+        prompts.append(Prompt(example.index, ids, positions, own_pixels, own_grid))
     return prompts
 
 
 def mrope_positions(ids, grid, image_token_id: int, merge: int) -> torch.Tensor:
-    """(3, L): temporal, height and width position of each token (Qwen2-VL, 2409.12191).
+    """The temporal, height and width position of each token (Qwen2-VL, 2409.12191). ids (L,), grid
+    (I, 3): the patches of each image in time, height and width. A token stands for merge x merge
+    patches. -> (3, L).
 
     Text counts on in all three rows. An image of h x w tokens spans its rows and columns from
     where the text was, and the text goes on max(h, w) later."""
-    columns, at, next_position = [], 0, 0
+    pieces = []  # (3, length) of each stretch of text and each image
+    at = next_position = 0
     grids = iter(grid.tolist())
-    marks = (ids == image_token_id).tolist()
+    is_image = (ids == image_token_id).tolist()
     while at < len(ids):
-        if marks[at]:
+        if is_image[at]:
             t, h, w = next(grids)
             h, w = h // merge, w // merge
             place = torch.cartesian_prod(torch.arange(t), torch.arange(h), torch.arange(w)).T
-            columns.append(place + next_position)
-            at, next_position = at + t * h * w, next_position + max(h, w)
+            pieces.append(place + next_position)
+            at += t * h * w
+            next_position += max(h, w)
         else:
-            end = marks.index(True, at) if True in marks[at:] else len(ids)
-            columns.append((next_position + torch.arange(end - at)).expand(3, -1))
-            at, next_position = end, next_position + end - at
-    return torch.cat(columns, 1)
+            end = is_image.index(True, at) if True in is_image[at:] else len(ids)
+            pieces.append((next_position + torch.arange(end - at)).expand(3, -1))
+            next_position += end - at
+            at = end
+    return torch.cat(pieces, 1)
 
 
 def encode_response(processor, text: str) -> torch.Tensor:
@@ -234,13 +260,13 @@ def decode(processor, branch: torch.Tensor, stop_ids=()) -> str:
 
 
 def encode_views(processor, response: Response) -> tuple[torch.Tensor, torch.Tensor]:
-    """The two views of a response as branches: perception (caption block), reasoning (think and
-    answer blocks).
+    """The two views of a response as branches, (T,) token ids each: perception (the caption block)
+    and reasoning (the think and answer blocks).
 
-    Supervision and rollout both come through here: the blocks are laid out in one way and
-    tokenised once, the reasoning view begins with the first token that starts at `<think>` or
-    later, and both views end in the same end of sequence. White space, sampled token boundaries or
-    a missing end therefore cannot tell the two sides apart."""
+    Supervision and rollout both come through here. The blocks are laid out in one way and tokenised
+    once. The reasoning view begins with the first token that starts at `<think>` or later, and both
+    views end in the same end of sequence. So white space, sampled token boundaries or a missing end
+    cannot tell the two sides apart."""
     caption = f"<caption>{response.caption}</caption>\n"
     text = f"{caption}<think>{response.think}</think>\n<answer>{response.answer}</answer>"
     encoded = processor.tokenizer(
@@ -252,9 +278,9 @@ def encode_views(processor, response: Response) -> tuple[torch.Tensor, torch.Ten
 
 
 def blank_group(processor) -> Group:
-    """A blank image that nobody reads. Sharded ranks put it into packs without images, so that
-    every rank calls the collectives of the vision tower. No branch attends to it. UserError where
-    the processor cannot encode even that."""
+    """A prompt of one blank image, without branches. Sharded ranks put it into packs that have no
+    image, so that every rank calls the collectives of the vision tower. No branch attends to it.
+    UserError where the processor cannot encode even that."""
     picture = io.BytesIO()
     Image.new("RGB", (1, 1)).save(picture, "PNG")  # the processor makes it as large as it must be
     chat = [{"role": "user", "content": [{"type": "image"}]}]
@@ -272,12 +298,15 @@ def blank_group(processor) -> Group:
 
 
 def load_examples(config, need: tuple, *checkpoints: str) -> Examples:
-    """The rows of a stage. Every stage should show the model what the stage before showed it. So
-    where --system_prompt or --max_pixels is not given, `config` gets the value with which the first
-    checkpoint was trained; where none is known, SYSTEM_PROMPT and the processor's own limit.
+    """The rows of a stage. `need` names what each row must have: response, student or answer.
 
-    `.shared` holds both values, the prompt being the system turn that most rows have; a save passes
-    them on. A line is printed for each value that differs from a checkpoint's."""
+    Every stage should show the model what the stage before showed it. So where --system_prompt or
+    --max_pixels is not given, `config` gets the value with which the first checkpoint was trained;
+    where none is known, SYSTEM_PROMPT and the processor's own limit. A line is printed for each
+    value that differs from a checkpoint's.
+
+    The rows' `.shared` holds both values, for a save to pass on. Its `system_prompt` is the system
+    turn that most rows have."""
     before = read_shared(checkpoints[0])
     for name, default in {"system_prompt": SYSTEM_PROMPT, "max_pixels": None}.items():
         if getattr(config, name) is None:
@@ -314,13 +343,15 @@ class Encoded:
     def __getitem__(self, draws: list[tuple[int, int]]) -> list[tuple[str, object]]:
         """Draws (place in the stream, number of the row) -> for each (where it comes from, what
         `encode` made of it or a RowError)."""
+        # Read the rows. A row that cannot be read is a RowError, here and in what follows.
         items = [_attempt(self.examples.__getitem__, number) for _, number in draws]
         wheres = [item.where for item in items]
-        found = [i for i, item in enumerate(items) if not isinstance(item, RowError)]
-        examples = [items[i] for i in found]
+        readable = [i for i, item in enumerate(items) if not isinstance(item, RowError)]
+        # Encode the prompts of the others, then what the stage makes of each.
+        examples = [items[i] for i in readable]
         size = self.limits.get("max_image_size")
         prompts = encode_prompts(self.processor, examples, size)
-        for i, example, prompt in zip(found, examples, prompts):
+        for i, example, prompt in zip(readable, examples, prompts):
             place, _ = draws[i]
             items[i] = self._finish(place, example, prompt)
             if isinstance(items[i], RowError):
@@ -362,8 +393,8 @@ class Segment:
 
 @dataclass
 class Pack:
-    """One row of T tokens: prompts, each with its branches behind it. B branches, K tokens in all
-    of them together."""
+    """One row of T tokens: prompts, each with its branches behind it. It has B branches, and the
+    branches have K tokens together."""
 
     input_ids: torch.Tensor  # (1, T)
     position_ids: torch.Tensor  # (3, 1, T)
@@ -371,34 +402,36 @@ class Pack:
     image_grid_thw: torch.Tensor | None
     segments: list[Segment]
     members: list[tuple[int, int]]  # (B,) group and branch, in the order of the row
-    units: list[tuple[int, int]]  # (group, unit) of each unit that stands here, see make_packs
+    units: list[tuple[int, int]]  # (group, unit) of each unit that stands here; see make_packs
     predictors: torch.Tensor  # (K,) where in the row each branch token is predicted
     targets: torch.Tensor  # (K,) the branch tokens
     last_tokens: torch.Tensor  # (B,) where in the row each branch's last token stands
 
     @property
     def lengths(self) -> list[int]:
+        """(B,) tokens of each branch."""
         return [length for segment in self.segments for length in segment.branches]
 
     @property
     def read(self) -> torch.Tensor:
-        """(R,) where in the row the branches and the prompts that they read stand. What is left out
-        is a blank image, which only keeps ranks in step and must reach no loss."""
+        """(R,) the places of all tokens that are a branch's, or are read by one. A blank image is
+        left out, since no branch reads it: it keeps ranks in step and must reach no loss."""
         out = [torch.zeros(0, dtype=torch.long)]
         for segment in self.segments:
-            end = segment.start + segment.prompt + sum(segment.branches)
-            out += [torch.arange(segment.start, end)] if segment.branches else []
+            if segment.branches:
+                end = segment.start + segment.prompt + sum(segment.branches)
+                out.append(torch.arange(segment.start, end))
         return torch.cat(out).to(self.input_ids.device)
 
     @property
     def mask(self) -> torch.Tensor:
-        """(B, longest) boolean: the real tokens of the pack's branches as padded rows."""
+        """(B, longest) boolean: where branches, as padded rows, have tokens."""
         lengths = torch.tensor(self.lengths, dtype=torch.long, device=self.targets.device)
         steps = torch.arange(max(self.lengths, default=0), device=lengths.device)
         return steps < lengths[:, None]
 
     def padded(self, flat: torch.Tensor) -> torch.Tensor:
-        """(K,) values, one a branch token, as (B, longest) padded rows (padding 0)."""
+        """(K,) values of the branch tokens -> (B, longest), a row for each branch, 0 as padding."""
         mask = self.mask
         out = torch.zeros(mask.shape, dtype=flat.dtype, device=flat.device)
         return out.masked_scatter(mask, flat)
@@ -418,41 +451,50 @@ def make_packs(groups: list[Group], max_tokens: int | None = None, units=None) -
     sets of branches that must stand in one pack, such as the four views of a pair (default: each
     branch by itself). A branch of several units stands once in every pack that needs it.
     Takes along: Prompt, Group, Segment, Pack, _pack."""
-    bins: list[list[tuple[int, list[int], list[int]]]] = []  # packs of (group, branches, units)
-    used: list[int] = []  # the tokens of each pack
+    parts_of: list[list[tuple[int, list[int], list[int]]]] = []  # of each pack, as `_pack` takes
+    used: list[int] = []  # tokens of each pack
     limit = torch.inf if max_tokens is None else max_tokens
     for g, group in enumerate(groups):
-        prompt_length = len(group.prompt.input_ids)
-        room = (i for i, tokens in enumerate(used) if tokens + group.num_tokens <= limit)
-        at = next(room, len(bins) - 1)
-        chosen = held = None  # the group's branches and units in the current pack
-        together = [(i,) for i in range(len(group.branches))] if units is None else units[g]
-        for u, unit in enumerate(together or [()]):
-            fresh = [i for i in dict.fromkeys(unit) if chosen is None or i not in chosen]
-            cost = sum(len(group.branches[i]) for i in fresh)
-            cost += prompt_length if chosen is None else 0
-            if not bins or (used[at] and used[at] + cost > limit):
-                bins.append([])
+        # Find the first pack that has room for the whole group, or else the last pack.
+        at = len(used) - 1
+        for i, tokens in enumerate(used):
+            if tokens + group.num_tokens <= limit:
+                at = i
+                break
+        group_units = [(i,) for i in range(len(group.branches))] if units is None else units[g]
+        placed = placed_units = None  # in pack `at`; None while the prompt does not stand there
+        for u, unit in enumerate(group_units or [()]):  # () stands for a prompt without branches
+            unit_branches = list(dict.fromkeys(unit))
+            added = [i for i in unit_branches if placed is None or i not in placed]
+            cost = sum(len(group.branches[i]) for i in added)
+            if placed is None:
+                cost += len(group.prompt.input_ids)
+            # Where the unit does not fit, begin a pack, with the prompt and the whole unit.
+            if not used or (used[at] and used[at] + cost > limit):
+                parts_of.append([])
                 used.append(0)
-                at, chosen, fresh = len(bins) - 1, None, list(dict.fromkeys(unit))
-                cost = sum(len(group.branches[i]) for i in fresh) + prompt_length
-            if chosen is None:
-                chosen, held = [], []
-                bins[at].append((g, chosen, held))
-            chosen.extend(fresh)
-            if unit:  # () is a prompt without branches
-                held.append(u)
+                at = len(used) - 1
+                placed, added = None, unit_branches
+                cost = sum(len(group.branches[i]) for i in added) + len(group.prompt.input_ids)
+            if placed is None:
+                placed, placed_units = [], []
+                parts_of[at].append((g, placed, placed_units))
+            placed += added
+            if unit:
+                placed_units.append(u)
             used[at] += cost
-    return [_pack(groups, parts) for parts in bins]
+    return [_pack(groups, parts) for parts in parts_of]
 
 
 def _pack(groups: list[Group], parts: list[tuple[int, list[int], list[int]]]) -> Pack:
+    """The pack of some parts of groups, one after the other: (group, its branches, its units)."""
     ids, positions, pixels, grids, segments, members = [], [], [], [], [], []
     predictors, targets, ends = [], [], []
     at = 0
     for g, chosen, _ in parts:
-        prompt, branches = groups[g].prompt, [groups[g].branches[i] for i in chosen]
-        length, following = len(prompt.input_ids), prompt.next_position
+        prompt = groups[g].prompt
+        branches = [groups[g].branches[i] for i in chosen]
+        length = len(prompt.input_ids)
         segments.append(Segment(at, length, [len(branch) for branch in branches]))
         members += [(g, i) for i in chosen]
         ids += [prompt.input_ids, *branches]
@@ -463,8 +505,9 @@ def _pack(groups: list[Group], parts: list[tuple[int, list[int], list[int]]]) ->
         last = torch.tensor([at - 1])
         for branch in branches:
             steps = torch.arange(len(branch))
-            positions.append((following + steps).expand(3, -1))
-            # Its first token is predicted at the prompt's last, each other one at the token before.
+            positions.append((prompt.next_position + steps).expand(3, -1))
+            # A branch's first token is predicted at the prompt's last, each other one at the token
+            # before. (An empty branch has none: the cut.)
             predictors.append(torch.cat([last, at + steps[:-1]])[: len(branch)])
             targets.append(branch)
             at += len(branch)
