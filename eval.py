@@ -1,14 +1,18 @@
 """Accuracy of a checkpoint on a data set, by source. The sampler of the stages answers the rows,
 greedily or with several samples a row, and the verifier of stage 3 judges the answers.
 
-It writes two files:
+output_dir/generations.jsonl gets every response with its judgement. output_dir/eval.json gets these
+values, all but the last two also `by_source`:
 
-    output_dir/eval.json          accuracy, format_valid, mean_response_tokens, caption_accuracy
-                                  (where rows have accepted captions), by_source, rows, truncated,
-                                  how many rows were left out, and how many responses --untagged
-                                  would take too long to read; of k samples a row the means, and
-                                  pass_at_k, the share of rows with any right answer
-    output_dir/generations.jsonl  every response with its judgement
+    accuracy              share of responses with a right answer
+    pass_at_k             with k samples a row: share of rows with any right answer
+    caption_accuracy      share of right captions, where rows list accepted captions
+    format_valid          share of responses in the paper's format
+    mean_response_tokens  tokens of a response
+    truncated             share of responses that were cut off at --max_completion_length
+    rows                  rows that were answered
+    rows_left_out         rows that could not be used
+    responses_unread      responses that --untagged would take too long to read
 
     torchrun --nproc_per_node=8 eval.py --ckpt rl_out --data mathvista.jsonl
     python eval.py --ckpt out/demo/sft --data digits                the test digits
@@ -77,9 +81,9 @@ def check_pattern(untagged: str) -> None:
 
 
 def read_response(text: str, untagged: str | None) -> Response | None:
-    """A response by its tags. A text without any tag, of a model that was never taught the format,
-    is read by the groups of the pattern `untagged`, which must match all of it; a group that takes
-    no part is empty. TimeoutError where the match takes longer than MATCH_LIMIT."""
+    """A response by its tags. A model that was never taught the format writes no tags. Its text is
+    read by the groups of the pattern `untagged`, which must match all of the text. A group that
+    takes no part is empty. TimeoutError where the match takes longer than MATCH_LIMIT."""
     response = parse_response(text)
     if response is None and untagged and not any(tag in text for tag in TAGS):
         match = regex.fullmatch(untagged, text, regex.DOTALL, timeout=MATCH_LIMIT)
@@ -98,19 +102,19 @@ def same_caption(caption: str, accepted: list[str]) -> bool:
     return words(caption) in [words(text) for text in accepted]
 
 
-def summarise(rows: list[dict]) -> dict:
-    """Means over the answers `rows`, of which a row of the data has one or several; null for what
-    no answer has."""
+def summarise(responses: list[dict]) -> dict:
+    """Means over responses; a row of the data has one or several. A mean is None where no response
+    has a value."""
 
     def mean(name):
-        values = [answer[name] for answer in rows if answer[name] is not None]
+        values = [response[name] for response in responses if response[name] is not None]
         return sum(values) / len(values) if values else None
 
-    correct_of = {answer["row"]: [] for answer in rows}  # row of the data -> its answers
-    for answer in rows:
-        correct_of[answer["row"]].append(answer["correct"])
+    correct_of = {response["row"]: [] for response in responses}  # by row: is each response right
+    for response in responses:
+        correct_of[response["row"]].append(response["correct"])
     summary = {"accuracy": mean("correct")}
-    if len(rows) > len(correct_of):
+    if len(responses) > len(correct_of):
         summary["pass_at_k"] = sum(map(any, correct_of.values())) / len(correct_of)
     return summary | {
         "caption_accuracy": mean("caption_correct"),
@@ -135,12 +139,13 @@ def keep_other_results(config: EvalConfig, output_dir: str) -> None:
         mine = getattr(config, name)
         if before.get(name, mine) != mine:
             raise UserError(
-                f"{output_dir}/eval.json: the result with --{name} {shown(before[name])}, not "
-                f"{shown(mine)}; name another --output_dir, or remove it"
+                f"{output_dir}/eval.json: the result with --{name} {as_typed(before[name])}, not "
+                f"{as_typed(mine)}; name another --output_dir, or remove it"
             )
 
 
-def shown(value) -> str:
+def as_typed(value) -> str:
+    """A flag's value as on the command line."""
     return " ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
@@ -156,10 +161,11 @@ def evaluate() -> None:
         check_pattern(config.untagged)
     if config.output_dir and os.path.isfile(config.output_dir):
         raise UserError(f"--output_dir {config.output_dir} is a file; name a directory")
-    here = config.ckpt if os.path.isdir(config.ckpt) else "out/eval"
-    output_dir = config.output_dir or here
+    default_dir = config.ckpt if os.path.isdir(config.ckpt) else "out/eval"
+    output_dir = config.output_dir or default_dir
     keep_other_results(config, output_dir)
     start_verifier()
+    # Every row needs an `answer`, the ground truth.
     examples = load_examples(config, ("answer",), config.ckpt)
     policy, processor = load_policy(config.ckpt, device)
 
@@ -178,42 +184,51 @@ def evaluate() -> None:
         temperature=config.temperature,
         max_rollout_rows=config.max_rollout_rows,
     )
-    rows, left_out, unread = [], [], []  # unread: where the pattern would take too long
+    responses, left_out, unread = [], [], []  # unread: where the pattern would take too long
+
+    def judge(example, branch) -> dict:
+        """One response with its judgement, as generations.jsonl has it."""
+        text = decode(processor, branch, policy.stop_ids)
+        try:
+            response = read_response(text, config.untagged)
+        except (TimeoutError, MemoryError):  # a pattern may backtrack, or recur, for ever
+            response = None
+            unread.append(example.where)
+        right = response is not None and verify(response.answer, example.answer)
+        right_caption = response is not None and same_caption(response.caption, example.captions)
+        return {
+            "row": example.index,
+            "where": example.where,
+            "source": example.source,
+            "answer": example.answer,
+            "response": text,
+            "format_valid": parse_response(text) is not None,
+            "correct": right,
+            "caption_correct": right_caption if example.captions else None,
+            "tokens": len(branch),
+            "truncated": int(branch[-1]) not in policy.stop_ids.tolist(),
+        }
+
     steps = range(math.ceil(len(examples) / batch_size))
     for _ in tqdm(steps, desc="eval", disable=rank() != 0):
+        # Draw this rank's rows of a batch.
         items = next(stream)
         left_out += [f"{where}: {item}" for where, item in items if isinstance(item, RowError)]
         pairs = [item for _, item in items if not isinstance(item, RowError)]
+        # Sample the responses, and judge each.
         groups = generate(policy, [prompt for _, prompt in pairs], sampling)
-        answers = ((e, branch) for (e, _), g in zip(pairs, groups) for branch in g.branches)
-        for example, branch in answers:
-            text = decode(processor, branch, policy.stop_ids)
-            try:
-                response = read_response(text, config.untagged)
-            except (TimeoutError, MemoryError):  # a pattern may backtrack, or recur, for ever
-                response = None
-                unread.append(example.where)
-            reads = response is not None and same_caption(response.caption, example.captions)
-            rows.append(
-                {
-                    "row": example.index,
-                    "where": example.where,
-                    "source": example.source,
-                    "answer": example.answer,
-                    "response": text,
-                    "format_valid": parse_response(text) is not None,
-                    "correct": response is not None and verify(response.answer, example.answer),
-                    "caption_correct": reads if example.captions else None,
-                    "tokens": len(branch),
-                    "truncated": int(branch[-1]) not in policy.stop_ids.tolist(),
-                }
-            )
+        for (example, _), group in zip(pairs, groups):
+            responses += [judge(example, branch) for branch in group.branches]
+
+    # Gather what all ranks have.
     if world_size() > 1:
         parts = [None] * world_size()
-        dist.all_gather_object(parts, (rows, left_out, unread))
-        rows = [row for part, _, _ in parts for row in part]
+        dist.all_gather_object(parts, (responses, left_out, unread))
+        responses = [response for part, _, _ in parts for response in part]
         left_out = [line for _, part, _ in parts for line in part]
         unread = [where for _, _, part in parts for where in part]
+
+    # Tell the user what was left out.
     for line in left_out[:3]:
         say(f"left out: {line}")
     if unread:
@@ -222,19 +237,21 @@ def evaluate() -> None:
             f"{MATCH_LIMIT:g} s each and count as wrong, the first to {unread[0]}; give a pattern "
             f"that backtracks less"
         )
-    if not rows:
+    if not responses:
         raise UserError(f"--data: none of {len(examples)} rows can be used; {left_out[0]}")
+
+    # Write both files, and tell the user the result.
     if rank() == 0:
-        rows.sort(key=lambda row: row["row"])
-        by_source = {row["source"]: [] for row in rows}
-        for row in rows:
-            by_source[row["source"]].append(row)
+        responses.sort(key=lambda response: response["row"])
+        by_source = {response["source"]: [] for response in responses}
+        for response in responses:
+            by_source[response["source"]].append(response)
         result = {
             "ckpt": config.ckpt,
             "data": config.data,
             "num_samples": config.num_samples,
             "temperature": config.temperature,
-            **summarise(rows),
+            **summarise(responses),
             "rows_left_out": len(left_out),
             "responses_unread": len(unread),
             "by_source": {source: summarise(part) for source, part in sorted(by_source.items())},
@@ -242,7 +259,7 @@ def evaluate() -> None:
         }
         os.makedirs(output_dir, exist_ok=True)
         with replacing(os.path.join(output_dir, "generations.jsonl")) as file:
-            file.writelines(json.dumps(row) + "\n" for row in rows)
+            file.writelines(json.dumps(response) + "\n" for response in responses)
         write_json(os.path.join(output_dir, "eval.json"), result)
         names = ("accuracy", "pass_at_k", "caption_accuracy", "format_valid")
         shown = [f"{name} {result[name]:.3f}" for name in names if result.get(name) is not None]
