@@ -109,7 +109,8 @@ def chosen(script: str, *, torchrun: bool) -> list[str]:
 
 
 def test_the_launch_lines(world, own_rows):
-    """The published pipeline, then a killed run that goes on, a second node, and a dry run."""
+    """The published pipeline, one's own rows, another alpha and another family; then a killed run
+    that goes on, a second node, and dry runs."""
     init = world["init"]
     for script in ("sft.py", "discriminator.py", "align.py", "rlvr.py", "eval.py"):
         lines = chosen(script, torchrun=True)
@@ -135,19 +136,20 @@ def test_the_launch_lines(world, own_rows):
     run(nodes, own_rows, init, endpoint=endpoint)
     assert (own_rows / "align_out/model.safetensors").exists()
 
-    (counted,) = [line for line in launch_lines() if "--dry_run" in line]
-    assert "GiB a GPU" in run(counted, own_rows, init)
+    counted = [line for line in launch_lines() if "--dry_run" in line]
+    assert len(counted) >= 2
+    for line in counted:
+        assert "GiB a GPU" in run(line, own_rows, init)
 
 
 def test_the_lines_of_one_process(world, own_rows):
-    """One's own rows, another family, the ablations' discriminators."""
+    """Several sources, the ablations' discriminators."""
     tried = []
-    for script in ("sft.py", "discriminator.py", "align.py"):
+    for script in ("sft.py", "discriminator.py"):
         for line in chosen(script, torchrun=False):
             if "--output_dir" not in line:
                 line += f" --output_dir {len(tried)}_out"
             shutil.rmtree(own_rows / line.split("--output_dir ")[1].split()[0], ignore_errors=True)
             run(line, own_rows, world["init"])
             tried.append(script)
-    assert tried.count("sft.py") >= 2 and tried.count("discriminator.py") >= 3
-    assert "align.py" in tried
+    assert tried.count("sft.py") >= 1 and tried.count("discriminator.py") >= 2

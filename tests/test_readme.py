@@ -99,3 +99,9 @@ def test_the_readme_is_short():
     """At most 1,500 words, the first command within the first 200."""
     assert len(README.split()) <= 1500
     assert len(README.split("```")[0].split()) <= 200
+
+
+def test_the_readme_lists_every_page():
+    more = README.split("\n## More")[1]
+    pages = {str(page.relative_to(ROOT)) for page in PAGES} - {"README.md"}
+    assert pages <= set(re.findall(r"\]\(([\w./-]+)", more))

@@ -3,6 +3,7 @@ published numbers."""
 
 import json
 import random
+import re
 
 import pytest
 import torch
@@ -201,8 +202,9 @@ def test_an_unknown_algorithm_is_one_line():
 
 
 def test_a_reward_of_ones_own_changes_neither_accuracy_nor_spread(world, trained, tmp_path):
-    """The edit that the README shows, made in a copy of the stage: the reward is halved, and what
-    is measured of accuracy stays. The rollouts of the first step are the same."""
+    """In a copy of the stage the reward is halved, and what is measured of accuracy stays. The
+    rollouts of the first step are the same. So they are with the reward that the README prints,
+    whose right answers are those that equal an accepted one."""
     text = (ROOT / "rlvr.py").read_text()
     halved = text.replace(
         "return ACCURACY * correct + FORMAT, correct",
@@ -210,15 +212,20 @@ def test_a_reward_of_ones_own_changes_neither_accuracy_nor_spread(world, trained
 return 0.5 * (ACCURACY * correct + FORMAT), correct""",
     )
     assert halved != text
+    blocks = (ROOT / "README.md").read_text().split("```python\n")[1:]
+    (printed,) = [block.split("```")[0] for block in blocks if "def reward" in block]
+    printed = re.sub(r"^def reward.*?(?=\n\n\n)", lambda _: printed, text, flags=re.M | re.S)
     measured = []
-    for name, content in (("plain", text), ("halved", halved)):
+    for name, content in (("plain", text), ("halved", halved), ("printed", printed)):
         (tmp_path / f"{name}.py").write_text(content)
         flags = ("--ckpt", trained, "--data", world["prompts"], "--max_steps", 1)
         flags += ("--prompts_per_step", 8, "--num_generations", 4, "--max_completion_length", 64)
         out = tmp_path / name
         launch(str(tmp_path / f"{name}.py"), *flags, "--output_dir", out, real=True)
         measured.append(lines(out / "metrics.jsonl")[0])
-    plain, halved = measured
+    plain, halved, printed = measured
     for name in ("accuracy", "groups_with_spread", "format_valid", "response_length"):
         assert plain[name] == halved[name], name
     assert plain["reward"] > 0 and halved["reward"] == pytest.approx(plain["reward"] / 2)
+    assert printed["response_length"] == plain["response_length"]
+    assert 0 < printed["reward"] < printed["accuracy"] <= plain["accuracy"]
