@@ -18,7 +18,8 @@ towards the drifted SFT policy, and no entropy bonus.
 
 Deviations from the published run:
 D7  The supervision response is not cut; the release cuts its two parts to 512 tokens each.
-D8  Length debiasing acts on the rewards only; in the release also on the discriminator's loss.
+D8  Length debiasing acts on the rewards only; in the release also on the discriminator's loss,
+    whose scores it clamps again afterwards.
 D10 A supervision response of broken format is a bad row, left out, counted and named; the release
     does not check the format.
 docs/deviations.md has all of them, with the reasons.
@@ -71,7 +72,7 @@ class AlignConfig(RunConfig):
     format_penalty: NonNegative = 1.5  # subtracted for a broken format (11); paper: 1.5
     epsilon: Share = 0.2  # clip, both sides; never acts, as the ratio is 1; paper: 0.2
     score_l2: NonNegative = 0.001  # weight of the squared scores (7); paper: 0.001
-    router_aux_loss_coef: NonNegative = 0.01  # weight of the balance loss; paper: 0.01 (D4)
+    router_aux_loss_coef: NonNegative = 0.01  # balance loss (8); paper: 0.01, in the warm-up (D4)
     length_beta_perception: NonNegative = 0.0  # length debiasing (12) of captions; paper: off
     length_beta_reasoning: NonNegative = 0.0  # length debiasing (12) of reasoning; paper: off
     max_grad_norm: Positive = 1.0  # gradients are clipped to this norm; paper: not stated

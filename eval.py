@@ -1,5 +1,5 @@
 """Accuracy of a checkpoint on a data set, by source. The sampler of the stages answers the rows,
-greedily or with several samples a row, and the verifier of stage 3 judges the answers.
+greedily or with several samples a row, and the verifier of stage 3 judges the answers (D21).
 
 output_dir/generations.jsonl gets every response with its judgement. output_dir/eval.json gets these
 values, all but the last two also `by_source`:

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # A checkpoint on the paper's benchmarks, by lmms-eval: bash docs/lmms.sh CHECKPOINT
-# Run it from the root of the repository. WeMath is left out: its task has a system turn of its own.
+# Run it from the root of the repository. WeMath is left out: its task has a system turn of its own (D22).
 set -euo pipefail
 
 # The prompt with which the checkpoint was trained.

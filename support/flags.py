@@ -129,7 +129,7 @@ def _parser(config_class) -> HfArgumentParser:
         formatter_class=argparse.HelpFormatter,
         epilog="Without a model and --data, the stage runs on the built-in handwritten digits, "
         "with a model and settings of their own in place of the defaults above. Numbers (1) to "
-        "(19) are equations, in the first lines of each file; D1 to D17 are in docs/deviations.md.",
+        "(19) are equations, in the first lines of each file; D1 to D22 are in docs/deviations.md.",
     )
 
     def refuse(message: str) -> None:

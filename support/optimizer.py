@@ -20,7 +20,7 @@ def learning_rate_at(step: int, max_steps: int, config, peak: float | None = Non
 
     `config.warmup_steps` counts steps, or is a share of the run where it is below 1. The warm-up of
     transformers begins with a step at rate 0, which teaches nothing. Here it begins one step
-    further on, so the last step of the warm-up and the one after it both have the peak rate."""
+    further on (D17), so the last step of the warm-up and the one after it have the peak rate."""
     peak = config.learning_rate if peak is None else peak
     warmup = math.ceil(config.warmup_steps * (max_steps if config.warmup_steps < 1 else 1))
     name = config.lr_scheduler_type
@@ -37,8 +37,8 @@ def learning_rate_at(step: int, max_steps: int, config, peak: float | None = Non
 
 def optimizer_step(module, optimizer, learning_rate: float, max_grad_norm: float) -> float:
     """Clips the global gradient norm, makes one step, clears the gradients. Returns the norm before
-    clipping. Where the norm is not finite the step is left out and the weights stay as they were.
-    """
+    clipping. Where the norm is not finite the step is left out, and the weights stay as they were
+    (D19)."""
     for group in optimizer.param_groups:
         group["lr"] = learning_rate
     norm = torch.nn.utils.clip_grad_norm_(module.parameters(), max_grad_norm)

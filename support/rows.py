@@ -553,10 +553,10 @@ MAX_RATIO = 200  # of an image's sides, as the processors of the Qwen-VL family 
 
 
 def open_image(source: str | bytes) -> Image.Image:
-    """The picture in RGB, upright, on white where it is transparent. RowError if it is none, or if
-    one side is more than MAX_RATIO times the other: processors that give the shorter side a fixed
-    length would make the longer one huge. Grey of more than 8 bits is scaled from its full range,
-    which for floats is 1, 255 or 65535."""
+    """The picture in RGB, upright, on white where it is transparent. RowError if it is none (D20),
+    or if one side is more than MAX_RATIO times the other: processors that give the shorter side a
+    fixed length would make the longer one huge. Grey of more than 8 bits is scaled from its full
+    range, which for floats is 1, 255 or 65535."""
     try:
         file = io.BytesIO(source) if isinstance(source, bytes) else source
         image = Image.open(file, formats=IMAGE_FORMATS)

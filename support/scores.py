@@ -44,7 +44,8 @@ class PairTable:
 
     def metrics(self) -> dict:
         """Mean scores, their gap (the paper's figure), and the share of pairs in which the
-        supervision scores higher, of those whose sides are not the same text."""
+        supervision scores higher, of those whose sides are not the same text. Where there is no
+        pair, they are null (D18)."""
         out = {}
         for view, name in enumerate(VIEWS):
             teacher, student = self.teacher[view][self.valid], self.student[view][self.valid]

@@ -1,4 +1,4 @@
-r"""Is an answer right? The accuracy term of the reward of stage 3 (RLVR), and of the evaluation.
+r"""Is an answer right? The accuracy of the reward of stage 3 (RLVR) and of the evaluation (D12).
 
 `_clean` rewrites a text into one way of writing. `_read` turns it into a Claim: a choice, a number
 with its unit, a list, or a formula or words, each with an optional label. `_compare` compares two
