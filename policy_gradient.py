@@ -1,7 +1,8 @@
 """The policy gradient of stages 2 and 3: group advantage, clipped loss, the gradient of a batch.
 
     (10)  A_i  = (R_i - mean(R)) / (std(R) + 1e-6)            over the N rollouts of one prompt
-    (14)  r    = exp(log pi(y) - log pi_old(y))               the importance ratio
+    (14)  r    = exp(log pi(y) - log pi_old(y))               the importance ratio, its log clamped
+                                                              to +-20
     (15)  l    = max(-A r, -A clip(r, 1 - low, 1 + high)),    where A < 0 at most -A * dual_clip
     (16)  L    = the mean of l, as the algorithm takes it
     (17)  k3   = exp(d) - d - 1,  d = log pi_ref - log pi     KL(pi | pi_ref) of a token

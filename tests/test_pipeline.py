@@ -360,6 +360,18 @@ def test_every_stage_asks_as_sft_did(world, tmp_path):
     assert len(said) == 1 and "this run uses 'Mine.'" in said[0]
 
 
+def test_eval_writes_length_and_verdict_of_each_answer(world, trained, tmp_path):
+    """What a figure of response length against accuracy needs."""
+    flags = ("--ckpt", trained, "--data", world["test"], *TINY)
+    launch("eval.py", *flags, "--output_dir", tmp_path)
+    result = json.loads((tmp_path / "eval.json").read_text())
+    answers = lines(tmp_path / "generations.jsonl")
+    tokens, right = ([answer[name] for answer in answers] for name in ("tokens", "correct"))
+    assert len(answers) == 24 and all(1 <= count <= 48 for count in tokens)
+    assert sum(tokens) / 24 == pytest.approx(result["mean_response_tokens"])
+    assert sum(right) / 24 == pytest.approx(result["accuracy"])
+
+
 def test_eval_of_several_samples(world, trained, tmp_path):
     """Means over all answers, and pass@k over the rows; on 1 and 2 ranks."""
     flags = ("--ckpt", trained, "--data", world["test"], "--num_samples", 4, *TINY)

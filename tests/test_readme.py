@@ -83,6 +83,17 @@ def test_the_table_of_faults():
     assert len(tests) > 10 and set(tests) <= there
 
 
+def test_what_is_published():
+    """The table names every published checkpoint and data set that a stage has as a default."""
+    table = (ROOT / "docs/paper-map.md").read_text().split("## Published checkpoints and data")[1]
+    listed = re.findall(r"^\| `([\w./-]+)`(?:, file `([\w.]+)`)?", table, re.MULTILINE)
+    listed = {"/".join(filter(None, name)) for name in listed}
+    code = "".join(path.read_text() for path in ROOT.glob("*.py"))
+    named = re.findall(r'= "(Qwen/[^"]+)"|"(?:hf://datasets/)?(prism-vlm/[^"]+)"', code)
+    named = {qwen or prism for qwen, prism in named}
+    assert len(named) >= 10 and named <= listed, named - listed
+
+
 def test_pieces():
     """The pieces of the table are there, and say what to take along."""
     table = (ROOT / "docs/pieces.md").read_text().split("## Pieces")[1]
