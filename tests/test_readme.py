@@ -116,3 +116,10 @@ def test_the_readme_lists_every_page():
     more = README.split("\n## More")[1]
     pages = {str(page.relative_to(ROOT)) for page in PAGES} - {"README.md"}
     assert pages <= set(re.findall(r"\]\(([\w./-]+)", more))
+
+
+def test_the_benchmarks_are_listed():
+    listed = re.findall(
+        r"^\| `(\w+\.py)", (ROOT / "benchmarks/README.md").read_text(), re.MULTILINE
+    )
+    assert sorted(listed) == sorted(path.name for path in (ROOT / "benchmarks").glob("*.py"))
