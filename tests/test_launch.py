@@ -153,3 +153,31 @@ def test_the_lines_of_one_process(world, own_rows):
             run(line, own_rows, world["init"])
             tried.append(script)
     assert tried.count("sft.py") >= 1 and tried.count("discriminator.py") >= 2
+
+
+def test_lmms_eval_asks_as_the_checkpoint_was_trained(tmp_path):
+    """lmms-eval is not installed. What stands in for it prints what it is given."""
+    prompt = "Don't guess, look: a=b, 'c'."
+    (tmp_path / "ckpt").mkdir()
+    (tmp_path / "ckpt/prism.json").write_text(json.dumps({"system_prompt": prompt}))
+    package = tmp_path / "path/lmms_eval"
+    (package / "models/simple").mkdir(parents=True)
+    (package / "models/simple/qwen3_vl.py").write_text(
+        "class Qwen3_VL:\n"
+        "    def __init__(self, pretrained, batch_size=1, system_prompt='You are helpful.'):\n"
+        "        self.system_prompt = system_prompt\n"
+    )
+    (package / "__main__.py").write_text(
+        "import json, sys\n"
+        "from lmms_eval.models.simple.qwen3_vl import Qwen3_VL\n"
+        "class Chat(Qwen3_VL): pass\n"
+        "def cli_evaluate():\n"
+        "    print(json.dumps([sys.argv[1:], Chat(pretrained='x', batch_size=2).system_prompt]))\n"
+    )
+    command = [sys.executable, "-m", "docs.lmms", str(tmp_path / "ckpt"), "--limit", "8"]
+    env = {**os.environ, "PYTHONPATH": str(tmp_path / "path")}
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
+    words, asked = json.loads(done.stdout)
+    assert asked == prompt
+    assert dict(zip(words[::2], words[1::2]))["--model_args"] == f"pretrained={tmp_path}/ckpt"
+    assert words[-2:] == ["--limit", "8"]
