@@ -341,6 +341,21 @@ def test_the_table_of_the_docs(published):
     assert table == expected
 
 
+def test_one_gpu_in_words(published):
+    """What README.md and docs/gpus.md say of SFT of 4B: on one GPU, on eight, with adapters."""
+
+    def gib(**flags) -> int:
+        row = fit.table(SFTConfig(model=published["4B"], **flags)).splitlines()[2]
+        return round(float(row.split(" | ")[-2]))
+
+    one, eight, adapters = gib(dry_run=1), gib(dry_run=8), gib(dry_run=1, lora_rank=16)
+    pages = [" ".join((ROOT / name).read_text().split()) for name in ("README.md", "docs/gpus.md")]
+    readme, page = pages
+    assert f"{one} GiB on one GPU and {eight} GiB on each of eight" in readme
+    assert f"brings one GPU down to {adapters} GiB" in readme
+    assert f"SFT of 4B needs {one} GiB, and {adapters} GiB with `--lora_rank 16`" in page
+
+
 def test_what_the_disk_and_the_host_must_hold(published):
     """A checkpoint has 12 bytes a parameter, a result 4."""
     policy = fit.read_model(published["4B"]).whole
