@@ -100,20 +100,19 @@ def own_rows(world, tmp_path_factory) -> Path:
     return folder
 
 
-def chosen(script: str, *, torchrun: bool) -> list[str]:
+def chosen(script: str) -> list[str]:
     """Lines of a stage that write a result; dry runs and resumed runs stand apart."""
     apart = ("--dry_run", "--resume", "--nnodes")
     lines = [line for line in launch_lines() if script_of(line) == script]
-    lines = [line for line in lines if not any(flag in line for flag in apart)]
-    return [line for line in lines if line.startswith("torchrun") == torchrun]
+    return [line for line in lines if not any(flag in line for flag in apart)]
 
 
 def test_the_launch_lines(world, own_rows):
-    """The published pipeline, one's own rows, another alpha and another family; then a killed run
-    that goes on, a second node, and dry runs."""
+    """The published pipeline, one's own rows, another alpha, another family and the ablations; then
+    a killed run that goes on, a second node, and dry runs."""
     init = world["init"]
     for script in ("sft.py", "discriminator.py", "align.py", "rlvr.py", "eval.py"):
-        lines = chosen(script, torchrun=True)
+        lines = chosen(script)
         assert lines
         for line in lines:
             run(line, own_rows, init)
@@ -140,19 +139,6 @@ def test_the_launch_lines(world, own_rows):
     assert len(counted) >= 2
     for line in counted:
         assert "GiB a GPU" in run(line, own_rows, init)
-
-
-def test_the_lines_of_one_process(world, own_rows):
-    """Several sources, the ablations' discriminators."""
-    tried = []
-    for script in ("sft.py", "discriminator.py"):
-        for line in chosen(script, torchrun=False):
-            if "--output_dir" not in line:
-                line += f" --output_dir {len(tried)}_out"
-            shutil.rmtree(own_rows / line.split("--output_dir ")[1].split()[0], ignore_errors=True)
-            run(line, own_rows, world["init"])
-            tried.append(script)
-    assert tried.count("sft.py") >= 1 and tried.count("discriminator.py") >= 2
 
 
 def test_lmms_eval_asks_as_the_checkpoint_was_trained(tmp_path):
