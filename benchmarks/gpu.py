@@ -1,5 +1,7 @@
 """What the pipeline does on one GPU, in one command of a few minutes: speed against the machine's
-peak, seconds and memory of a step of each stage, parity with float32 on the CPU, and ratios.
+peak, seconds and memory of a step of each stage, parity with float32 on the CPU, and ratios. Two
+tables at the end say how long the published stages take on eight GPUs: by support/fit.py's count
+for an H100, and by the same count with the speeds that this GPU has reached.
 
     python benchmarks/gpu.py [--shapes 2B 4B]
 
@@ -12,6 +14,7 @@ nothing. A part that fails is named, and the others go on.
 
 import argparse
 import copy
+import math
 import random
 import statistics
 import sys
@@ -26,12 +29,14 @@ from transformers import AutoModelForImageTextToText, Qwen3VLConfig
 from transformers.utils import logging
 from views import WORDS
 
+from align import AlignConfig
 from data import Group, Response, make_packs
-from discriminator import Comparison, Discriminator, judge, upcycle
+from discriminator import Comparison, Discriminator, DiscriminatorConfig, judge, upcycle
 from model import adapt, rank_packs, token_logprobs
 from policy_gradient import Objective, group_advantage, policy_backward
+from rlvr import RLVRConfig
 from sampler import Sampling, generate
-from sft import sft_loss
+from sft import SFTConfig, sft_loss
 from support import fit
 from support.huggingface import load_processor
 from support.optimizer import optimizer_step
@@ -134,8 +139,9 @@ def demonstrations(tokens: int, vocab: int) -> list[Group]:
     return groups
 
 
-def sft_step(shape, clock, device, peak) -> None:
-    hidden, mlp, layers, heads, kv_heads, dim, vocab, _ = SHAPES[shape]
+def sft_step(shape, clock, device, peak) -> dict:
+    """-> the arithmetic that a step reaches, for fit.Speed."""
+    vocab = SHAPES[shape][6]
     policy = make(shape, device)
     size = fit.count(policy)
     policy, optimizer, name = trained(policy, device)
@@ -149,10 +155,8 @@ def sft_step(shape, clock, device, peak) -> None:
         optimizer_step(policy, optimizer, 1e-6, 1.0)
 
     seconds = clock.median(step)
-    # Forward once, backward twice; recomputing is not counted, nor is the vision tower.
-    linear = layers * hidden * (2 * heads * dim + 2 * kv_heads * dim + 3 * mlp)
     squares = sum((s.prompt + sum(s.branches)) ** 2 for s in pack.segments)
-    work = 6 * (linear * tokens + vocab * hidden * targets + layers * heads * dim * squares)
+    work = fit.operations(size, tokens, squares / 2, targets)
     share = f"{work / seconds / peak:.2f} of the peak"
     images = len(pack.segments) * 196 / tokens
     held = size.whole * (12 if name == "AdamW" else 4)
@@ -160,11 +164,13 @@ def sft_step(shape, clock, device, peak) -> None:
     count = held + max(sum(moment.values()) for moment in moments)
     memory = f"{clock.memory:.1f} GiB, {count / 2**30:.1f} by --dry_run"
     say(f"SFT step {shape}, {tokens} tokens, {name}", f"{seconds:.2f} s", share, memory)
+    return {"flops": work / seconds}
 
 
-def decode(shape, clock, device, copied) -> None:
-    """Milliseconds a token for all rows, by the difference of two lengths."""
-    hidden, mlp, layers, heads, kv_heads, dim, vocab, _ = SHAPES[shape]
+def decode(shape, clock, device, copied) -> dict:
+    """Milliseconds a token for all rows, by the difference of two lengths. -> the seconds that a
+    kernel takes beside what must be read, of the most rows, for fit.Speed."""
+    vocab = SHAPES[shape][6]
     policy = make(shape, device)
     size = fit.count(policy)
     policy = shard(policy, device)
@@ -178,18 +184,19 @@ def decode(shape, clock, device, copied) -> None:
         run(short)
         turns = [clock(run, long) - clock(run, short) for _ in range(3)]
         seconds = statistics.median(turns) / (long - short)
-        # What must be read for a token: the weights, the prompts' keys once, the rows' own.
-        weights = layers * hidden * (2 * heads * dim + 2 * kv_heads * dim + 3 * mlp)
-        keys = PROMPTS * PROMPT + rows * (short + long) / 2
+        # Beside the weights, the prompts' keys are read once, and the rows' own.
+        read = fit.reading(size, PROMPTS * PROMPT + rows * (short + long) / 2)
         parts = fit.sampling(size, PROMPTS, PROMPT, rows, long)
         count = 4 * size.whole + sum(parts.values())
-        read = 2 * (weights + vocab * hidden + 2 * layers * kv_heads * dim * keys)
         say(
             f"decode {shape}, {rows} rows",
             f"{seconds * 1e3:.1f} ms a token",
             f"{read / seconds / copied:.2f} of the copy bandwidth",
             f"{clock.memory:.1f} GiB, {count / 2**30:.1f} by --dry_run",
         )
+    # A step that only starts its kernels and reads nothing, at one second each, is their number.
+    kernels = fit.decoding(size, 0, fit.Speed(bytes=math.inf, kernel=1))
+    return {"kernel": max(0.0, seconds - read / copied) / kernels}
 
 
 def words(rng: random.Random, count: int) -> str:
@@ -318,6 +325,18 @@ def ratios(shape, clock, device, processor) -> None:
         say(name, "ratio " + ratio(*zip(*seconds)))
 
 
+def stages(size: str, policy: str, backbone: str) -> dict:
+    """Name -> the published settings of each stage, for the directories of a policy of this size
+    and of the discriminator's backbone."""
+    return {
+        f"sft {size}": SFTConfig(model=policy),
+        f"warm-up for {size}": DiscriminatorConfig(model=backbone),
+        f"align {size}": AlignConfig(ckpt=policy, discriminator=backbone),
+        f"rlvr {size}, grpo": RLVRConfig(ckpt=policy),
+        f"rlvr {size}, dapo": RLVRConfig(ckpt=policy, algorithm="dapo"),
+    }
+
+
 def main() -> None:
     logging.disable_progress_bar()
     parser = argparse.ArgumentParser()
@@ -343,15 +362,22 @@ def main() -> None:
         parts.append(lambda shape=shape: rl_step(shape, clock, device, processor))
     parts.append(lambda: rl_step(small, clock, device, processor, judged_by=small))
     parts.append(lambda: ratios(small, clock, device, processor))
-    failed = 0
+    failed, reached = 0, dict(flops=math.nan, bytes=copied, kernel=math.nan)
     for part in parts:
         try:
-            part()
+            reached |= part() or {}
         except Exception:
             failed += 1
             say("failed", traceback.format_exc().strip().replace("\n", " / ")[-700:])
         if clock.gpu:
             torch.cuda.empty_cache()
+    with tempfile.TemporaryDirectory() as folder:
+        for shape in (small, large):
+            make(shape, "meta").config.save_pretrained(f"{folder}/{shape}")
+        configs = stages(large, f"{folder}/{large}", f"{folder}/{small}")
+        print("\nPublished stages by count, for H100s:\n" + fit.hours(configs, 8, fit.Speed()))
+        print("\nThe same, measured: with the speeds of the parts above:")
+        print(fit.hours(configs, 8, fit.Speed(**reached)))
     sys.exit(1 if failed else 0)
 
 

@@ -1,4 +1,5 @@
-"""Will it fit, before it is paid for: `--dry_run N` counts the bytes of one of N GPUs.
+"""Will it fit, and how long will it take, before it is paid for: `--dry_run N` counts the bytes of
+one of N GPUs, and the seconds of a step (`seconds`).
 
 Only the model's config.json is read. States and weights are counted from the parameters of an empty
 model (P in all, R of them outside the blocks, B in the largest block), which N GPUs, or with --hsdp
@@ -197,13 +198,10 @@ def sampling(m: Model, prompts: int, prompt: int, rows: int, limit: int) -> dict
     )
 
 
-def phases(config, gpus: int) -> list[tuple[str, dict]]:
-    """-> (name, bytes of each column) of each phase of a stage."""
+def models(config) -> tuple[Model | None, Model | None]:
+    """-> (policy, discriminator) of a stage, None where it has none."""
     get = lambda name, default=None: getattr(config, name, default)
-    stage = config.stage
-    node = int(os.environ.get("LOCAL_WORLD_SIZE", NODE))
-    shards = min(gpus, node) if get("hsdp") else gpus
-    frozen = get("freeze_vision", False)
+    stage, frozen = config.stage, get("freeze_vision", False)
     flag = {"sft": "model", "discriminator": "policy"}.get(stage, "ckpt")
     policy = read_model(get(flag), frozen=frozen) if get(flag) else None
     if get("lora_rank"):  # seven layers a block; activations and gradients are over-counted
@@ -216,6 +214,26 @@ def phases(config, gpus: int) -> list[tuple[str, dict]]:
         kind = getattr(read_config(get(source)), "prism_experts", get("experts"))
         experts = 0 if kind == "dense" else 4
         judge = read_model(get(source), experts, head=False, frozen=frozen)
+    return policy, judge
+
+
+def prompts_of(config, gpus: int, sampled: bool) -> int:
+    """The prompts, or rows, of one GPU in a step: those that it samples from or trains on."""
+    get = lambda name, default=None: getattr(config, name, default)
+    rows = get("per_device_eval_batch_size") or get("per_device_train_batch_size", 0)
+    rows *= get("gradient_accumulation_steps", 1)
+    step = get("prompts_per_step", 0)
+    step *= config.gen_batch_factor if sampled and get("algorithm") == "dapo" else 1
+    return math.ceil(step / gpus) or rows
+
+
+def phases(config, gpus: int) -> list[tuple[str, dict]]:
+    """-> (name, bytes of each column) of each phase of a stage."""
+    get = lambda name, default=None: getattr(config, name, default)
+    stage = config.stage
+    node = int(os.environ.get("LOCAL_WORLD_SIZE", NODE))
+    shards = min(gpus, node) if get("hsdp") else gpus
+    policy, judge = models(config)
     learns = policy if stage in ("sft", "align", "rlvr") else None
     reference = policy if get("beta") else None
     held = [m for m in (policy, judge, reference) if m]
@@ -226,11 +244,7 @@ def phases(config, gpus: int) -> list[tuple[str, dict]]:
     n = get("num_generations") or get("num_samples", 1)
     out = []
     if policy and stage != "sft":
-        prompts = get("per_device_eval_batch_size") or get("per_device_train_batch_size", 0)
-        prompts *= get("gradient_accumulation_steps", 1)
-        step = get("prompts_per_step", 0)
-        step *= config.gen_batch_factor if get("algorithm") == "dapo" else 1
-        prompts = math.ceil(step / gpus) or prompts
+        prompts = prompts_of(config, gpus, sampled=True)
         prompts = min(prompts, max(PROMPT_TOKENS // prompt, 1))  # the others come after these
         rows = min(prompts * n, get("max_rollout_rows") or math.inf)
         out.append(("rollout", states | sampling(policy, prompts, prompt, rows, limit)))
@@ -249,7 +263,7 @@ def phases(config, gpus: int) -> list[tuple[str, dict]]:
 
 
 def table(config) -> str:
-    """What --dry_run prints."""
+    """The bytes of each phase of a stage, and whether they fit."""
     gpus, size = config.dry_run, CARD
     if torch.cuda.is_available():
         size = torch.cuda.get_device_properties(0).total_memory - 5 * 2**30
@@ -262,3 +276,114 @@ def table(config) -> str:
         fits = "yes" if whole <= size else "no"
         lines.append(f"| {config.stage}, {name} | {' | '.join(cells)} | {gib(whole)} | {fits} |")
     return "\n".join(lines)
+
+
+# --------------------------------------------------------------------------------------------------
+# How long will it take
+
+ROWS = dict(sft=1_373_000, discriminator=120_000)  # paper: 1.26M + 113K demonstrations, 120K pairs
+MEAN_PROMPT = 600  # tokens with an image; assumed, as no data is read
+MEAN_RESPONSES = 1000, 2000  # tokens; assumed, the two ends of what is printed
+# Rows of a rank in a step: the share of time that ranks wait for the one with the longest rows.
+# Counted in docs/performance.md, the last column of "Cutting batches into packs".
+IDLE = {2: 0.42, 8: 0.26, 16: 0.20, 64: 0.11}
+
+
+@dataclass
+class Speed:
+    """What one GPU reaches. Assumed here, for an H100; benchmarks/gpu.py measures it."""
+
+    flops: float = 0.3 * 989e12  # operations/s in training; those that are recomputed do not count
+    bytes: float = 0.85 * 3.35e12  # bytes/s that decoding reads
+    kernel: float = 2.5e-6  # seconds of a kernel of a decoding step, beside what it reads
+    kernels: int = 38  # of a layer in a decoding step, by count
+    outside: int = 42  # kernels of a decoding step outside the layers, by count
+
+
+def matrices(m: Model, mlps: int) -> int:
+    """Weights of a layer's matrices, with some of its experts."""
+    return m.h * (2 * m.q + 2 * m.k + 3 * m.i * max(1, mlps))
+
+
+def operations(m: Model, tokens: float, pairs: float, targets: float) -> float:
+    """Floating-point operations of a forward and a backward, which has twice those of a forward.
+    Nothing is counted for what is recomputed, nor for the vision tower. `pairs`: of a query and a
+    key that it sees; `targets`: tokens that the head scores."""
+    weights = m.layers * matrices(m, m.chosen) * tokens + m.words * m.h * targets
+    return 6 * weights + 12 * m.layers * m.q * pairs
+
+
+def reading(m: Model, tokens: float) -> float:
+    """Bytes that a decoding step reads: all weights of the language model, and the keys and values
+    of `tokens`."""
+    weights = m.layers * matrices(m, m.experts) + m.words * m.h
+    return 2 * weights + 4 * m.k * m.layers * tokens
+
+
+def decoding(m: Model, tokens: float, speed: Speed) -> float:
+    """Seconds of a decoding step."""
+    kernels = m.layers * speed.kernels + speed.outside
+    return reading(m, tokens) / speed.bytes + kernels * speed.kernel
+
+
+def seconds(config, policy, judge, gpus: int, response: int, speed: Speed) -> dict[str, float]:
+    """Phase -> its seconds in a step, on the GPU that takes longest. `response`: tokens of a
+    response in the mean. The standard deviation of lengths is taken as large as their mean, so the
+    mean of their squares is twice the square of their mean.
+
+    On this GPU one row runs to --max_completion_length, and where rows wait it is among the last to
+    start. Not counted are traffic between GPUs, reading data, verifying and saving."""
+    get = lambda name, default=None: getattr(config, name, default)
+    n, stage, parts = get("num_generations", 1), config.stage, {}
+    if policy and stage != "sft":
+        prompts = prompts_of(config, gpus, sampled=True)
+        rows = prompts * n
+        slots = min(rows, get("max_rollout_rows") or rows)
+        steps = config.max_completion_length + response * (rows - slots) / slots
+        own = 4 * policy.k * policy.layers * rows * response**2  # a row reads half its square
+        parts["rollout"] = steps * decoding(policy, prompts * MEAN_PROMPT, speed)
+        parts["rollout"] += own / speed.bytes
+    prompts = prompts_of(config, gpus, sampled=False)
+    learns = policy if stage in ("sft", "align", "rlvr") else None
+    judged = {"discriminator": 2, "align": n + 1}.get(stage, 0)  # responses to a prompt
+    for name, m, responses in (("judge", judge, prompts * judged), ("update", learns, prompts * n)):
+        if not m:
+            continue
+        tokens = prompts * MEAN_PROMPT + responses * response
+        pairs = prompts * MEAN_PROMPT**2 / 2 + responses * (MEAN_PROMPT * response + response**2)
+        work = operations(m, tokens, pairs, responses * response if m is learns else 0)
+        idle = IDLE[max((rows for rows in IDLE if rows <= responses), default=2)]
+        parts[name] = work * get("num_iterations", 1) / speed.flops / (1 - idle)
+    return parts
+
+
+def hours(configs: dict, gpus: int, speed: Speed) -> str:
+    """A table of the stages that `configs` names: what each takes, from the smaller to the larger
+    of MEAN_RESPONSES. A stage of epochs is as long as on the published data."""
+    lines = [f"| stage | steps | seconds a step | hours on {gpus} GPUs | GPU-hours |"]
+    lines.append("|---" * 5 + "|")
+    for name, config in configs.items():
+        steps, (policy, judge) = config.max_steps, models(config)
+        if steps <= 0:
+            rows = ROWS[config.stage] * (1 - getattr(config, "validation_share", 0))
+            batch = prompts_of(config, gpus, sampled=False) * gpus
+            steps = math.ceil(rows * config.num_train_epochs / batch)
+        parts = [seconds(config, policy, judge, gpus, mean, speed) for mean in MEAN_RESPONSES]
+        step = [sum(part.values()) for part in parts]
+        cells = []
+        for factor in (1, steps / 3600, steps / 3600 * gpus):
+            ends = [each * factor for each in step]
+            digits = 0 if ends[0] >= 10 else 1 if ends[0] >= 1 else 2
+            cells.append(f"{ends[0]:,.{digits}f} to {ends[1]:,.{digits}f}")
+        lines.append(f"| {name} | {steps:,} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def answer(config) -> str:
+    """What --dry_run prints."""
+    said = table(config)
+    if hasattr(config, "max_steps"):
+        said += "\n\nBy count for H100s, from responses of {} to {} tokens in the mean:\n"
+        said = said.format(*MEAN_RESPONSES)
+        said += hours({config.stage: config}, config.dry_run, Speed())
+    return said

@@ -64,7 +64,7 @@ class RunConfig:
     freeze_vision: bool = False  # keep the vision tower as it is
     lora_rank: Natural = 0  # train LoRA adapters of this rank in a policy; 0: train all weights
     hsdp: bool = False  # shard within a node, replicate across nodes
-    dry_run: Natural = 0  # print the memory that this run needs per GPU on N GPUs, then stop
+    dry_run: Natural = 0  # print memory and hours that this run needs on N GPUs, then stop
     dataloader_num_workers: Natural = 1  # workers: processes that encode rows ahead
     save_steps: Count = 100  # steps between checkpoints for --resume; 12 bytes a parameter each
     save_hf_steps: Natural = 0  # steps between Hugging Face directories; 0: only at the end
@@ -101,7 +101,7 @@ def parse(config_class):
         raise UserError("--lora_rank: only policies take adapters; leave it out of the warm-up")
     if config.dry_run:
         if rank() == 0:
-            print(fit.table(config))
+            print(fit.answer(config))
         raise Ended("a dry run: nothing was read but configurations, and nothing written", 0)
     if config.data == ["digits"] or not given & {"model", "ckpt", "data"}:
         say(digits.settle(config, given))
