@@ -325,13 +325,14 @@ def ratios(shape, clock, device, processor) -> None:
         say(name, "ratio " + ratio(*zip(*seconds)))
 
 
-def stages(size: str, policy: str, backbone: str) -> dict:
-    """Name -> the published settings of each stage, for the directories of a policy of this size
-    and of the discriminator's backbone."""
+def stages(folders: dict, size: str, backbone: str) -> dict:
+    """Name -> the published settings of each stage, for a policy of this size and a discriminator
+    with this backbone. `folders`: size -> a directory with the model's config.json."""
+    policy = folders[size]
     return {
         f"sft {size}": SFTConfig(model=policy),
-        f"warm-up for {size}": DiscriminatorConfig(model=backbone),
-        f"align {size}": AlignConfig(ckpt=policy, discriminator=backbone),
+        f"warm-up {backbone} x 4": DiscriminatorConfig(model=folders[backbone]),
+        f"align {size}": AlignConfig(ckpt=policy, discriminator=folders[backbone]),
         f"rlvr {size}, grpo": RLVRConfig(ckpt=policy),
         f"rlvr {size}, dapo": RLVRConfig(ckpt=policy, algorithm="dapo"),
     }
@@ -372,9 +373,10 @@ def main() -> None:
         if clock.gpu:
             torch.cuda.empty_cache()
     with tempfile.TemporaryDirectory() as folder:
-        for shape in (small, large):
-            make(shape, "meta").config.save_pretrained(f"{folder}/{shape}")
-        configs = stages(large, f"{folder}/{large}", f"{folder}/{small}")
+        folders = {shape: f"{folder}/{shape}" for shape in (small, large)}
+        for shape, path in folders.items():
+            make(shape, "meta").config.save_pretrained(path)
+        configs = stages(folders, large, small)
         print("\nPublished stages by count, for H100s:\n" + fit.hours(configs, 8, fit.Speed()))
         print("\nThe same, measured: with the speeds of the parts above:")
         print(fit.hours(configs, 8, fit.Speed(**reached)))
