@@ -33,19 +33,17 @@ from support.rows import load_data
 from tests.conftest import ROOT, launch
 
 
-STAGES = ["sft", "warm", "align", "rlvr", "rlvr"]
-
-
 def test_the_gpu_benchmark_runs_on_a_cpu():
     """All of its parts, at a tiny size, so that the first GPU finds no typing error."""
     table = launch("benchmarks/gpu.py", real=True).stdout
     rows = [line.split(" | ")[0].strip("| ") for line in table.splitlines() if "|" in line]
     parts = ("matrix", "copy", "packs", "sampled", "scores", "SFT", "decode", "RLVR", "alignment")
     assert all(any(row.startswith(part) for row in rows) for part in (*parts, "update", "rollout"))
-    assert "failed" not in table and "nan" not in table
+    assert "failed" not in table
     counted, measured = table.split("| stage | ")[1:]
-    for stages in (counted, measured):  # the same rows and columns
-        assert re.findall(r"^\| (\w+).*(?: to .*){3} \|$", stages, re.MULTILINE) == STAGES
+    for hours in (counted, measured):  # the same rows and columns, of numbers
+        names = re.findall(r"^\| (\w+).*(?:\d to \d.*){3} \|$", hours, re.MULTILINE)
+        assert names == ["sft", "warm", "align", "rlvr", "rlvr"]
 
 
 TINY = ("--max_completion_length", 48)
