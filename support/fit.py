@@ -335,6 +335,7 @@ def seconds(config, policy, judge, gpus: int, response: int, speed: Speed) -> di
     start. Not counted are traffic between GPUs, reading data, verifying and saving."""
     get = lambda name, default=None: getattr(config, name, default)
     n, stage, parts = get("num_generations", 1), config.stage, {}
+    response = min(response, get("max_completion_length", response))
     if policy and stage != "sft":
         prompts = prompts_of(config, gpus, sampled=True)
         rows = prompts * n
