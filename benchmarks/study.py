@@ -110,6 +110,7 @@ FIGURE = [name for name in FIGURE if f"_{SUPERVISED}_" not in name]
 GAMES = ["prism", "frozen", *(name.removesuffix("_grpo") for name in ABLATIONS)]
 GAMES += [f"prism_{size}" for size in SIZES if size != SUPERVISED]
 SPEED = ["sft_grpo", "more_sft_grpo", "prism_grpo"]
+DRIFTED = "base sft sft_grpo prism prism_grpo more_sft more_sft_grpo frozen frozen_grpo".split()
 LABELS = {"sft": "SFT", "prism": "PRISM", "grpo": "GRPO", "dapo": "DAPO", "gspo": "GSPO"}
 LABELS |= {"longer_grpo": "SFT + GRPO for as long as PRISM + GRPO"}
 LABELS |= {"more_sft": "SFT, more SFT on the alignment's rows"}
@@ -131,7 +132,6 @@ ABLATED = BEFORE | {"captions_before": "before RL, captions"} | MAIN
 DRIFT = {"misread_per_digit": "misread a digit", "wrong_per_step": "wrong a step"}
 DRIFT |= {"wrong_by_caption": "answer not from its caption"}
 DRIFT |= {"wrong_sums_read": "of sums, without 3, 7, 9", "wrong_sums_misread": "of sums, with"}
-DRIFT |= {"caption_items": "caption items", "reasoning_steps": "reasoning steps"}
 DRIFT |= {"kl_from_base": "KL from the base, nats"}
 GAME = {f"gap_{at}_{view}": f"gap, {view}, {at}" for view in VIEWS for at in ("first", "last")}
 DECIMALS = {"mean_response_tokens": 1, "kl_from_base": 1, "run_seconds": 0}  # 3 of all others
@@ -509,7 +509,7 @@ def tables() -> dict[str, list[list]]:
         "published": published(found),
         "published_ablations": published_ablations(few(found)),
         "speed": table(SPEED, SOONER, found),
-        "drift": table([*ARMS, *CONTROLS], DRIFT, found),
+        "drift": table(DRIFTED, DRIFT, found),
         "game": table(GAMES, GAME, found),
         "figure": table(figure, BEFORE | {x: ABLATED[x] for x in ENDS}, few(found)),
     }
