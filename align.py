@@ -55,28 +55,28 @@ class AlignConfig(RunConfig):
     data: list[str] = field(  # prompts with a supervision response; paper: 5.9K
         default_factory=lambda: ["hf://datasets/prism-vlm/rl_dataset/rl_training_data_5.9k.parquet"]
     )
-    discriminator: str = "prism-vlm/Qwen3-VL-2B-4X-Moe-warmup-120k"  # or a model to make one of
-    output_dir: str = "out/align"  # the run's directory, and the aligned policy at its end
-    learning_rate: NonNegative = 1e-6  # of the policy; paper: 1e-6
-    discriminator_learning_rate: NonNegative = 1e-6  # of the discriminator; paper: 1e-6
+    discriminator: str = "prism-vlm/Qwen3-VL-2B-4X-Moe-warmup-120k"  # the warm-up's, or a dense one
+    output_dir: str = "out/align"  # directory of the run and of the aligned policy
+    learning_rate: NonNegative = 1e-6  # the policy's; paper: 1e-6
+    discriminator_learning_rate: NonNegative = 1e-6  # the discriminator's; paper: 1e-6
     lr_scheduler_type: Schedule = "constant"  # schedule of both learning rates; paper: constant
-    warmup_steps: NonNegative = 0.0  # steps, or below 1 a share of the run; paper: none
-    weight_decay: NonNegative = 0.01  # of AdamW, both models; paper: 0.01
-    max_steps: Count = 500  # steps of the game; paper: 500 (its released code also has 1500)
-    prompts_per_step: Count = 4  # over all ranks; paper: 4
-    num_generations: Count = 16  # rollouts a prompt; paper: 16
-    temperature: Positive = 1.0  # of sampling; paper: 1.0
+    warmup_steps: NonNegative = 0.0  # warm-up steps; below 1: a share of the run; paper: none
+    weight_decay: NonNegative = 0.01  # AdamW's weight decay, both models; paper: 0.01
+    max_steps: Count = 500  # steps of the run; paper: 500 (its released code also has 1500)
+    prompts_per_step: Count = 4  # prompts in a step, over all ranks; paper: 4
+    num_generations: Count = 16  # rollouts per prompt; paper: 16
+    temperature: Positive = 1.0  # sampling temperature; paper: 1.0
     max_prompt_length: Count = 2048  # longest prompt in tokens; paper: 2048
     max_completion_length: Count = 6144  # longest rollout in tokens; paper: 6144
     alpha: Share = 0.5  # weight of perception in the reward (11); paper: 0.5
     format_penalty: NonNegative = 1.5  # subtracted for a broken format (11); paper: 1.5
-    epsilon: Share = 0.2  # clip, both sides; never acts, as the ratio is 1; paper: 0.2
+    epsilon: Share = 0.2  # clip range; without effect, as the ratio is 1; paper: 0.2
     score_l2: NonNegative = 0.001  # weight of the squared scores (7); paper: 0.001
-    router_aux_loss_coef: NonNegative = 0.01  # balance loss (8); paper: 0.01, in the warm-up (D4)
-    length_beta_perception: NonNegative = 0.0  # length debiasing (12) of captions; paper: off
-    length_beta_reasoning: NonNegative = 0.0  # length debiasing (12) of reasoning; paper: off
+    router_aux_loss_coef: NonNegative = 0.01  # weight of load balancing (8); paper: 0.01, in warm-up
+    length_beta_perception: NonNegative = 0.0  # length debiasing (12), captions; paper: off
+    length_beta_reasoning: NonNegative = 0.0  # length debiasing (12), reasoning; paper: off
     max_grad_norm: Positive = 1.0  # gradients are clipped to this norm; paper: not stated
-    max_rollout_rows: Count | None = 32  # rollouts a rank samples at a time; none: all
+    max_rollout_rows: Count | None = 32  # rollouts that a rank samples at a time
     probe_steps: Natural = 50  # steps between probes of the discriminator; 0: none, see probe.py
 
 

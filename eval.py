@@ -49,15 +49,15 @@ class EvalConfig:
     ckpt: str = "prism-vlm/Qwen3-VL-4B-Instruct-SFT-PRISM"  # the policy: a directory or hub id
     data: list[str] = field(default_factory=list)  # rows with an `answer`, or: digits
     output_dir: str | None = None  # where results go; none: --ckpt, or out/eval for a hub id
-    system_prompt: str | None = None  # text or file for rows without system turn; none: the model's
+    system_prompt: str | None = None  # for rows without one: text or file; see docs/data.md
     image_dir: str | None = None  # a folder for images, besides the data file's own folder
-    max_pixels: Count | None = None  # largest image in pixels; none: the model's, see docs/data.md
-    untagged: str | None = None  # regex to read untagged answers: groups caption, think, answer
+    max_pixels: Count | None = None  # most pixels per image; none: the checkpoint's (docs/data.md)
+    untagged: str | None = None  # regex with groups caption, think, answer, for untagged responses
     per_device_eval_batch_size: Count = 64  # rows a rank answers at a time
-    max_completion_length: Count = 8192  # longest answer in tokens
-    num_samples: Count = 1  # answers to a row
-    temperature: NonNegative = 0.0  # of sampling; 0: greedy
-    max_rollout_rows: Count | None = 32  # rollouts a rank samples at a time; none: all
+    max_completion_length: Count = 8192  # longest response in tokens
+    num_samples: Count = 1  # responses sampled per row
+    temperature: NonNegative = 0.0  # sampling temperature; 0: greedy
+    max_rollout_rows: Count | None = 32  # responses that a rank samples at a time
     dry_run: Natural = 0  # print the memory that this run needs per GPU on N GPUs, then stop
 
 

@@ -50,29 +50,29 @@ class RLVRConfig(RunConfig):
             "hf://datasets/prism-vlm/rl_dataset/rl_training_data_filtered_2k.parquet"
         ]
     )
-    output_dir: str = "out/rlvr"  # the run's directory, and the policy at its end
-    algorithm: Literal["grpo", "dapo", "gspo"] = "grpo"  # paper: all three
-    learning_rate: NonNegative = 1e-6  # at its peak; paper: 1e-6
+    output_dir: str = "out/rlvr"  # directory of the run's files and of the trained policy
+    algorithm: Literal["grpo", "dapo", "gspo"] = "grpo"  # RL algorithm; paper: all three
+    learning_rate: NonNegative = 1e-6  # peak learning rate; paper: 1e-6
     lr_scheduler_type: Schedule = "constant"  # schedule of the learning rate; paper: constant
-    warmup_steps: NonNegative | None = None  # paper: grpo 0, dapo 10 steps, gspo 0.05 of the run
-    weight_decay: NonNegative | None = None  # of AdamW; paper: grpo 0.01, dapo and gspo 0.1
-    max_steps: Count = 1500  # steps, each on prompts_per_step prompts; paper: 1500
-    prompts_per_step: Count = 32  # over all ranks; paper: 32
-    num_generations: Count = 16  # rollouts a prompt; paper: 16
-    temperature: Positive = 1.0  # of sampling; paper: 1.0
+    warmup_steps: NonNegative | None = None  # none: grpo 0, dapo 10, gspo 0.05 of the run (paper)
+    weight_decay: NonNegative | None = None  # none: grpo 0.01, dapo and gspo 0.1 (paper)
+    max_steps: Count = 1500  # steps of the run; paper: 1500
+    prompts_per_step: Count = 32  # prompts in a step, over all ranks; paper: 32
+    num_generations: Count = 16  # rollouts per prompt; paper: 16
+    temperature: Positive = 1.0  # sampling temperature; paper: 1.0
     max_prompt_length: Count = 2048  # longest prompt in tokens; paper: 2048
     max_completion_length: Count = 8192  # longest rollout in tokens; paper: 8192
-    epsilon: Share | None = None  # clip low; paper: grpo, dapo 0.2, gspo 0.0003
-    epsilon_high: NonNegative | None = None  # clip high; paper: grpo 0.2, dapo 0.28, gspo 0.0004
-    dual_clip: NonNegative | None = None  # 0 is none; paper: grpo 3, dapo 10, gspo none
-    beta: NonNegative = 0.0  # weight of the k3 KL to the starting policy; paper: not stated
+    epsilon: Share | None = None  # lower clip; none: grpo and dapo 0.2, gspo 0.0003 (paper)
+    epsilon_high: NonNegative | None = None  # upper; none: grpo 0.2, dapo 0.28, gspo 0.0004 (paper)
+    dual_clip: NonNegative | None = None  # 0: off; none: grpo 3, dapo 10 (paper), gspo off (D11)
+    beta: NonNegative = 0.0  # weight of the KL to the starting policy (17); paper: not stated
     num_minibatches: Count = 1  # optimiser steps per pass over a batch; paper: 1
     num_iterations: Count = 1  # passes over a batch of rollouts; paper: 1
     max_gen_batches: Count = 10  # DAPO: batches sampled before giving up; paper: 10
-    gen_batch_factor: Count = 3  # DAPO: prompts sampled at a time, in batches; paper: 96 / 32
-    overlong_buffer: Natural = 4096  # DAPO: tokens over which the penalty grows to 1; paper: 4096
+    gen_batch_factor: Count = 3  # DAPO: samples so many times --prompts_per_step; paper: 96 / 32
+    overlong_buffer: Natural = 4096  # DAPO: penalty grows to 1 over the last N tokens; paper: 4096
     max_grad_norm: Positive = 1.0  # gradients are clipped to this norm; paper: not stated
-    max_rollout_rows: Count | None = 32  # rollouts a rank samples at a time; none: all
+    max_rollout_rows: Count | None = 32  # rollouts that a rank samples at a time
 
 
 def reward(response_text: str, ground_truth) -> tuple[float, bool]:

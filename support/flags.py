@@ -54,26 +54,26 @@ OF_ADAPTERS = 10
 class RunConfig:
     """The flags that every stage has. A stage's own dataclass adds its hyperparameters."""
 
-    output_dir: str = "out/run"  # the run's directory; at the end the result is in it
+    output_dir: str = "out/run"  # directory of the run's files and of its result
     image_dir: str | None = None  # a folder for images, besides the data file's own folder
-    system_prompt: str | None = None  # text or file for rows without system turn; none: the model's
-    max_pixels: Count | None = None  # largest image in pixels; none: the model's, see docs/data.md
-    max_bad_fraction: Share = 0.01  # more bad rows end the run: over this share, and at least 3
-    max_tokens_per_pack: Count = 16384  # tokens of a forward pass, for memory; see docs/gpus.md
-    activation_checkpointing: bool | None = None  # recompute to save memory; none: on a GPU only
-    freeze_vision: bool = False  # keep the vision tower as it is
-    lora_rank: Natural = 0  # train LoRA adapters of this rank in a policy; 0: train all weights
+    system_prompt: str | None = None  # for rows without one: text or file; see docs/data.md
+    max_pixels: Count | None = None  # most pixels per image; none: the checkpoint's (docs/data.md)
+    max_bad_fraction: Share = 0.01  # stop when at least 3 rows and more than this share are bad
+    max_tokens_per_pack: Count = 16384  # most tokens in one forward pass; lower it to save memory
+    activation_checkpointing: bool | None = None  # recompute activations; none: on a GPU only
+    freeze_vision: bool = False  # do not train the vision tower
+    lora_rank: Natural = 0  # train only LoRA adapters of this rank, in a policy; 0: all weights
     hsdp: bool = False  # shard within a node, replicate across nodes
-    dry_run: Natural = 0  # print memory and hours that this run needs on N GPUs, then stop
-    dataloader_num_workers: Natural = 1  # workers: processes that encode rows ahead
-    save_steps: Count = 100  # steps between checkpoints for --resume; 12 bytes a parameter each
-    save_hf_steps: Natural = 0  # steps between Hugging Face directories; 0: only at the end
-    save_total_limit: Count = 2  # checkpoints that are kept
-    timeout: Minutes = 30.0  # minutes that a rank waits for another, or for a worker
-    max_skipped: Count = 5  # steps in a row without a finite gradient that end the run
-    report_to: Literal["none", "tensorboard", "wandb"] = "none"  # metrics.jsonl, and this too
-    seed: Seed = 0  # of all random numbers
-    resume: bool = False  # go on from the newest whole checkpoint in --output_dir
+    dry_run: Natural = 0  # print the memory and the hours that N GPUs need, then stop
+    dataloader_num_workers: Natural = 1  # worker processes per rank that encode rows ahead
+    save_steps: Count = 100  # steps between checkpoints, each of 12 bytes per parameter
+    save_hf_steps: Natural = 0  # steps between saves in Hugging Face format; 0: only at the end
+    save_total_limit: Count = 2  # how many checkpoints to keep
+    timeout: Minutes = 30.0  # minutes to wait for another rank or a worker before giving up
+    max_skipped: Count = 5  # stop after so many steps in a row with a NaN or infinite gradient
+    report_to: Literal["none", "tensorboard", "wandb"] = "none"  # also send the metrics there
+    seed: Seed = 0  # seed of all random numbers
+    resume: bool = False  # go on from the newest undamaged checkpoint in --output_dir
 
 
 def parse(config_class):
@@ -127,9 +127,9 @@ def _parser(config_class) -> HfArgumentParser:
         description=about,
         allow_abbrev=False,
         formatter_class=argparse.HelpFormatter,
-        epilog="Without a model and --data, the stage runs on the built-in handwritten digits, "
-        "with a model and settings of their own in place of the defaults above. Numbers (1) to "
-        "(19) are equations, in the first lines of each file; D1 to D22 are in docs/deviations.md.",
+        epilog="Without --data and without a model (--model or --ckpt), the command runs on the "
+        "built-in digits. Their own model and settings then replace the defaults above. Numbers "
+        "(1) to (19) are equations at the top of the files; D1 to D22 are in docs/deviations.md.",
     )
 
     def refuse(message: str) -> None:
