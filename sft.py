@@ -41,15 +41,15 @@ class SFTConfig(RunConfig):
     data: list[str] = field(  # demonstrations, all sources shuffled together; paper: 1.26M + 113K
         default_factory=lambda: ["prism-vlm/gemini_public_mmr1", "prism-vlm/gemini_distill"]
     )
-    output_dir: str = "out/sft"  # the run's directory, and the policy at its end
-    learning_rate: NonNegative = 1e-5  # at its peak; paper: 1e-5
+    output_dir: str = "out/sft"  # directory of the run's files and of the trained policy
+    learning_rate: NonNegative = 1e-5  # peak learning rate; paper: 1e-5
     lr_scheduler_type: Schedule = "cosine"  # schedule of the learning rate; paper: cosine
-    warmup_steps: NonNegative = 0.1  # steps, or below 1 a share of the run; paper: 0.1
-    weight_decay: NonNegative = 0.0  # of AdamW; paper: not stated
+    warmup_steps: NonNegative = 0.1  # warm-up steps; below 1: a share of the run; paper: 0.1
+    weight_decay: NonNegative = 0.0  # AdamW's weight decay; paper: not stated
     num_train_epochs: Positive = 1.0  # passes over the data; paper: 1
-    max_steps: Steps = -1  # where positive, the length of the run in place of the epochs
-    per_device_train_batch_size: Count = 2  # rows a rank; paper: 2
-    gradient_accumulation_steps: Count = 1  # multiplies the batch; paper: not stated
+    max_steps: Steps = -1  # steps of the run; -1: as many as the epochs have
+    per_device_train_batch_size: Count = 2  # rows per rank; paper: 2
+    gradient_accumulation_steps: Count = 1  # takes so many batches for a step; paper: not stated
     max_grad_norm: Positive = 1.0  # gradients are clipped to this norm; paper: not stated
     max_length: Count = 8192  # longest row in tokens; longer ones are left out (D6); paper: 8192
     save_steps: Count = 5000  # steps between checkpoints for --resume
