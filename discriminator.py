@@ -69,31 +69,31 @@ Kind = Literal["learned", "dedicated", "dense", "text"]
 @dataclass
 class DiscriminatorConfig(RunConfig):
     stage: ClassVar[str] = "discriminator"
-    model: str = "Qwen/Qwen3-VL-2B-Instruct"  # the model to upcycle (paper), or a discriminator
-    data: list[str] = field(  # pairs of a supervision response and a student's; paper: 120K
+    model: str = "Qwen/Qwen3-VL-2B-Instruct"  # dense model to upcycle (paper), or a discriminator
+    data: list[str] = field(  # pairs of a supervision and a student response; paper: 120K
         default_factory=lambda: [
             "hf://datasets/prism-vlm/qwen3_vl_moe_warmup_pairwise_120k/warmup_pairwise.jsonl"
         ]
     )
-    policy: str | None = None  # a policy that samples the students; none: they stand in the data
-    output_dir: str = "out/discriminator"  # the run's directory, and the discriminator at its end
-    experts: Kind = "learned"  # which experts; paper: learned, and ablations dense and text
-    dropout: Share = 0.1  # before the score head; paper: 0.1
-    learning_rate: NonNegative = 1e-5  # at its peak; paper: 1e-5
+    policy: str | None = None  # policy that samples the student responses; none: --data has them
+    output_dir: str = "out/discriminator"  # directory of the run and of the discriminator
+    experts: Kind = "learned"  # learned (paper), dense, text (no image), dedicated (half per view)
+    dropout: Share = 0.1  # dropout before the score head; paper: 0.1
+    learning_rate: NonNegative = 1e-5  # peak learning rate; paper: 1e-5
     lr_scheduler_type: Schedule = "cosine"  # schedule of the learning rate; paper: cosine
-    warmup_steps: NonNegative = 0.1  # steps, or below 1 a share of the run; paper: 0.1
-    weight_decay: NonNegative = 0.01  # of AdamW; paper: 0.01
+    warmup_steps: NonNegative = 0.1  # warm-up steps; below 1: a share of the run; paper: 0.1
+    weight_decay: NonNegative = 0.01  # AdamW's weight decay; paper: 0.01
     num_train_epochs: Positive = 1.0  # passes over the data; paper: 1
-    max_steps: Steps = -1  # where positive, the length of the run in place of the epochs
-    per_device_train_batch_size: Count = 2  # pairs, two comparisons each; paper: 4 comparisons
-    gradient_accumulation_steps: Count = 4  # multiplies the batch; paper: 4
+    max_steps: Steps = -1  # steps of the run; -1: as many as the epochs have
+    per_device_train_batch_size: Count = 2  # pairs per rank; paper: 4 comparisons, 2 a pair
+    gradient_accumulation_steps: Count = 4  # takes so many batches for a step; paper: 4
     max_grad_norm: Positive = 1.0  # gradients are clipped to this norm; paper: 1.0
-    max_length: Count = 8192  # longest prompt with a view, in tokens; paper: 8192
-    max_image_size: Count = 560  # longest side of an image, in pixels; paper: 560
-    max_completion_length: Count = 6144  # longest sample of the policy, in tokens
-    max_rollout_rows: Count | None = 32  # samples drawn at a time, others wait; none: all
-    score_l2: NonNegative = 0.001  # weight of the squared scores; paper: 0.001, in the game (D4)
-    router_aux_loss_coef: NonNegative = 0.01  # weight of the balance loss; paper: 0.01
+    max_length: Count = 8192  # most tokens of prompt and caption, or prompt and rest; paper: 8192
+    max_image_size: Count = 560  # longer side of an image, at most, in pixels; paper: 560
+    max_completion_length: Count = 6144  # longest response of --policy, in tokens
+    max_rollout_rows: Count | None = 32  # responses that a rank samples at a time
+    score_l2: NonNegative = 0.001  # weight of the squared scores (7); paper: 0.001 in align.py (D4)
+    router_aux_loss_coef: NonNegative = 0.01  # weight of the load-balancing loss (8); paper: 0.01
     validation_share: Share = 0.05  # share of the pairs that is held out; paper: none (D13)
     save_steps: Count = 500  # steps between checkpoints for --resume
 
