@@ -61,33 +61,33 @@ from support.tiny import Shape, build_model, train_tokenizer
 
 @dataclass
 class World(Shape):
-    seed: int = 0  # of all that is drawn
+    seed: int = 0  # seed of all that is drawn at random
     # The task, with questions for a sum, a spread or a count
     digits: int = 4  # digits in an image
-    noise: float = 0.15  # standard deviation of what is added to each pixel of a scan; ink is 1
-    kinds: list[str] = field(default_factory=lambda: list(QUESTIONS))  # asked equally often
+    noise: float = 0.15  # standard deviation of the noise on a scan's pixels; ink is 1
+    kinds: list[str] = field(default_factory=lambda: list(QUESTIONS))  # kinds of question, evenly
     # Rows of each set
-    pretrain_rows: int = 6000  # that the base learns from
-    sft_rows: int = 6000  # public and curated together
-    curated_share: float = 0.08  # of the SFT mix; 113K of 1.37M in the paper
-    prompt_rows: int = 24  # with supervision, for the alignment; in the paper 5.9K
-    question_rows: int = 2000  # for RLVR; in the paper 2K
-    validation_rows: int = 500  # on scans for choices
-    test_rows: int = 1000  # on scans for results
+    pretrain_rows: int = 6000  # rows on which the base is pretrained
+    sft_rows: int = 6000  # demonstrations for SFT, public and curated
+    curated_share: float = 0.08  # share of them that is curated; paper: 113K of 1.37M
+    prompt_rows: int = 24  # rows with supervision, for the alignment; paper: 5.9K
+    question_rows: int = 2000  # rows for RLVR; paper: 2K
+    validation_rows: int = 500  # rows on validation scans, to choose settings on
+    test_rows: int = 1000  # rows on test scans, for results
     # Digit scans (1797 in all): what is neither train nor validation is test
-    train_share: float = 0.7  # of the scans
-    validation_share: float = 0.1  # of the scans
+    train_share: float = 0.7  # share of the scans that train
+    validation_share: float = 0.1  # share of the scans that validate
     # What is wrong with the public demonstrations, and with what the base learned from
-    misread_digits: int = 3  # digits that the public take for another, the first of CONFUSIONS
-    misread_rate: float = 0.9  # how often
-    base_misread_digits: int = 2  # those that the base takes for another, the last of CONFUSIONS
-    base_misread_rate: float = 0.6  # how often
+    misread_digits: int = 3  # how many digits public rows misread: the first of CONFUSIONS
+    misread_rate: float = 0.9  # how often public rows misread one of these
+    base_misread_digits: int = 2  # how many digits the base misreads: the last of CONFUSIONS
+    base_misread_rate: float = 0.6  # how often the base misreads one of these
     slip_rate: float = 0.3  # how often a public demonstration's last step is off by one
     # For benchmarks/judge_study.py: supervision that is hard to imitate, RL that covers less
     answer_first: float = 0.0  # share of demonstrations that state the answer before the steps
-    question_kinds: list[str] = field(default_factory=list)  # kinds that RLVR asks; none: all
+    question_kinds: list[str] = field(default_factory=list)  # kinds that RLVR asks; none given: all
     question_without: list[int] = field(default_factory=list)  # digits that RLVR never shows
-    scans_seed: int | None = None  # splits the scans; none: seed
+    scans_seed: int | None = None  # seed that splits the scans; none: --seed
 
 
 # What suits this world's own model on its own data, in place of the published values.
@@ -276,8 +276,7 @@ def draw(
     picture occurs twice."""
     if not all(scans.get(digit) for digit in range(10)):
         raise UserError(
-            f"digits: the split of {name} has no scan of some digit; change train_share or "
-            f"validation_share"
+            f"digits: {name} has no scan of some digit; change --train_share or --validation_share"
         )
     rng = random.Random(f"{world.seed} {name}")
     pictures = scans_of_digits().images
@@ -294,8 +293,8 @@ def draw(
                 break
         else:
             raise UserError(
-                f"digits: {rows} rows of {name} are more than there are pictures; ask for fewer, "
-                f"or more digits"
+                f"digits: there are not {rows} different pictures for {name}; ask for fewer "
+                f"rows, or raise --digits"
             )
         used.add(picture)
         path = f"images/{name}_{i:05d}.png"
@@ -400,12 +399,12 @@ def _alone(path: Path):
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            print(f"waiting for another process ({path})", file=sys.stderr)
+            print(f"waiting for a process that builds the digits too ({path})", file=sys.stderr)
             fcntl.flock(lock, fcntl.LOCK_EX)
         except OSError as error:
             if error.errno not in UNSUPPORTED:
                 raise
-            print(f"{path}: no locks here; start one process at a time", file=sys.stderr)
+            print(f"{path}: no locks on this disk; start one process at a time", file=sys.stderr)
         yield
 
 
@@ -483,13 +482,18 @@ def read_rows(path: str | Path) -> list[dict]:
 
 
 def main() -> None:
-    about = "Builds the world of digits: data files, and an untrained model in init/."
-    parser, comments = HfArgumentParser(World, description=about), comments_of(World)
+    about = "Builds the data files of the digits, and an untrained model in init/."
+    name, comments = "python -m support.digits", comments_of(World)
+    usage = f"{name} [--flag value ...]"
+    parser = HfArgumentParser(World, prog=name, usage=usage, description=about)
     parser.add_argument("--out", default="out/digits", help="the directory to build")
     for action in parser._actions:
         action.help = action.help or comments.get(action.dest)
+        action.choices = list(QUESTIONS) if action.dest.endswith("kinds") else None
         action.option_strings = action.option_strings[:1]  # --a_b is shown, --a-b works as well
-    world, rest = parser.parse_args_into_dataclasses()
+    world, rest, unknown = parser.parse_args_into_dataclasses(return_remaining_strings=True)
+    if unknown:
+        parser.error(f"{' '.join(unknown)}: no such flag; --help lists them")
     try:
         paths = build(rest.out, world)
     except UserError as error:
@@ -497,7 +501,7 @@ def main() -> None:
     for name, path in paths.items():
         print(f"{name:12} {path}")
     if rest.out == parser.get_default("out"):
-        print(f"next, the base: {BASE}")
+        print(f"next, pretrain the base: {BASE}")
 
 
 if __name__ == "__main__":

@@ -444,9 +444,10 @@ def compare(path: Path, children: list[str], data: list[str]) -> None:
 
 
 def report() -> None:
-    parser = argparse.ArgumentParser(description="Makes a page of a run, or of several runs.")
+    told = "Writes report.html, the page of a run, or of several runs, into each directory."
+    parser = argparse.ArgumentParser("python -m support.report", description=told)
     parser.add_argument("dir", nargs="+", help="the directory of a run, or a directory of runs")
-    told = "a further folder whose rows and images may stand on the page; may be given repeatedly"
+    told = "one more folder from which the page may show rows and images; may be repeated"
     parser.add_argument("--data", action="append", default=[], metavar="FOLDER", help=told)
     args, logs = parser.parse_args(), ("metrics.jsonl", "eval.json")
     for path in map(Path, args.dir):

@@ -22,17 +22,17 @@ from transformers import (
 @dataclass
 class Shape:
     # The model and its tokenizer (0.36M parameters)
-    merges: int = 224  # of the byte-level BPE on top of 256 bytes; fewer where there are no more
-    hidden_size: int = 64
-    intermediate_size: int = 128
-    layers: int = 2
-    heads: int = 4
-    kv_heads: int = 2
-    head_dim: int = 16
-    vision_hidden_size: int = 64
-    vision_intermediate_size: int = 128
-    vision_layers: int = 2
-    initializer_range: float = 0.06  # with 0.02, for wide models, this one learns nothing for long
+    merges: int = 224  # most merges of the byte-level BPE, on top of 256 bytes
+    hidden_size: int = 64  # width of the language model
+    intermediate_size: int = 128  # width of its MLPs
+    layers: int = 2  # layers of the language model
+    heads: int = 4  # query heads of a layer, also in the vision tower
+    kv_heads: int = 2  # key-value heads of a layer
+    head_dim: int = 16  # width of a head
+    vision_hidden_size: int = 64  # width of the vision tower
+    vision_intermediate_size: int = 128  # width of its MLPs
+    vision_layers: int = 2  # layers of the vision tower
+    initializer_range: float = 0.06  # of the first weights; with 0.02 so narrow a model learns late
 
 
 # A digit, 8 x 8 pixels shown at 16 x 16, is 2 x 2 patches: one token of the language model.

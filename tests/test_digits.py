@@ -110,6 +110,18 @@ def test_the_command_builds_this_world_and_names_its_files(world, tmp_path):
     assert other.returncode == 1 and other.stderr.startswith(said)
 
 
+@pytest.mark.parametrize(
+    "flags", [("--kinds", "sums"), ("--question_kinds", "x"), ("--noice", "1")]
+)
+def test_an_unknown_kind_or_flag_is_refused_by_name(flags, monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr("sys.argv", ["digits", *flags, "--out", str(tmp_path / "world")])
+    with pytest.raises(SystemExit):
+        digits.main()
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert all(word in said for word in flags)
+    assert not any(tmp_path.iterdir())
+
+
 def test_scans_are_shared_by_no_two_splits():
     splits = digits.split_scans(digits.World())
     held = [{i for scans in split.values() for i in scans} for split in splits.values()]
@@ -133,4 +145,4 @@ def test_a_world_is_built_where_there_are_no_locks(monkeypatch, capsys, tmp_path
     monkeypatch.setattr("fcntl.flock", no_locks)
     paths = digits.build(tmp_path / "world", digits.World(**WORLD))
     assert all(Path(path).exists() for path in paths.values())
-    assert "no locks here; start one process at a time" in capsys.readouterr().err
+    assert "no locks on this disk; start one process at a time" in capsys.readouterr().err
