@@ -72,7 +72,7 @@ class AlignConfig(RunConfig):
     format_penalty: NonNegative = 1.5  # subtracted for a broken format (11); paper: 1.5
     epsilon: Share = 0.2  # clip range; without effect, as the ratio is 1; paper: 0.2
     score_l2: NonNegative = 0.001  # weight of the squared scores (7); paper: 0.001
-    router_aux_loss_coef: NonNegative = 0.01  # weight of load balancing (8); paper: 0.01, in warm-up
+    router_aux_loss_coef: NonNegative = 0.01  # load balancing (8); paper: 0.01, in the warm-up (D4)
     length_beta_perception: NonNegative = 0.0  # length debiasing (12), captions; paper: off
     length_beta_reasoning: NonNegative = 0.0  # length debiasing (12), reasoning; paper: off
     max_grad_norm: Positive = 1.0  # gradients are clipped to this norm; paper: not stated
@@ -131,7 +131,7 @@ def train() -> None:
         """A row as (row, prompt x, supervision response y+)."""
         teacher = parse_response(example.response)
         if teacher is None:
-            raise RowError("the supervision response is not caption, think and answer alone")
+            raise RowError("the supervision response is not of the format caption, think, answer")
         return example, prompt, teacher
 
     limits = dict(max_prompt_length=config.max_prompt_length, max_pixels=config.max_pixels)
@@ -143,7 +143,7 @@ def train() -> None:
     if config.probe_steps and not num_trials:
         say(
             "no probes: the discriminator learns from every known row. Point --discriminator at "
-            "the --output_dir of its warm-up, or pass --probe_steps 0"
+            "its warm-up's directory, with that run's data at hand, or pass --probe_steps 0"
         )
     sampling = Sampling.of(config)
     # The ratio and the mean of (14) to (16) are by token, as in GRPO, without a dual clip.

@@ -130,7 +130,7 @@ def limit_pixels(processor, max_pixels: int) -> None:
     UserError where the processor does not count pixels."""
     images = processor.image_processor
     if not hasattr(images, "merge_size"):
-        raise UserError(f"--max_pixels: {type(images).__name__} has one size for all; leave it out")
+        raise UserError(f"--max_pixels: {type(images).__name__} resizes to one size; leave it out")
     least = min(images.size["shortest_edge"], max_pixels)  # pixel counts, whatever their names say
     images.size = type(images.size)(shortest_edge=least, longest_edge=max_pixels)
 
@@ -186,8 +186,8 @@ def _encode_prompts(processor, examples, max_image_size) -> list[Prompt]:
     unknown = set(inputs) - known - {"pixel_values", "image_grid_thw"}
     if unknown:
         raise UserError(
-            f"{type(processor).__name__} gives {', '.join(sorted(unknown))} with an image; only "
-            f"models that take pixel_values, with or without image_grid_thw, can be trained here"
+            f"{type(processor).__name__} gives {', '.join(sorted(unknown))} with an image; choose "
+            f"a model that takes pixel_values only, with or without image_grid_thw"
         )
     # Without grids nothing says which pixels are whose, so `encode_prompts` goes row by row.
     if any(images) and "image_grid_thw" not in inputs and len(examples) > 1:
@@ -317,10 +317,9 @@ def load_examples(config, need: tuple, *checkpoints: str) -> Examples:
         for name, value in read_shared(path).items():
             if value != shared[name]:
                 ours, theirs = str(shared[name] or "none")[:300], str(value or "none")[:300]
-                say(
-                    f"{path} was trained with {name} {theirs!r}; this run uses {ours!r}. To make "
-                    f"them agree, set --{name} or change the rows' own system turns"
-                )
+                also = " or change the rows' own system turns" * (name == "system_prompt")
+                said = f"{path} was trained with {name} {theirs!r}; this run uses {ours!r}"
+                say(f"{said}. To make them agree, set --{name}{also}")
     examples.shared = shared
     return examples
 

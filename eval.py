@@ -70,7 +70,7 @@ def check_pattern(untagged: str) -> None:
         groups = regex.compile(untagged).groupindex
     except (regex.error, RecursionError) as error:
         raise UserError(
-            f"--untagged {untagged}: no regular expression ({error}); write one with the groups "
+            f"--untagged {untagged}: is no regular expression ({error}); write one with the groups "
             f"{', '.join(BLOCKS)}"
         ) from None
     if {*groups} != {*BLOCKS}:
@@ -139,8 +139,8 @@ def keep_other_results(config: EvalConfig, output_dir: str) -> None:
         mine = getattr(config, name)
         if before.get(name, mine) != mine:
             raise UserError(
-                f"{output_dir}/eval.json: the result with --{name} {as_typed(before[name])}, not "
-                f"{as_typed(mine)}; name another --output_dir, or remove it"
+                f"{output_dir}/eval.json: holds a result of --{name} {as_typed(before[name])}, not of "
+                f"{as_typed(mine)}; name another --output_dir, or remove the file"
             )
 
 
@@ -154,9 +154,9 @@ def evaluate() -> None:
     config = parse(EvalConfig)
     device = join_ranks()
     if not config.data:
-        raise UserError("--data: name the rows to answer, or `digits`")
+        raise UserError("--data is missing; name a file of rows, or `digits`")
     if config.num_samples > 1 and not config.temperature:
-        raise UserError(f"--num_samples {config.num_samples} need a --temperature above 0")
+        raise UserError(f"--num_samples {config.num_samples}: needs a --temperature above 0")
     if config.untagged is not None:
         check_pattern(config.untagged)
     if config.output_dir and os.path.isfile(config.output_dir):
@@ -234,8 +234,8 @@ def evaluate() -> None:
     if unread:
         say(
             f"--untagged {config.untagged}: {len(unread)} responses would take over "
-            f"{MATCH_LIMIT:g} s each and count as wrong, the first to {unread[0]}; give a pattern "
-            f"that backtracks less"
+            f"{MATCH_LIMIT:g} s each to match and count as wrong, the first to {unread[0]}; give a "
+            f"pattern that backtracks less"
         )
     if not responses:
         raise UserError(f"--data: none of {len(examples)} rows can be used; {left_out[0]}")

@@ -94,12 +94,12 @@ def probe(judge: Callable, discriminator, trials: list[Trial], processor, max_to
 
 def in_words(line: dict) -> str:
     """A line of the log as a line for the user."""
-    values = (line[f"probe_{kind}"] for kind in KINDS)
-    shown = ["not measured" if value is None else f"{value:.2f}" for value in values]
-    picture, digit, question, answer = shown
+    found = [line[f"probe_{kind}"] for kind in KINDS]
+    picture, digit, question, answer = ("not measured" if x is None else f"{x:.2f}" for x in found)
     return (
-        f"probe, 0.5 is blind: perception {picture} (another picture), {digit} (another digit); "
-        f"reasoning {question} (another question), {answer} (another answer)"
+        f"probe, comparisons won (0.5 is blind): perception {picture} against another picture, "
+        f"{digit} against another digit; reasoning {question} against another question, {answer} "
+        f"against another answer"
     )
 
 

@@ -218,8 +218,8 @@ def train() -> None:
                 return kept, sampled, number + 1
         raise UserError(
             f"--algorithm dapo: {config.max_gen_batches} batches of {batch_size} prompts gave "
-            f"{count} groups with any spread in accuracy, {wanted} are needed; take easier or "
-            f"harder data, or more --max_gen_batches"
+            f"{count} prompts whose rollouts differ in accuracy, {wanted} are needed; take easier "
+            f"or harder data, or raise --max_gen_batches"
         )
 
     def save(path: str) -> None:
@@ -308,13 +308,13 @@ def settle_algorithm(config: RLVRConfig) -> None:
     prompts = max(config.prompts_per_step // world_size(), 1)  # of a rank in a step
     if config.num_minibatches > prompts:
         raise UserError(
-            f"--num_minibatches {config.num_minibatches}: at most {prompts}, a rank's prompts of a "
-            f"step; lower it, or raise --prompts_per_step"
+            f"--num_minibatches {config.num_minibatches}: a rank has {prompts} prompts in a step; "
+            f"give at most {prompts}, or raise --prompts_per_step"
         )
     if config.algorithm == "dapo" and config.overlong_buffer >= config.max_completion_length:
         raise UserError(
             f"--overlong_buffer {config.overlong_buffer}: must be less than "
-            f"--max_completion_length {config.max_completion_length}; every response is penalised"
+            f"--max_completion_length {config.max_completion_length}, or each response is penalised"
         )
 
 

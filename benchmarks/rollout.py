@@ -131,7 +131,7 @@ def main() -> None:
     ends = list(range(100, 100 + 2048 // 92))  # random weights: about 1/2048 each
     ours.stop_ids = torch.tensor(ends)
     size = sum(p.numel() for p in theirs.parameters()) / 1e6
-    print(f"{size:.1f}M parameters, 4 prompts of 302 tokens x 16 rows")
+    print(f"{size:.1f}M parameters, 4 prompts of 302 tokens x 16 rollouts")
 
     @torch.no_grad()
     def hugging_face(seed, lengths):

@@ -185,7 +185,7 @@ def main() -> None:
     parser.add_argument("--speed", action="store_true")
     parser.add_argument("--preload", default="", help="libraries for vLLM, as LD_PRELOAD has them")
     parser.add_argument("--repeats", type=int, default=4)
-    parser.add_argument("--steps", type=int, default=150, help="of training, before the parity")
+    parser.add_argument("--steps", type=int, default=150, help="training steps before it compares")
     parser.add_argument("--folder", help="where all is kept; what was trained there is used again")
     parser.add_argument("--serve", metavar="MODEL", help="used by this file itself")
     args = parser.parse_args()

@@ -99,8 +99,8 @@ def check_layers(config, where: str) -> None:
     kinds = set(getattr(text, "layer_types", None) or ["full_attention"])
     if kinds != {"full_attention"}:
         raise UserError(
-            f"{where}: found {', '.join(sorted(kinds))} among the layers of {config.model_type}, "
-            f"expected full_attention in all; packs have no other"
+            f"{where}: the layers of {config.model_type} have {', '.join(sorted(kinds))}; packs "
+            f"need full_attention in all of them: choose another model"
         )
 
 
@@ -116,8 +116,8 @@ def read_model(path: str, experts: int = 0, head=True, frozen=False) -> Model:
     except (AttributeError, ImportError, StopIteration, TypeError, ValueError) as error:
         said = (str(error).strip() or repr(error)).splitlines()[0][:150]
         raise UserError(
-            f"--dry_run: {path}: a {config.model_type} cannot be counted ({said}); run one step "
-            f"of the stage instead"
+            f"--dry_run: cannot count the memory of {path}, a {config.model_type} ({said}); run "
+            f"one step of the stage instead"
         ) from None
 
 

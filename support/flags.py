@@ -102,13 +102,13 @@ def parse(config_class):
     if config.dry_run:
         if rank() == 0:
             print(fit.answer(config))
-        raise Ended("a dry run: nothing was read but configurations, and nothing written", 0)
+        raise Ended("dry run: read only configurations, and wrote nothing", 0)
     if config.data == ["digits"] or not given & {"model", "ckpt", "data"}:
         say(digits.settle(config, given))
     if getattr(config, "lora_rank", 0) and "learning_rate" not in given:
         config.learning_rate *= OF_ADAPTERS
         rate = config.learning_rate
-        say(f"--lora_rank: --learning_rate is {rate:g}, {OF_ADAPTERS} times the default")
+        say(f"--lora_rank: takes {OF_ADAPTERS} times the default --learning_rate, {rate:g}")
     if rank() == 0:
         for name in ("model", "ckpt", "policy", "discriminator", "data"):
             value = getattr(config, name, None) or []
@@ -177,7 +177,7 @@ def _read_system_prompt(config) -> None:
             with open(name, encoding="utf-8") as file:
                 config.system_prompt = file.read().strip()
         except UnicodeDecodeError:
-            raise UserError(f"--system_prompt {name}: no text in UTF-8") from None
+            raise UserError(f"--system_prompt {name}: is not UTF-8; convert the file") from None
 
 
 def announce(name: str, source: str) -> None:
@@ -192,14 +192,14 @@ def announce(name: str, source: str) -> None:
         info = HfApi().repo_info(repo[1], repo_type=kind, files_metadata=True)
         alone = repo[2] if (repo[2] or "").endswith(".parquet") else None
         sizes = [f.size or 0 for f in info.siblings if alone in (None, f.rfilename)]
-        say(f"--{name}: {source} from the hub, {sum(sizes) / 1e9:.2f} GB less what is cached")
+        say(f"--{name}: reads {source} from the hub, {sum(sizes) / 1e9:.2f} GB less what is cached")
     except Exception as error:
         try:
             snapshot_download(repo[1], repo_type=kind, local_files_only=True)
             say(f"--{name}: reads {source} from the hub's cache on this machine")
         except Exception:
             raise UserError(
-                f"--{name} {source}: not on this machine, and the hub does not give it "
-                f"({type(error).__name__}); fetch it elsewhere (hf download {repo[1]} --repo-type "
-                f"{kind}) and give the local copy: --{name} PATH"
+                f"--{name} {source}: not on this machine, and cannot be read from the hub "
+                f"({type(error).__name__}); check the name, or download it elsewhere (hf download "
+                f"{repo[1]} --repo-type {kind}) and give the local copy: --{name} PATH"
             ) from None

@@ -125,7 +125,7 @@ def figure(title, ylabel, series, xlabel="step", colors=None, top=None, kind="li
     each = "each step" if skip == 1 else f"one step in {skip}"
     told = [f"thin: {each}, thick: mean over {span} steps"] if span > 1 else []
     if above := sum(y > top for y in ys) if top is not None else 0:
-        told.append(f"out of the picture: {above} values, up to {high:.4g}")
+        told.append(f"above the plot: {above} values, up to {high:.4g}")
     return {"title": title, "data": data, "layout": layout, "told": "; ".join(told)}
 
 

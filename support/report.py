@@ -192,7 +192,7 @@ class Pictures:
 
     def _read(self, source: str) -> tuple[str, tuple[int, int]]:
         if re.fullmatch(r"\d+ bytes", source):
-            raise ValueError("it stands in the data itself")
+            raise ValueError("it is part of a row, not a file")
         with Image.open(locate(source, self.folders), formats=IMAGE_FORMATS) as image:
             size, side = image.size, 480 if self.size < IMAGE_BYTES / 2 else 240
             if size[0] * size[1] > LARGEST:
@@ -311,7 +311,7 @@ def shelve(run: dict, name: str, rows, budget: float, pictures: Pictures) -> dic
     names = sorted(names, key=lambda name: order.get(name, len(order)))
     count["values"] += len(names[COLUMNS:])
     told = {
-        "rows": "rows without a step or a response were left out",
+        "rows": "lines without a step or a response were left out",
         "values": "values of a wrong type, or too many to show, were left out",
         "texts": f"texts were cut after {LONGEST} characters",
         "dropped": "rollouts are not on this page, which would be too large with them",

@@ -156,8 +156,8 @@ def check_weights(modules: dict, step: int) -> None:
         bad = [not all(bool(part.isfinite().all()) for part in parts)]
         if all_max(bad)[0]:
             raise UserError(
-                f"the weights of the {name} hold NaN or infinity at step {step}; nothing was saved "
-                f"over the last checkpoint"
+                f"the weights of the {name} hold NaN or infinity at step {step}; lower the "
+                f"learning rate, then go on from the last checkpoint with --resume"
             )
 
 
@@ -246,8 +246,8 @@ def all_or_nothing(path: str) -> Iterator[None]:
             shutil.rmtree(path, ignore_errors=True)
         said = (str(error).strip() or repr(error)).splitlines()[-1][:150]
         raise UserError(
-            f"{path} could not be written ({said}; {free:.1f} GB are free there); the last "
-            f"checkpoint is as it was, go on with --resume"
+            f"{path} could not be written ({said}; {free:.1f} GB are free there); mend the cause, "
+            f"then go on from the last checkpoint with --resume"
         ) from error
 
 

@@ -173,9 +173,9 @@ def _open_source(source: str):
         raise
     except Exception as error:  # readers of parquet raise many kinds
         said = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"--data {source}: cannot be read ({said})") from None
+        raise UserError(f"--data {source}: cannot be read ({said}); check the file") from None
     if not len(table):
-        raise UserError(f"--data {source}: holds no rows")
+        raise UserError(f"--data {source}: holds no rows; name another file")
     return path, table
 
 
@@ -193,7 +193,7 @@ def _arrow_table(path: str):
     elif not os.path.exists(path) and re.fullmatch(r"[\w.-]+/[\w.-]+", path):
         table = datasets.load_dataset(path, split="train")
     else:
-        raise UserError(f"--data {path}: give a JSON, JSONL, parquet or Arrow file, or a hub id")
+        raise UserError(f"--data {path}: no JSON, JSONL, parquet, Arrow file or hub id; give one")
 
     def read(feature):  # images stay encoded until they are needed, JSON does not
         if hasattr(feature, "decode") and not isinstance(feature, datasets.Json):
@@ -316,9 +316,9 @@ def _turn(turn: dict) -> tuple[str, object]:
     """A turn of a conversation -> (role, content)."""
     role = _first(turn, "role", "from")
     if role not in ROLES:
-        raise RowError(f"a turn needs a role among {sorted(ROLES)} and a content")
+        raise RowError(f"a turn has the role {str(role)[:80]!r}, expected one of {sorted(ROLES)}")
     if any(_is_picture(value) for name, value in turn.items() if name not in ("content", "value")):
-        raise RowError("a turn names a picture outside of its content; move it into `images`")
+        raise RowError("a turn names an image outside of its content; move it into `images`")
     return ROLES[role], _first(turn, "content", "value")
 
 
@@ -339,11 +339,11 @@ def _pictures(row: dict) -> dict[int, object]:
             continue
         if numbered := re.fullmatch(r"(?:image|img)_?(\d+)", name):
             if found.setdefault(int(numbered[1]), value) != value:
-                raise RowError(f"`{name}` is a second picture of its number; rename one")
+                raise RowError(f"`{name}` and another field are images of one number; rename one")
             continue
         another = re.search("(image|img|pic|photo|figure)(?!.*id$)", name)  # no image_id
         if _is_picture(value) and (another or not found):
-            raise RowError(f"`{name}` names a picture, and no stage reads it; call it `image`")
+            raise RowError(f"`{name}` names an image, and no stage reads it; call it `image`")
     return found
 
 
@@ -380,7 +380,7 @@ def _in_order(turns: list, pictures: dict[int, object]) -> tuple[list, list]:
     if set(found) != pictures.keys():
         shown, held = sorted(set(found)), sorted(pictures)
         raise RowError(
-            f"its text shows images {shown}, and it holds images {held}; make them equal"
+            f"its text has places for images {shown}, and it holds {held}; make them equal"
         )
     return turns, [pictures[number] for number in found]
 
@@ -404,7 +404,7 @@ def _options(row: dict) -> list[str]:
     value = [] if value in (None, "[]") else value
     texts = isinstance(value, list) and all(isinstance(x, (str, int, float)) for x in value)
     if not texts or len(value) == 1 or len(value) > len(LETTERS):
-        raise RowError("its options are no list of texts; write them into the question")
+        raise RowError("its options are not a list of texts; write them into the question")
     pairs = zip(LETTERS, map(str, value))
     return [re.sub(rf"^\(?{letter}[.):] *", "", text.strip()) for letter, text in pairs]
 
@@ -418,7 +418,7 @@ def _with_options(turns: list, options: list[str]) -> list:
     last = max(i for i, (role, _) in enumerate(turns) if role == "user")
     role, content = turns[last]
     if not isinstance(content, str):
-        raise RowError("its question does not show its options; write them into it")
+        raise RowError("its question does not show its options; write them into the question")
     content = "\n".join([content, *(f"{letter}. {text}" for letter, text in pairs)])
     return [*turns[:last], (role, content), *turns[last + 1 :]]
 
@@ -430,7 +430,7 @@ def _chosen(answers: list[str], options: list[str]) -> list[str]:
     for answer in answers if options else ():
         letters = [x for x, text in zip(LETTERS, options) if text == answer or x == answer]
         if len(letters) > 1 or not letters and re.fullmatch(r"\d+|[A-Z]", answer):
-            raise RowError(f"the answer {answer} is not one of its {len(options)} options")
+            raise RowError(f"the answer {answer} does not name one of its {len(options)} options")
         for letter in letters:
             found += [letter, options[LETTERS.index(letter)]]
     return list(dict.fromkeys(found))
@@ -477,7 +477,7 @@ def _written(content) -> str:
     """The last turn of an assistant as text."""
     parts = [] if content is None else list(_parts(content, itertools.repeat(""), []))
     if any(part["type"] == "image" for part in parts):
-        raise RowError("the response shows a picture, which no stage can teach")
+        raise RowError("the response holds an image, and no stage trains on one")
     return "".join(part["text"] for part in parts)
 
 

@@ -249,7 +249,7 @@ class Run:
         line = {"step": self.step, "row": where, "why": str(error), "bad": bad}
         self._append("left_out.jsonl", line)
         if self.left_out <= 3:
-            more = "; more of them go to left_out.jsonl only" if self.left_out == 3 else ""
+            more = "; further ones are named in left_out.jsonl only" if self.left_out == 3 else ""
             say(f"{where}: left out, {error}{more}")
         self.bad |= {where} if bad else set()
         most = max(min(3, rows) - 1, self.config.max_bad_fraction * self.drawn)
@@ -298,8 +298,8 @@ class Run:
         mine = checksum_of(policy)
         if self.progress.setdefault("start", mine) != mine:
             raise UserError(
-                f"--resume: {self.path} has started from other weights than {policy.source.path} "
-                f"holds; give it those again, or name another --output_dir"
+                f"--resume: the run in {self.path} started from other weights than "
+                f"{policy.source.path} holds; put those back, or name another --output_dir"
             )
 
     def _measured(self, save: Callable, modules: dict) -> Callable:
@@ -430,7 +430,7 @@ class Run:
             raise UserError(
                 f"{self.config.max_skipped} steps in a row up to step {step} (--max_skipped) had a "
                 f"gradient that is not finite: the weights or the data hold NaN or infinity, or "
-                f"--learning_rate is too high; nothing was saved over the last checkpoint"
+                f"--learning_rate is too high; mend the cause, then go on with --resume"
             )
 
     def log_rollouts(self, step: int, example, texts: list[str], **columns) -> None:
@@ -486,7 +486,7 @@ class Run:
         for name in mine:
             if mine[name] != theirs[name]:
                 said = f"its {name} is {theirs[name]}, not {mine[name]}"
-                raise UserError(f"--resume: {self.path} belongs to another run: {said}")
+                raise UserError(f"--resume: {self.path} is another run: {said}; name its own flags")
         return before
 
     def _end_again(self, before: dict) -> None:
@@ -503,8 +503,8 @@ class Run:
             result += f" --discriminator {self.path}/discriminator"
         raise UserError(
             f"--{name} {getattr(config, name)}: the run in {self.path} has finished at step "
-            f"{finished}, and so has its schedule; to learn more, start from its result: {result} "
-            f"--output_dir ANOTHER"
+            f"{finished}, and so has its learning-rate schedule; to train further, start from its "
+            f"result: {result} --output_dir ANOTHER"
         )
 
     def _start(self) -> None:

@@ -380,7 +380,7 @@ def test_eval_writes_length_and_verdict_of_each_answer(world, trained, tmp_path)
 def test_eval_of_several_samples(world, trained, tmp_path):
     """Means over all answers, and pass@k over the rows; on 1 and 2 ranks."""
     flags = ("--ckpt", trained, "--data", world["test"], "--num_samples", 4, *TINY)
-    assert "error: --num_samples 4 need a --temperature above 0" == fails("eval.py", *flags)
+    assert "error: --num_samples 4: needs a --temperature above 0" == fails("eval.py", *flags)
     said = []
     for ranks in (1, 2):
         out = tmp_path / str(ranks)
@@ -722,7 +722,7 @@ def test_too_many_bad_rows_end_the_run(world, trained, tmp_path):
 @pytest.mark.parametrize(
     "pattern, said",
     [
-        ("(?P<caption>.*", "no regular expression (missing ) at position 14); write one with"),
+        ("(?P<caption>.*", "is no regular expression (missing ) at position 14); write one with"),
         ("", "has the groups none; name them caption, think, answer, as in (?P<answer>.*)"),
         ("(?P<answer>.*)", "has the groups answer; name them caption, think, answer"),
         ("(?P<caption>.)(?P<think>.)(?P<answer>.)(?P<more>.)", "has the groups caption, think,"),
@@ -749,7 +749,8 @@ def test_eval_does_not_match_for_ever(world, tmp_path, ranks):
     late = [a for a in answers if len(a) > 40 and not any(tag in a for tag in TAGS)]
     assert late and result["responses_unread"] == len(late)
     assert (result["rows"], result["accuracy"]) == (3, 0)
-    assert f"{len(late)} responses would take over 1 s each and count as wrong" in done.stderr
+    told = f"{len(late)} responses would take over 1 s each to match and count as wrong"
+    assert told in done.stderr
 
 
 def test_a_group_that_takes_no_part_is_an_empty_block():
@@ -777,7 +778,7 @@ def test_eval_leaves_bad_rows_out(world, trained, tmp_path):
     other = tmp_path / "other.jsonl"
     shutil.copy(data, other)
     said = fails("eval.py", *[other if flag == data else flag for flag in flags], *TINY)
-    assert f"{tmp_path}/o/eval.json: the result with --data {data}, not {other}" in said
+    assert f"{tmp_path}/o/eval.json: holds a result of --data {data}, not of {other}" in said
     assert fails("eval.py", *flags, *TINY, "--temperature", 1).count("--temperature 0.0, not 1.0")
     assert json.loads((tmp_path / "o" / "eval.json").read_text())["data"] == [str(data)]
 

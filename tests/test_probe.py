@@ -77,7 +77,7 @@ def test_rows_without_pictures_digits_or_another_question(world, rows):
     discriminator, _ = build(world)
     found = probe(judge, discriminator, trials, processor, 4000)
     assert all(found[name].count == 0 for name in NAMES)
-    assert "not measured (another picture)" in probing.in_words(dict.fromkeys(NAMES))
+    assert "not measured against another picture" in probing.in_words(dict.fromkeys(NAMES))
     assert draw_trials(made[:1], processor, LONGEST) == []
     assert draw_trials(made, processor, LONGEST, learned={"2", "3"}) == []
     assert draw_trials(made, processor, longest=3) == []
@@ -166,10 +166,10 @@ def test_the_warm_up_ends_with_a_probe(warm_up):
     out, said = warm_up
     last = lines(out / "metrics.jsonl")[-1]
     assert "validation_pairs" in last and all(0 <= last[name] <= 1 for name in NAMES)
-    (told,) = (line for line in said.splitlines() if line.startswith("probe, 0.5 is blind: "))
+    (told,) = (line for line in said.splitlines() if line.startswith("probe, comparisons won"))
     assert told == probing.in_words(last)
-    assert f"perception {last['probe_picture']:.2f} (another picture)" in told
-    assert f"{last['probe_answer']:.2f} (another answer)" in told
+    assert f"perception {last['probe_picture']:.2f}  against another picture" in told
+    assert f"{last['probe_answer']:.2f}  against another answer" in told
 
 
 def test_the_text_only_discriminator_is_blind_on_two_ranks(world, trained, tmp_path):
@@ -194,7 +194,7 @@ def test_the_game_is_probed_on_any_number_of_ranks_and_left_as_it_is(
         out = tmp_path / name
         flags = ("--probe_steps", steps, "--discriminator_learning_rate", 0)
         said = game(world, trained, warm_up[0], out, *flags, ranks=ranks)
-        told = [line for line in said.splitlines() if "probe, 0.5 is blind: " in line]
+        told = [line for line in said.splitlines() if "probe, comparisons won" in line]
         log = lines(out / "metrics.jsonl")
         measured = [line for line in log if "probe_picture" in line]
         assert [line["step"] for line in measured] == ([1, 3] if steps else [])

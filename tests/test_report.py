@@ -253,7 +253,7 @@ def test_alignment_page(tmp_path, run):
     routing = page.figure("Routing in the perception view, mean over layers")["lines"]
     assert routing["perception: expert 0"]["y"][7] == pytest.approx(0.2)
     seconds = page.figure("Seconds, by phase")
-    assert "out of the picture: 1 values, up to 500" in seconds["told"]
+    assert "above the plot: 1 values, up to 500" in seconds["told"]
     assert seconds["layout"]["yaxis"]["range"] == [0, 6]
     rate = page.figure("Learning rate")
     assert rate["layout"]["yaxis"]["range"] == [0, 1.2e-6] and not rate["thin"]
@@ -381,9 +381,9 @@ def test_wrong_types_are_survived_and_counted(tmp_path, run):
         assert "metrics.jsonl: 3 broken lines were left out, the first is line 2" in told
         assert "metrics.jsonl: 1 lines without a step were left out" in told
         assert "rollouts.jsonl: 1 broken lines were left out, the first is line 3" in told
-        assert "rollouts.jsonl: 2 rows without a step or a response were left out" in told
+        assert "rollouts.jsonl: 2 lines without a step or a response were left out" in told
         assert "rollouts.jsonl: 9 values of a wrong type" in told
-        assert "generations.jsonl: 2 rows without a step or a response" in told
+        assert "generations.jsonl: 2 lines without a step or a response" in told
     loss = page.figure("Loss")["lines"]["loss"]
     assert (loss["x"], loss["y"]) == ([1, 2, 3, 5, 6, 7, 8], [1, None, None, 1, 1, 1, 1])
     rolled, wrong = page.shelves

@@ -193,7 +193,7 @@ def test_flags_go_before_what_the_algorithm_sets(algorithm):
 def test_more_minibatches_than_prompts_are_refused():
     """Some would hold nothing, and each would be a step of the optimiser all the same."""
     settle_algorithm(RLVRConfig(algorithm="gspo", prompts_per_step=4, num_minibatches=4))
-    with pytest.raises(UserError, match="--num_minibatches 5: at most 4, a rank's prompts"):
+    with pytest.raises(UserError, match="--num_minibatches 5: a rank has 4 prompts"):
         settle_algorithm(RLVRConfig(algorithm="gspo", prompts_per_step=4, num_minibatches=5))
 
 

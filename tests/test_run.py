@@ -462,10 +462,10 @@ def test_another_runs_directory_is_refused(nursery, world, trained, whole, tmp_p
     resume = ("--resume", "--output_dir", out)
     data = ("--data", world["prompts"])
     other = nursery.start("rlvr.py", "--ckpt", trained, *data, *resume, log=log)
-    refused(other, "belongs to another run", "its stage is sft, not rlvr")
+    refused(other, "is another run: ", "its stage is sft, not rlvr")
     model = ("--model", world["init"], "--data", world["sft"])
     other = nursery.start("sft.py", *model, *resume, log=log)
-    refused(other, "belongs to another run", f"its model is {trained}, not {world['init']}")
+    refused(other, "is another run: ", f"its model is {trained}, not {world['init']}")
     refused(nursery.start(*base, *resume[1:], log=log), "is not empty; pass --resume")
     assert files(out) == before
     mine = tmp_path / "mine"
@@ -494,7 +494,7 @@ def test_a_base_that_has_changed_is_refused(nursery, world, trained, tmp_path, m
     save_file(weights, base / "model.safetensors", {"format": "pt"})
     again = (*words, "--output_dir", out, "--resume")
     line = refused(nursery.start(*again, log=log), "--resume", "another --output_dir")
-    assert f"{out} has started from other weights than {base} holds" in line
+    assert f"the run in {out} started from other weights than {base} holds" in line
     assert files(out) == before
     shutil.copy(f"{trained}/model.safetensors", base / "model.safetensors")
     done = nursery.run(*again, log=log)
