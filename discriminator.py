@@ -508,7 +508,7 @@ def load_discriminator(
     discriminator = Discriminator(backbone, kind, dropout)
     discriminator.source = saved.model.source
     if saved.head is None:
-        say(f"{path}: has no score head yet; it starts from random numbers")
+        say(f"{path}: has no score head yet; it is drawn at random")
     else:
         discriminator.score.weight.data.copy_(saved.head)  # (2, h); a (1, h) fills both rows
     return discriminator, saved.processor
@@ -543,9 +543,9 @@ def warm_up() -> None:
         teacher = parse_response(example.response)
         students = [] if policy else [parse_response(example.student)]
         if teacher is None:
-            raise RowError("the supervision response is not caption, think and answer alone")
+            raise RowError("the supervision response is not of the format caption, think, answer")
         if None in students:
-            raise Unfit("the student's response is not caption, think and answer alone")
+            raise Unfit("the student's response is not of the format caption, think, answer")
         views = [view for side in (teacher, *students) for view in encode_views(processor, side)]
         length = len(prompt.input_ids) + max(map(len, views))
         if length > config.max_length:
@@ -624,7 +624,7 @@ def warm_up() -> None:
     line = run.log(max_steps, held_out)
     values = [(name, line[f"validation_{name}"]) for name in shown]
     values = [f"{name} {value:.3f}" for name, value in values if value is not None]
-    say(f"held out, {line['validation_pairs']} pairs:", ", ".join(values))
+    say(f"on {line['validation_pairs']} held-out pairs:", ", ".join(values))
     say(in_words(line))
 
 
