@@ -40,7 +40,7 @@ def load_policy(path: str, device=CPU, config=None):
     sampled. UserError where the model cannot be loaded."""
     its_config = read_config(path)
     if hasattr(its_config, "prism_experts"):
-        raise UserError(f"{path}: a discriminator, without a language head; name a policy")
+        raise UserError(f"{path}: is a discriminator, without a language head; name a policy")
     policy, processor = load_pretrained(path, its_config, hollow=True)
     adapt(policy, path)
     # A response may end with the tokenizer's end of sequence or with any that the model names.
