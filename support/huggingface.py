@@ -59,8 +59,8 @@ def read_config(path: str):
         return AutoConfig.from_pretrained(path, trust_remote_code=False)
     except Exception as error:
         raise UserError(
-            f"{path}: neither a Hugging Face directory nor a hub id that can be loaded "
-            f"({_first_line(error)})"
+            f"{path}: no Hugging Face directory or hub id that can be loaded "
+            f"({_first_line(error)}); check the name"
         ) from None
 
 
@@ -105,7 +105,7 @@ def load_pretrained(path: str, config, unused: str = "$^", hollow: bool = False)
     except Exception as error:
         raise UserError(
             f"{path}: cannot be loaded as a vision-language model with its processor "
-            f"({_first_line(error)})"
+            f"({_first_line(error)}); see Models in docs/data.md"
         ) from None
     if processor.tokenizer.eos_token_id is None:
         raise UserError(
@@ -117,9 +117,9 @@ def load_pretrained(path: str, config, unused: str = "$^", hollow: bool = False)
     missing += sorted(str(key) for key in found["mismatched_keys"])
     if missing or unexpected:
         raise UserError(
-            f"{path}: weights that do not match the model, {len(missing)} missing "
-            f"({', '.join(missing[:3])}), {len(unexpected)} unexpected "
-            f"({', '.join(unexpected[:3])}); rename them as {type(model).__name__} does"
+            f"{path}: its weights do not match the model: {len(missing)} missing "
+            f"{missing[:3]}, {len(unexpected)} unexpected {unexpected[:3]}; rename them as "
+            f"{type(model).__name__} names its own"
         )
     return model, processor
 
@@ -180,7 +180,7 @@ def add_adapters(policy, lora_rank: int) -> None:
             layer.lora_B.to_empty(device=CPU)
             layer.reset_lora_parameters("default", init_lora_weights=True)
     if any(p.ndim == 3 for p in policy.get_decoder().parameters()):
-        say("--lora_rank: adapters reach the linear layers; the experts stay as they are")
+        say("--lora_rank: only linear layers get adapters; the experts are not trained")
 
 
 def _in_files(module) -> dict[str, torch.Tensor]:
@@ -372,12 +372,12 @@ def open_discriminator(path: str) -> SavedDiscriminator:
     model, processor = load_pretrained(path, config, unused)
     layers = getattr(getattr(model.base_model, "language_model", None), "layers", None)
     if layers is None:
-        raise UserError(f"{path}: {type(model).__name__} has no language_model with layers")
+        raise UserError(f"{path}: {type(model).__name__} has no language_model; choose another")
     experts, top_k = None, 2
     if moe:
         top_k = config.text_config.num_experts_per_tok
         if not all(hasattr(layer.mlp, "experts") for layer in layers):
-            raise UserError(f"{path}: found a dense MLP, expected experts in every layer")
+            raise UserError(f"{path}: has a layer without experts; choose another model")
         experts = [
             {
                 "gate": layer.mlp.gate.weight.data,
@@ -493,7 +493,7 @@ def write_chats(processor, chats: list[list[dict]]) -> list[str]:
     try:
         return processor.apply_chat_template(chats, add_generation_prompt=True, tokenize=False)
     except Exception as error:  # a template raises whatever its author chose
-        raise RowError(f"the model's chat template refuses it ({_first_line(error)})") from None
+        raise RowError(f"the chat template refuses the row ({_first_line(error)})") from None
 
 
 @lru_cache(maxsize=4)
@@ -530,7 +530,7 @@ def _chat_form(processor) -> Callable:
             return form
     name = processor.tokenizer.name_or_path
     raise UserError(
-        f"{name}: its chat template cannot write a prompt, an image and a question ({why}); put "
+        f"{name}: its chat template cannot write a system prompt, image and question ({why}); put "
         f"another one into the directory, as chat_template.jinja"
     )
 

@@ -314,7 +314,7 @@ def test_a_row_that_the_chat_template_refuses_is_a_bad_row(world):
     rows = [Example(i, f"f:{i}", chat, [picture]) for i, chat in enumerate(chats)]
     prompts = encode_prompts(encoded.processor, rows)
     assert [isinstance(prompt, RowError) for prompt in prompts] == [False, True, False]
-    assert "chat template refuses it (roles must alternate)" in str(prompts[1])
+    assert "chat template refuses the row (roles must alternate)" in str(prompts[1])
     assert prompts[1].where == "f:1"
 
 
@@ -560,7 +560,7 @@ def test_max_pixels_is_the_processors_own_resizing(world, tmp_path):
     few = Encoded(rows, limited, lambda example, prompt: prompt, max_pixels=1)
     assert [len(p.pixel_values) for _, p in few[list(enumerate(range(4)))]] == [4, 4, 4, 4]
     other = SimpleNamespace(image_processor=CLIPImageProcessorPil())
-    with pytest.raises(UserError, match="--max_pixels: CLIPImageProcessorPil has one size for all"):
+    with pytest.raises(UserError, match="--max_pixels: CLIPImageProcessorPil resizes to one size"):
         Encoded(rows, other, None, max_pixels=4096)
 
 
