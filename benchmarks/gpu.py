@@ -254,8 +254,7 @@ def rl_step(shape, clock, device, processor, judged_by=None) -> None:
         peaks = [*memory, clock.memory]
     stage = f"alignment step, {shape} and {judged_by} x 4" if judged_by else f"RLVR step, {shape}"
     shown = ", ".join(f"{k} {v:.2f} s" for k, v in parts.items())
-    what = f"{stage}, {PROMPTS} x {ROLLOUTS} rollouts of {limit}, {name}"
-    say(what, shown, f"{max(peaks):.1f} GiB")
+    say(f"{stage}, {PROMPTS} x {ROLLOUTS} rows of {limit}, {name}", shown, f"{max(peaks):.1f} GiB")
 
 
 def parity(clock, device, processor) -> None:

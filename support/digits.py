@@ -202,7 +202,7 @@ def work(kind: str, digits: tuple[int, ...], details: list, slip: int = 0) -> tu
 def misread(
     digits: tuple[int, ...], confusions: Iterable[tuple[int, int]], rate: float, rng: random.Random
 ) -> tuple[int, ...]:
-    """The digits as one reads them who takes some of them for others."""
+    """The digits as somebody reads them who confuses some of them, at a rate."""
     look_alike = dict(confusions)
     return tuple(look_alike.get(d, d) if rng.random() < rate else d for d in digits)
 
@@ -272,12 +272,9 @@ def draw(
     root: Path,
     used: set[tuple[int, ...]],
 ) -> Iterator[tuple[str, str, list, tuple[int, ...], str]]:
-    """`rows` examples (kind, question, details, digits, image path), their images written. No
-    picture occurs twice."""
+    """Writes `rows` pictures, none twice. -> (kind, question, details, digits, path) of each."""
     if not all(scans.get(digit) for digit in range(10)):
-        raise UserError(
-            f"digits: {name} has no scan of some digit; change --train_share or --validation_share"
-        )
+        raise UserError(f"digits: {name} lacks a digit; change --train_share or --validation_share")
     rng = random.Random(f"{world.seed} {name}")
     pictures = scans_of_digits().images
     asked, hidden = world.kinds, set()
@@ -441,7 +438,7 @@ def settle(config, given: set[str]) -> str:
                 raise UserError(f"{path} is not there yet; make it with: {MADE_BY[path]}")
             setattr(config, name, path)
     if own and "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(1)  # a second one computes nothing sooner, and may wait for others
+        torch.set_num_threads(1)  # a second thread would not be faster
     small = {"dataloader_num_workers": 0, "max_rollout_rows": 256}  # for rows and a model so small
     settings = SETTINGS["pretrain" if pretrain else stage] | small
     for name, value in settings.items() if own else ():
@@ -460,7 +457,7 @@ def _is_own(path: str, name: str = "") -> bool:
 
 
 def _holds(out: Path, world: World) -> bool:
-    """Is this very world there? Anything else that is there is an error: work may hang on it."""
+    """Whether `out` holds this very world. UserError where it holds something else."""
     if not out.exists() or not any(out.iterdir()):
         return False
     if not (out / "world.json").exists():
@@ -483,9 +480,8 @@ def read_rows(path: str | Path) -> list[dict]:
 
 def main() -> None:
     about = "Builds the data files of the digits, and an untrained model in init/."
-    name, comments = "python -m support.digits", comments_of(World)
-    usage = f"{name} [--flag value ...]"
-    parser = HfArgumentParser(World, prog=name, usage=usage, description=about)
+    usage = "python -m support.digits [--flag value ...]"
+    parser, comments = HfArgumentParser(World, usage=usage, description=about), comments_of(World)
     parser.add_argument("--out", default="out/digits", help="the directory to build")
     for action in parser._actions:
         action.help = action.help or comments.get(action.dest)

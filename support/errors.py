@@ -17,7 +17,7 @@ class Unfit(RowError):
 
 
 class Ended(Exception):
-    """The run ends here, by a signal or because it had finished before. (words, exit code)."""
+    """Ends the run, by a signal or because it had finished before: (message, exit code)."""
 
 
 def printable(text: str) -> str:

@@ -8,8 +8,8 @@ share equally is counted on the GPU that holds most, see `share`.
 
     weights        4 P / S        float32
     optimiser      8 P / S        two moments of what is trained
-    gradients      4 P / S        and whole, 4 B of the last block while they are summed over the
-                                  GPUs, in the end 6 R of the root: in bfloat16 and in float32
+    gradients      4 P / S        and, unsharded until they are summed over the GPUs, 4 B of a block
+                                  or, at the end, 6 R of the root (bfloat16 and float32)
     gathered       2 R + 4 B      bfloat16: the root, a block, and the buffer of the next one; 2 P
                                   while sampling
     activations                   what backward needs of a pack of --max_tokens_per_pack tokens: of
@@ -143,8 +143,8 @@ def count(model, experts: int = 0, frozen: bool = False) -> Model:
 
 
 def share(m: Model, size: int, shards: int) -> float:
-    """Of `size` parameters those of the GPU that holds most: S GPUs share all but experts equally,
-    and experts too where a dimension of theirs is divided by S."""
+    """How many of `size` parameters the GPU that holds most has. S GPUs share all but experts
+    equally, and experts too where S divides a dimension of theirs."""
     most = size / shards
     for shape in ((m.experts, 2 * m.i, m.h), (m.experts, m.h, m.i)) if m.experts else ():
         length = shape[sharded_dimension(shape, shards)]

@@ -23,14 +23,14 @@ from support.errors import Ended, UserError
 from support.ranks import rank, say
 
 # The types of flags, with the smallest and the largest value that each may have.
-MOST = 2**31 - 1  # of what is counted here; sums and products of such numbers are still exact
+MOST = 2**31 - 1  # the largest count; products of two such numbers still fit into 64 bits
 Count = Annotated[int, 1, MOST]
 Natural = Annotated[int, 0, MOST]
-Steps = Annotated[int, -MOST, MOST]  # the length of a run; below 1 the epochs count
+Steps = Annotated[int, -MOST, MOST]  # the length of a run; below 1: as many as the epochs have
 Positive = Annotated[float, 1e-9, 1e9]  # so that it and what is divided by it stay finite
 NonNegative = Annotated[float, 0.0, sys.float_info.max]
 Share = Annotated[float, 0.0, 1.0]
-Minutes = Annotated[float, 1e-9, 30_000.0]  # a socket waits no longer
+Minutes = Annotated[float, 1e-9, 30_000.0]  # no socket waits longer
 Seed = Annotated[int, 0, 2**32 - 1]
 # The schedules of transformers that a peak, a warm-up and a length determine.
 Schedule = Literal[
@@ -120,7 +120,7 @@ def parse(config_class):
 def _parser(config_class) -> HfArgumentParser:
     """A parser that says what each flag means, and raises UserError in place of exiting."""
     about = (sys.modules["__main__"].__doc__ or "").strip().split("\n\n")[0]
-    # Of the plain class: that of transformers would say each default once more.
+    # With argparse's own formatter: that of transformers would print each default twice.
     parser = HfArgumentParser(
         config_class,
         usage="%(prog)s [--flag value ...]",

@@ -77,7 +77,7 @@ def batches(
     """This rank's `share` (rank, ranks) of one global batch after another.
 
     `rows[draws]` encodes some draws, (place in the stream, number of the row) each; see
-    `data.Encoded`. Batches are cuts of the stream from place `start` on. Behind place `total` they
+    `data.Encoded`. Batches are cuts of the stream from place `start` on. After place `total` they
     are empty. Rows are encoded ahead in `workers` processes, where there are any. UserError where
     one of these is gone, or sends nothing for `timeout` seconds."""
 
@@ -117,9 +117,9 @@ def _ahead(rows, draws: Callable, workers: int, timeout: float | None) -> Iterat
 
 
 def _start_worker(rows, draws: Iterator, timeout: float | None) -> tuple[int, BinaryIO]:
-    """Forks a process that encodes `draws`, batch after batch. -> its number, and the file that it
-    writes batches to. It ends when it writes and nobody is left to read."""
-    stops = {signal.SIGTERM, signal.SIGINT}  # sent to a whole job, they are for the run alone
+    """Forks a process that encodes `draws`, batch after batch. -> its process id, and the file
+    that it writes batches to. It ends when it writes and nobody is left to read."""
+    stops = {signal.SIGTERM, signal.SIGINT}  # sent to the whole job, they are meant for the run
     try:
         here, there = socket.socketpair()
         here.settimeout(timeout)
@@ -159,8 +159,8 @@ def _work(rows, draws: Iterator, file: BinaryIO) -> NoReturn:
 
 
 class _Pickler(pickle.Pickler):
-    """Tensors as the bytes that they show. Pickled by torch, each row of a batch would bring the
-    pixels of the whole batch, of which its own are a view."""
+    """Pickles of a tensor only the values that it shows. A row's pixels are a view of its batch's,
+    and torch would pickle the whole batch with each row."""
 
     def reducer_override(self, value):
         if isinstance(value, torch.Tensor):

@@ -26,8 +26,8 @@ class Mean:
 
 @dataclasses.dataclass(frozen=True)
 class Loss:
-    """A loss that is divided by a global denominator, so the values of the ranks add up. Of several
-    updates it is the mean; null where there was none."""
+    """A loss that is divided by a global denominator, so the values of the ranks add up. Several
+    updates give their mean, no update gives null."""
 
     value: float
     updates: int = 1
@@ -112,13 +112,13 @@ def across_ranks(metrics: dict) -> dict:
 
 
 def finite(line: dict) -> dict:
-    """null where a number is none, as JSON has it."""
+    """The line with null in place of NaN and infinity, which JSON does not have."""
     none = [k for k, v in line.items() if isinstance(v, float) and not math.isfinite(v)]
     return line | dict.fromkeys(none)
 
 
 def writer_to(report_to: str, path: str, fields: dict) -> Callable | None:
-    """What sends a line of metrics to --report_to as well."""
+    """A function of (line, step) that sends metrics to --report_to as well; None for none."""
     if report_to == "none":
         return None
     if report_to == "tensorboard":

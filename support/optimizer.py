@@ -30,7 +30,7 @@ def learning_rate_at(step: int, max_steps: int, config, peak: float | None = Non
         schedule = get_scheduler(with_warmup, holder, warmup, max_steps).lr_lambdas[0]
     except ValueError as error:
         raise UserError(f"--lr_scheduler_type {name}: {error}") from None
-    if step <= warmup:  # some schedules divide by the steps behind it, which may be none
+    if step <= warmup:  # some schedules divide by the steps after it, of which there may be none
         return peak * step / warmup
     return peak * schedule(step - 1)
 

@@ -95,8 +95,8 @@ def trace(label: str, points: list[tuple], color: int, kind: str) -> dict:
 
 def figure(title, ylabel, series, xlabel="step", colors=None, top=None, kind="line") -> dict:
     """Returns a figure of lines or of bars. `series`: (label, [(x, y or None) or (x, y, low, high),
-    ...]) each. Shares are drawn from 0 to 1, so that runs compare; what is above `top` is out of
-    the picture. Long series get a running mean, and of very long ones not every step is drawn."""
+    ...]) each. Shares are drawn from 0 to 1, so that runs compare. Values above `top` are not
+    drawn. Long series get a running mean, and of very long ones not every step is drawn."""
     ys = [y for _, points in series for _, y, *_ in points if number(y) is not None]
     count = len({x for _, points in series for x, *_ in points})
     noisy = kind == "line" and ylabel != "rate" and not any(p[2:] for _, ps in series for p in ps)
@@ -149,7 +149,7 @@ def curves(run: dict) -> tuple[list[dict], str]:
     still = [k for k in columns if k in rest or k.startswith(("ratio", "clipped"))]
     still = [k for k in still if len(columns[k]) > 1 and len({y for _, y in columns[k]}) == 1]
     seconds = sorted(y for _, y in columns.get("time/step", []) if y is not None)
-    limit = 3 * seconds[len(seconds) // 2] if seconds else 0  # a slow first step flattens no other
+    limit = 3 * seconds[len(seconds) // 2] if seconds else 0  # a slow first step is cut off
     figures = []
     for title, ylabel, group in grouped + [(name, "", [name]) for name in rest]:
         series = [(name, columns[name]) for name in group if name in columns and name not in still]

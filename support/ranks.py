@@ -29,7 +29,7 @@ from support.errors import UserError, printable
 def join_ranks(timeout: datetime.timedelta | None = None) -> torch.device:
     """Joins the processes that torchrun started (gloo on a CPU, nccl on a GPU). A bare `python` is
     one process. A collective that takes longer than `timeout` fails. -> the device of this rank.
-    UserError where the environment has a part of what torchrun sets."""
+    UserError where the environment has only a part of what torchrun sets."""
     if "RANK" in os.environ:
         needed = ("RANK", "WORLD_SIZE", "MASTER_PORT")
         wrong = [name for name in needed if not os.environ.get(name, "").isdigit()]
@@ -65,8 +65,8 @@ def world_size() -> int:
 
 
 def barrier(group=None) -> None:
-    """Waits until every rank is here. RuntimeError where one is gone, or does not come in time: on
-    the CPU, since on a GPU the watchdog of NCCL would end this process without a word."""
+    """Waits until every rank is here. RuntimeError where one is gone or does not come in time. It
+    runs on the CPU: on a GPU, NCCL's watchdog would end this process without a message."""
     if world_size() > 1:
         dist.all_reduce(torch.zeros(1), group=group)
 
@@ -98,7 +98,7 @@ def all_max(values) -> torch.Tensor:
 
 
 def blocks(module: torch.nn.Module) -> list[torch.nn.Module]:
-    """The transformer blocks of a model, by what transformers says not to split."""
+    """The transformer blocks of a model, which transformers names in `_no_split_modules`."""
     names = {n for part in module.modules() for n in getattr(part, "_no_split_modules", 0) or ()}
     return [m for m in module.modules() if type(m).__name__ in names]
 
@@ -126,7 +126,7 @@ def shard(module, device: torch.device, config=None):
         mesh = nodes_mesh(device, datetime.timedelta(minutes=config.timeout))
     else:
         mesh = init_device_mesh(device.type, (world_size(),))
-    # Inputs stay as the model made them, as they do where the hooks are put aside (`gathered`).
+    # Inputs keep their dtype, as they do in `gathered`, where these hooks do not run.
     half = dict(param_dtype=torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False)
     precision = MixedPrecisionPolicy(**(half if device.type == "cuda" else {}))
     sharding = dict(mesh=mesh, mp_policy=precision)
@@ -137,7 +137,7 @@ def shard(module, device: torch.device, config=None):
     for part in module.modules():
         if isinstance(part, FSDPModule):
             part.set_gradient_divide_factor(1.0)
-            part.set_force_sum_reduction_for_comms(True)  # gloo has no other, nccl needs none
+            part.set_force_sum_reduction_for_comms(True)  # gloo can only sum, nccl may
     return module
 
 
@@ -154,9 +154,9 @@ def nodes_mesh(device: torch.device, timeout: datetime.timedelta) -> DeviceMesh:
 
 
 def sharded_dimension(shape, count: int) -> int:
-    """The dimension in which `count` ranks share a parameter: the first. That of experts is their
-    number, of which 8 ranks could not have equal parts of 4; then it is one that can be shared
-    equally, where there is one."""
+    """The dimension along which `count` ranks shard a parameter: the first. In a tensor of experts
+    that is their number, and 8 ranks cannot share 4 experts equally. Then it is a later dimension
+    that `count` divides, if there is one."""
     if len(shape) == 3 and shape[0] % count:
         return next((d for d in (1, 2) if shape[d] % count == 0), 0)
     return 0

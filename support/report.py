@@ -101,7 +101,7 @@ def read_json(path: Path) -> dict:
 
 
 def read_run(path: str, data: list[str] = ()) -> dict:
-    """Returns what the pages need of a run's directory. `data`: more places of its rows."""
+    """Returns what the pages need of a run's directory. `data`: more folders of its rows."""
     path, notes = Path(path), []
     settings, result = read_json(path / "run.json"), read_json(path / "eval.json")
     fields = settings["run"] if isinstance(settings.get("run"), dict) else {}
@@ -146,9 +146,7 @@ def data_folders(*names) -> tuple[str, ...]:
     folder in which it lies. What does not exist, such as a hub id, stands for none."""
     places = [os.path.join(start, n) for n in names if isinstance(n, str) for start in STARTS if n]
     files = [place for place in places if place.endswith(DATA_FILES) and os.path.isfile(place)]
-    folders = [place for place in places if os.path.isdir(place)] + list(
-        map(os.path.dirname, files)
-    )
+    folders = [*filter(os.path.isdir, places), *map(os.path.dirname, files)]
     return tuple(os.path.join(os.path.realpath(folder), "") for folder in folders)
 
 
@@ -281,9 +279,9 @@ def clean(row: dict, count: Counter) -> tuple[dict, list, dict]:
 
 
 def shelve(run: dict, name: str, rows, budget: float, pictures: Pictures) -> dict | None:
-    """Returns rollouts by prompt, as the page reads them: {"names", "groups"}, and "every": where
-    they exceed the budget, every second logged step is left out, again and again until the others
-    fit. Notes what was left out."""
+    """Returns rollouts by prompt, as the page reads them: {"names", "groups", "every"}. Where they
+    exceed the budget, every second logged step is left out, repeatedly until the rest fits, and
+    one step in "every" is left. Notes what was left out."""
     groups, steps, names, total, every, count = {}, {}, {}, 0, 1, Counter()
     weight = lambda *values: len(pack(values).encode(errors="replace"))
     for row in rows:
@@ -361,7 +359,7 @@ def wrong_answers(run: dict, pictures: Pictures, most: int = 12) -> dict | None:
 
 
 def run_page(run: dict, compared: bool = False) -> None:
-    """Writes report.html of one run. `compared`: a page of several runs is written beside it."""
+    """Writes report.html of one run. `compared`: a page of several runs is in the folder above."""
     path, notes, result = run["path"], run["notes"], run["eval"]
     names = [*SHOWN, "truncated", "rows"]
     names[1:1] = ["pass_at_k"] if "pass_at_k" in result else []

@@ -126,7 +126,7 @@ class Checkpoints:
             folder = os.open(self.path, os.O_RDONLY)
             to_disk(folder)
             os.close(folder)
-            # A later one is damaged: this run has passed it over.
+            # Later ones are damaged: this run went on from one before them.
             kept = [number for number in self.steps() if number <= step][-self.keep :]
             for number in set(self.steps()) - set(kept):
                 _remove(self.folder(number))
@@ -150,7 +150,7 @@ class Checkpoints:
 
 
 def check_weights(modules: dict, step: int) -> None:
-    """UserError where a weight of any rank is no number: that is not to be saved."""
+    """UserError where a weight of any rank is NaN or infinite, so that none is saved."""
     for name, (module, _) in modules.items():
         parts = (getattr(p, "to_local", p.detach)() for p in module.parameters())
         bad = [not all(bool(part.isfinite().all()) for part in parts)]
@@ -165,7 +165,7 @@ def check_weights(modules: dict, step: int) -> None:
 def checksum_of(module) -> int:
     """A checksum of a module's weights but for adapters, the same however they are sharded. Every
     rank calls it."""
-    total, limit = 0, 2**40  # below it float64 adds up the ranks' exactly
+    total, limit = 0, 2**40  # float64 adds the ranks' totals exactly below it
     weights = (p for name, p in module.named_parameters() if ".lora_" not in name)
     for number, weight in enumerate(weights, 1):
         mesh = getattr(weight, "device_mesh", None)
@@ -188,8 +188,8 @@ def _stepped(modules: dict) -> dict[str, list[str]]:
 def _state(modules: dict, stepped: dict[str, list[str]]) -> dict:
     """The very tensors of weights and moments, to be saved, or to be loaded in place.
 
-    `get_state_dict` of torch would make an empty step of an optimiser that has made none, which
-    changes what Adam does later."""
+    `get_state_dict` of torch would have an optimiser that has not stepped take an empty step,
+    which changes what Adam does later."""
     state = {}
     for name, (module, optimizer) in modules.items():
         parameters = dict(module.named_parameters())
@@ -222,7 +222,7 @@ def _is_whole(path: str) -> bool:
 
 
 def _remove(path: str) -> None:
-    """Removes a checkpoint, if it is there. A kill meanwhile leaves no half under its name."""
+    """Removes a checkpoint, if it is there. A kill in between leaves no part under its name."""
     shutil.rmtree(path + REMOVED, ignore_errors=True)
     if os.path.isdir(path):
         os.rename(path, path + REMOVED)
@@ -235,7 +235,7 @@ def _remove(path: str) -> None:
 
 @contextlib.contextmanager
 def all_or_nothing(path: str) -> Iterator[None]:
-    """Makes one line of a full disk, and removes what could not be finished."""
+    """Turns a write that fails, as on a full disk, into a UserError, and removes the unfinished."""
     try:
         yield
     except (Exception, CheckpointException) as error:

@@ -1,6 +1,6 @@
 """Rows: what people's files hold -> Example, whatever its schema was.
 
-Known are LLaMA-Factory's sharegpt-multimodal (`messages` or `conversations` with `images`), verl's
+It reads LLaMA-Factory's sharegpt-multimodal (`messages` or `conversations` with `images`), verl's
 parquet (`prompt`, `reward_model`), pairs for the warm-up (`teacher_caption`, ...) and plain rows
 (`question`, `image`, `response`, `answer`). A row is read and parsed when it is drawn, so memory
 does not grow with the data. A row that cannot be used raises RowError: the caller leaves it out,
@@ -91,14 +91,14 @@ class Examples(Sequence):
         except RowError as error:
             error.where = where
             raise
-        except Exception as error:  # wrong types are as many as rows can be wrong
+        except Exception as error:  # a row can be wrong in ways that raise any kind
             bad = RowError(f"cannot be understood ({type(error).__name__}: {str(error)[:200]})")
             bad.where = where
             raise bad from None
 
     def system_prompt(self, most: int = 32) -> str:
-        """The system turn that most rows have, by `most` of them from all over the data; "" for
-        none."""
+        """The system turn that most rows have, judged by `most` rows from all over the data; ""
+        for none."""
         found = Counter()
         for i in range(0, len(self), math.ceil(len(self) / most)):
             with contextlib.suppress(RowError):
@@ -322,7 +322,7 @@ def _turn(turn: dict) -> tuple[str, object]:
     return ROLES[role], _first(turn, "content", "value")
 
 
-# Names of the field with a row's pictures, the most trusted first; texts that may end like a file.
+# Fields that hold a row's images, the most trusted first; texts, which may end like a file name.
 PICTURES = "decoded_image images image image_path image_paths image_file image_url img img_path"
 TEXTS = "question prompt system response answer caption teacher_response student_response"
 
@@ -410,7 +410,7 @@ def _options(row: dict) -> list[str]:
 
 
 def _with_options(turns: list, options: list[str]) -> list:
-    """The turns, the last of the user with the options, lettered, where no turn shows them."""
+    """The turns. Where none shows the options, the user's last turn gets them, with letters."""
     said = "\n".join(content for _, content in turns if isinstance(content, str))
     pairs = list(zip(LETTERS, options))
     if all(re.search(rf"\b{x}\W{{1,3}}{re.escape(text)}", said) for x, text in pairs):

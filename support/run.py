@@ -104,7 +104,7 @@ def _die(message: str, code: int) -> None:
     sys.stdout.flush()
     sys.stderr.flush()
     if code == 2 and run:
-        run.checkpoints.settle()  # a checkpoint from before the error
+        run.checkpoints.settle()  # lets a checkpoint from before the error be finished
     os._exit(code)  # as in `_crash`
 
 
@@ -193,7 +193,7 @@ class Run:
         self.drawn = self.progress["position"]  # rows that this rank knows of, none of them twice
 
     def _ask_to_stop(self, number: int, frame) -> None:
-        """Schedulers and torchrun send SIGTERM more than once; a second Ctrl-C is meant at once."""
+        """Schedulers and torchrun send SIGTERM more than once; a second Ctrl-C ends at once."""
         self.asked = number
         if number == signal.SIGINT:
             signal.signal(number, signal.SIG_DFL)
@@ -294,7 +294,7 @@ class Run:
 
     def _check_start(self, policy) -> None:
         """UserError where a run goes on with other weights than it started from. A checkpoint of
-        adapters does not hold these, and no checkpoint holds a reference."""
+        adapters does not hold those weights, and none holds the reference policy."""
         mine = checksum_of(policy)
         if self.progress.setdefault("start", mine) != mine:
             raise UserError(
@@ -321,7 +321,7 @@ class Run:
         return save_and_measure
 
     def _agree_to_stop(self) -> int:
-        """The signal that any rank got, so that all ranks stop behind the same step; 0 for none."""
+        """The signal that any rank got, so that all ranks stop after the same step; 0 for none."""
         return int(all_max([self.asked])[0])
 
     def _save_if_due(self, step: int, modules: dict, save: Callable, stopping: int) -> None:
@@ -370,7 +370,7 @@ class Run:
     @contextlib.contextmanager
     def phase(self, name: str):
         """Seconds spent inside go to the step's metrics as time/<name>. Ranks begin it together, so
-        that one that is lost is named."""
+        that a lost rank is named."""
         start = time.perf_counter()
         barrier()
         yield
@@ -490,7 +490,7 @@ class Run:
         return before
 
     def _end_again(self, before: dict) -> None:
-        """Ended: the run has finished. UserError where it is now asked for more."""
+        """Raises Ended, as the run has finished; UserError where it is asked for further steps."""
         config, earlier, finished = self.config, before["run"], before["finished"]
         name, more = "max_steps", config.max_steps > finished
         if config.max_steps <= 0:  # the epochs count
@@ -575,7 +575,7 @@ class Run:
         return [name for name in names if os.path.exists(os.path.join(self.path, name))]
 
     def _cut(self, name: str) -> None:
-        """Drops what a killed run had logged behind the checkpoint that this run goes on from, and
+        """Drops what a killed run had logged after the checkpoint that this run goes on from, and
         lines that are no JSON."""
         path = os.path.join(self.path, name)
         with open(path, errors="replace") as file, replacing(path) as new:
@@ -590,7 +590,7 @@ class Run:
     # Ranks that are lost
 
     def _note(self, *more) -> None:
-        """Leaves a word for the other ranks, should this one be lost: its step and process."""
+        """Writes this rank's step and process id, for the other ranks, should this one be lost."""
         path = os.path.join(self.path, "ranks", str(rank()))
         with open(path + ".new", "w") as file:
             print(self.step, os.uname().nodename, os.getpid(), *more, file=file)

@@ -1,5 +1,5 @@
-"""Tables of what the discriminator has said in one batch, and what the log is told of them: scores
-and pair accuracy by view, and the experts that each view took."""
+"""The discriminator's scores of one batch as tables, and the metrics that the log gets from them:
+scores and pair accuracy by view, and the experts that each view chose."""
 
 from dataclasses import dataclass
 

@@ -79,7 +79,7 @@ def _meant(truth) -> list:
     wrapped = [m[0] for m in re.finditer(rf"<answer>[^<>]*</answer>|{boxed}", truth)]
     if len(wrapped) == 1:
         return wrapped
-    # What is left of the tags, no answer can hold, since the format breaks at them.
+    # No answer can hold what is left of the tags, since they break its format.
     truth = re.sub(r"</?(?:caption|think|answer)>", " ", truth)
     return [re.sub(boxed, lambda match: match[1][1:-1], truth).strip()]
 
@@ -479,7 +479,7 @@ def _compare_lists(said: Claim, true: Claim, steps: Iterator) -> list | None:
 
 _server: subprocess.Popen | None = None
 _lock = threading.RLock()
-# In a fork of ours the child is not ours, and a thread that held the lock is gone.
+# After a fork the child is still the parent's, and a thread that held the lock is gone.
 os.register_at_fork(after_in_child=lambda: globals().update(_server=None, _lock=threading.RLock()))
 
 
@@ -498,7 +498,7 @@ def start() -> None:
 
 
 def _ask(question: bytes, seconds: float) -> str:
-    """The child's line, which it writes at once. If it died or is late, that and it is ended."""
+    """The child's answer, one line. "late" or "died: ..." where there is none; it is ended then."""
     global _server
     server, _server = _server, None  # an interrupt below leaves no answer for the next question
     poll = select.poll()
@@ -520,6 +520,6 @@ def _prove(alternatives: list[list[tuple[str, str]]]) -> bool:
         for _ in range(2):  # a child that was killed from outside gets one successor
             start()
             verdict = _ask(json.dumps(alternatives).encode() + b"\n", WALL_LIMIT + 2)
-            if not verdict.startswith("died"):  # "late" is wrong: the kernel ends slow forks before
+            if not verdict.startswith("died"):  # "late": the kernel ends slow forks sooner
                 return verdict == "right"
     raise RuntimeError("the verifier's algebra child was killed twice during one question")

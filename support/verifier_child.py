@@ -31,8 +31,8 @@ def guard(event: str, args: tuple) -> None:
         raise PermissionError(event)
 
 
-# sympify and parse_expr evaluate text in one function alone, which is gone. The parser's numbers
-# would end there too; Rational reads them exactly and without it.
+# sympify and parse_expr evaluate text in one function alone, which is removed here. The parser
+# would read numbers by it too; Rational reads them exactly and without it.
 sympy.parsing.sympy_parser.eval_expr = None
 _Latex2Sympy.parse_number = lambda self, text: sympy.Rational(text.replace(",", ""))
 

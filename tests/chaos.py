@@ -4,12 +4,12 @@
     python tests/chaos.py --tries 100 --only kill   kills only
     python tests/chaos.py --tries 0 --fuzz 1000000    inputs that are broken in every way
 
-A try is a short run of one stage on one or two ranks, that a fault happens to up to three times and
-that is resumed each time. What it ends with must equal an undisturbed run to the last bit: metrics
-without the times, rollouts, weights. A part of the kills is aimed into the saving of checkpoints.
-Prints a table: fault, tried, survived. Then one long run of alignment is watched for memory, time
-a step, open files and threads that grow. Then come the inputs: whatever they are, they raise
-nothing that is not caught, and take no second.
+A try is a short run of one stage on one or two ranks. A fault strikes it up to three times, and it
+is resumed each time. Its result must equal that of an undisturbed run to the last bit: metrics
+without the times, rollouts, weights. Some kills are aimed at the moment when a checkpoint is saved.
+A table shows each fault, how often it was tried and survived. Then one long run of alignment is
+watched: memory, time a step, open files and threads must not grow. Then come broken inputs: none
+may raise an error that nobody catches, and none may take a second.
 
 Not a test by pytest's names; `make chaos` runs it. tests/test_run.py uses parts of it.
 """
@@ -49,8 +49,8 @@ def free_port() -> int:
 
 
 class Nursery:
-    """A process that has imported all that a stage imports, and forks a stage when asked: it starts
-    in a moment, and is otherwise what `python stage.py` or one of torchrun's workers is."""
+    """A process that has imported all that a stage imports, and forks a stage when asked. The stage
+    starts in a moment, and is otherwise as started by `python` or by torchrun."""
 
     def __init__(self):
         serve = [sys.executable, str(Path(__file__).resolve()), "--serve"]
@@ -64,8 +64,8 @@ class Nursery:
         return json.loads(self.process.stdout.readline())
 
     def start(self, script: str, *args, ranks: int = 1, log, **env) -> "Started":
-        """A stage as processes, one a rank. What they say goes to files named after `log`, what
-        they print alone to others that end in `.out`."""
+        """Starts a stage as processes, one a rank. Their stderr goes to files named after `log`,
+        their stdout to files that end in `.out`."""
         env = {key: str(value) for key, value in env.items()}
         if ranks > 1:
             port = str(free_port())
@@ -95,7 +95,7 @@ class Started:
         self.nursery, self.pids, self.logs, self.codes = nursery, pids, logs, None
 
     def signal(self, number: int, *ranks: int) -> None:
-        """To the processes of the given ranks, of all where none is given."""
+        """Sends a signal to the processes of the given ranks, or to all of them."""
         if self.codes:
             return  # all have ended, and their numbers may be those of other processes
         for rank in ranks or range(len(self.pids)):
@@ -219,7 +219,7 @@ def numbers(path) -> list[dict]:
 
 
 def differences(one, two) -> list[str]:
-    """In what two runs' directories differ: steps, rollouts, weights. Empty where in nothing."""
+    """How two runs' directories differ: in steps, rollouts, weights. Empty where they do not."""
     import torch
     from safetensors.torch import load_file
 
@@ -320,7 +320,7 @@ def strike(started: Started, out: Path, rng: random.Random, length: float, aimed
 
 
 def damage(out: Path, rng: random.Random) -> None:
-    """Other bytes in the middle of some file of the newest checkpoint, or an end too early."""
+    """Changes bytes in the middle of some file of the newest checkpoint, or cuts it off there."""
     found = [p for p in out.glob("checkpoint-*") if p.name[11:].isdigit()]
     if found:
         newest = max(found, key=lambda path: int(path.name[11:]))
@@ -368,7 +368,7 @@ def one_try(
         if None in codes or "Traceback" in started.said:
             return False, f"after {fault}: {codes} {started.said[-300:]}"
         number = signal.SIGTERM if fault == "SIGTERM" else signal.SIGINT
-        polite = {0, 130, -number}  # the last before there is a run, or after it
+        polite = {0, 130, -number}  # -number: before there is a run, or after it
         if "stopped by a signal; saved" in started.said:
             polite = {0 if fault == "SIGTERM" else 130}
         if fault in ("SIGTERM", "SIGINT") and not set(codes) <= polite:
@@ -388,7 +388,7 @@ def resumed(nursery, words, ranks, reference, folder, out) -> tuple[bool, str]:
 
 
 def full_disk(nursery, script, ranks, base, reference, folder, rng) -> tuple[bool, str]:
-    """A disk that is full at some moment: one line, and nothing half on it."""
+    """A disk that gets full: the run must end with one line and leave nothing half-written."""
     disk = folder / "disk"
     disk.mkdir(exist_ok=True)
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", disk], check=True)
@@ -426,7 +426,7 @@ def two_at_once(nursery, script, base, reference, folder, rng) -> tuple[bool, st
 
 
 def chaos(nursery: Nursery, folder: Path, prepared: tuple, tries: int, seed: int, only: str):
-    """The table. -> whether all was survived."""
+    """Tries the faults and prints the table. -> whether every try was survived."""
     rng = random.Random(seed)
     faults = [fault for fault in FAULTS if only in fault]
     reference, length = {}, {}
@@ -534,7 +534,7 @@ def watch(nursery: Nursery, folder: Path, prepared: tuple, steps: int) -> bool:
 
 
 def answers(rng: random.Random):
-    """Texts for parse_response: what it takes apart is whole."""
+    """Texts for parse_response. The blocks of those that it accepts must be whole."""
     from data import TAGS, parse_response
 
     odd = ["<", ">", "</", "caption", "<image>", "\ud800", "\0", "é", "  ", "\n", "a", "x = 5"]
@@ -737,11 +737,11 @@ def fuzz(folder: Path, world: dict, count: int, seed: int, only: str = "") -> bo
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--tries", type=int, default=80, help="80: every fault on every stage")
-    parser.add_argument("--only", default="", help="faults and inputs whose name has this in it")
+    parser.add_argument("--tries", type=int, default=80, help="80: each fault on each stage")
+    parser.add_argument("--only", default="", help="only faults and inputs with this in their name")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, default=300, help="of the run that is watched")
-    parser.add_argument("--fuzz", type=int, default=20_000, help="inputs that are tried")
+    parser.add_argument("--steps", type=int, default=300, help="steps of the run that is watched")
+    parser.add_argument("--fuzz", type=int, default=20_000, help="how many inputs to try")
     parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.serve:

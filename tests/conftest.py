@@ -1,4 +1,4 @@
-"""Before torch is imported anywhere: one thread a process, and nothing from a hub.
+"""Sets one thread a process and no hub, before torch is imported anywhere.
 
 The tests' own world: a small build of the digits with random weights, and a policy trained on it
 for a moment, both made once a session. `launch` runs a script in as many processes as asked.
@@ -64,7 +64,7 @@ def world(tmp_path_factory) -> dict[str, str]:
 
 
 def varlen_by_mask(q, k, v, starts_q, starts_k, *_, scale, seqused_k=None, **options):
-    """What torch documents of `varlen_attn`, by one mask over all queries and keys."""
+    """`varlen_attn` as torch documents it, by one mask over all queries and keys."""
 
     def numbered(starts, count):
         at = torch.arange(count)
@@ -145,9 +145,9 @@ def same_samples(policy, ours, theirs, temperature=1.0, seed=0, step=0) -> int:
 def launch(
     script: str, *args, ranks: int = 1, check: bool = True, real: bool = False, **env
 ) -> subprocess.CompletedProcess:
-    """Runs a script as `ranks` processes and captures what they say. They are forked from one that
-    has imported everything. With `real`, or an environment of their own, or where it matters what
-    torchrun makes of a failure, `python` or torchrun starts them, as a user would."""
+    """Runs a script as `ranks` processes and captures what they print. They are forks of a process
+    that has imported everything. With `real`, with variables in `env`, or on several ranks that may
+    fail (`check` False), `python` or torchrun starts them, as a user would."""
     words = [*map(str, (script, *args))]
     if real or env or (ranks > 1 and not check):
         start = [sys.executable]
@@ -196,7 +196,7 @@ def trained(world, tmp_path_factory) -> str:
 
 @pytest.fixture(scope="session")
 def in_bfloat16(trained, tmp_path_factory) -> str:
-    """The same as models are published: in bfloat16, which its configuration names."""
+    """The policy of `trained` as models are published: in bfloat16, which its config names."""
     from safetensors.torch import load_file, save_file
 
     out = tmp_path_factory.mktemp("in_bfloat16") / "policy"
