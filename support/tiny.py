@@ -32,13 +32,13 @@ class Shape:
     vision_hidden_size: int = 64  # width of the vision tower
     vision_intermediate_size: int = 128  # width of its MLPs
     vision_layers: int = 2  # layers of the vision tower
-    initializer_range: float = 0.06  # of the first weights; with 0.02 so narrow a model learns late
+    initializer_range: float = 0.06  # std of the first weights; 0.02 learns late at this size
 
 
 # A digit, 8 x 8 pixels shown at 16 x 16, is 2 x 2 patches: one token of the language model.
 PATCH, MERGE = 8, 2
 
-# Qwen3-VL's added tokens in their order. Those of the second lot are not "special": decoding never
+# Qwen3-VL's added tokens in their order. Those of the second list are not "special": decoding never
 # drops them.
 CONTROL_TOKENS = """<|endoftext|> <|im_start|> <|im_end|> <|object_ref_start|> <|object_ref_end|>
     <|box_start|> <|box_end|> <|quad_start|> <|quad_end|> <|vision_start|> <|vision_end|>
