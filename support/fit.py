@@ -18,7 +18,7 @@ share equally is counted on the GPU that holds most, see `share`.
     head           6 V (1024 + h) log-probabilities, V words, h wide: a chunk of logits in float32
                                   and bfloat16, the head's gradient likewise
     cache          4 k            for each layer and token while sampling, k values of a key; a
-                                  prompt stands once, rows have --max_completion_length tokens
+                                  prompt stands once, a rollout has --max_completion_length
 
 A phase is counted at the moment that needs most. Not counted is what CUDA, NCCL and the gaps of the
 allocator take: of the 79 GiB or so of an 80 GB card only 80e9 bytes, 74.5 GiB, are given out here.
