@@ -464,9 +464,9 @@ def test_what_a_stage_refuses_has_no_count(tmp_path):
     Gemma3Config().save_pretrained(tmp_path / "gemma")
     Blip2Config().save_pretrained(tmp_path / "blip")
     said = fails("sft.py", "--model", tmp_path / "gemma", "--dry_run", 8)
-    expected = f"{tmp_path / 'gemma'}: found full_attention, sliding_attention among the layers of"
-    assert said.startswith(f"error: {expected} gemma3")
-    with torch.device("meta"), pytest.raises(UserError, match="found full_attention, sliding"):
+    expected = f"{tmp_path / 'gemma'}: the layers of gemma3 have full_attention, sliding_attention;"
+    assert said.startswith(f"error: {expected} packs need")
+    with torch.device("meta"), pytest.raises(UserError, match="have full_attention, sliding"):
         adapt(AutoModelForImageTextToText.from_config(Gemma3Config()))
     said = fails("sft.py", "--model", tmp_path / "blip", "--dry_run", 8)
     assert said.startswith(f"error: --dry_run: cannot count the memory of {tmp_path / 'blip'}, a b")

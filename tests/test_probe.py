@@ -168,8 +168,8 @@ def test_the_warm_up_ends_with_a_probe(warm_up):
     assert "validation_pairs" in last and all(0 <= last[name] <= 1 for name in NAMES)
     (told,) = (line for line in said.splitlines() if line.startswith("probe, comparisons won"))
     assert told == probing.in_words(last)
-    assert f"perception {last['probe_picture']:.2f}  against another picture" in told
-    assert f"{last['probe_answer']:.2f}  against another answer" in told
+    assert f"perception {last['probe_picture']:.2f} against another picture" in told
+    assert f"{last['probe_answer']:.2f} against another answer" in told
 
 
 def test_the_text_only_discriminator_is_blind_on_two_ranks(world, trained, tmp_path):
