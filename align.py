@@ -44,7 +44,7 @@ from support.flags import Count, Natural, NonNegative, Positive, RunConfig, Sche
 from support.huggingface import save_discriminator, save_policy
 from support.metrics import Mean, Sum
 from support.optimizer import adamw, learning_rate_at, optimizer_step
-from support.ranks import all_sum, say, shard
+from support.ranks import all_sum, say
 from support.run import Run, main
 
 
@@ -118,9 +118,12 @@ def train() -> None:
     examples = load_examples(config, ("response",), config.ckpt, config.discriminator)
     policy, processor = load_policy(config.ckpt, run.device, config)
     discriminator, _ = load_discriminator(
-        config.discriminator, seed=config.seed, policy_processor=processor
+        config.discriminator,
+        seed=config.seed,
+        policy_processor=processor,
+        device=run.device,
+        config=config,
     )
-    discriminator = shard(discriminator, run.device, config)
     policy.train()
     discriminator.train()
     optimizer = adamw(policy, config.weight_decay)

@@ -41,7 +41,7 @@ D13 A twentieth of the pairs is held out, so the warm-up has 1,782 steps and not
 
 import math
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -53,7 +53,7 @@ from probe import draw_trials, in_words, probe
 from sampler import Sampling, generate
 from support.errors import RowError, Unfit, UserError
 from support.flags import Count, NonNegative, Positive, RunConfig, Schedule, Share, Steps
-from support.huggingface import open_discriminator, same_prompts, save_discriminator
+from support.huggingface import CPU, fill, open_discriminator, same_prompts, save_discriminator
 from support.loader import hold_out, run_length
 from support.metrics import Loss, Mean, Sum, add
 from support.optimizer import adamw, learning_rate_at, optimizer_step
@@ -172,23 +172,23 @@ def grouped(rows: torch.Tensor, weight: torch.Tensor, ends: torch.Tensor) -> tor
 
 
 def upcycle(
-    backbone,
+    layers,
+    generator: torch.Generator,
     num_experts: int = 4,
     top_k: int = 2,
     noise_std: float = 0.01,
     router_std: float = 0.02,
-    seed: int = 0,
 ) -> None:
-    """(3): turns every dense MLP of the backbone's language model into experts, in place. Each
-    expert is a copy of the dense MLP plus noise. UserError where an MLP is not gated or has biases.
+    """(3): turns the dense MLP of each of these layers of a language model into experts, in place.
+    Each expert is a copy of the dense MLP plus noise. UserError where an MLP is not gated or has
+    biases.
     Takes along: SparseMLP, support.errors.UserError."""
-    generator = torch.Generator().manual_seed(seed)
 
     def noise(like, std):
         drawn = torch.randn(like.shape, generator=generator, dtype=torch.float32)
         return drawn.to(like) * std
 
-    for layer in backbone.language_model.layers:
+    for layer in layers:
         mlp = layer.mlp
         parts = [getattr(mlp, name, None) for name in ("gate_proj", "up_proj", "down_proj")]
         if not all(part is not None and part.bias is None for part in parts):
@@ -473,16 +473,17 @@ def of_pairs(scores: torch.Tensor, pairs: torch.Tensor) -> torch.Tensor:
 
 
 def load_discriminator(
-    path: str, kind: str | None = None, dropout: float = 0.1, seed: int = 0, policy_processor=None
+    path: str, kind=None, dropout=0.1, seed=0, policy_processor=None, device=CPU, config=None
 ):
-    """-> (discriminator, processor) from a Hugging Face directory or hub id.
+    """-> (discriminator, processor) from a Hugging Face directory or hub id, sharded as the flags
+    in `config` say (`ranks.shard`).
 
     A dense vision-language model is upcycled, unless `kind` is dense. A discriminator, ours or the
     released one, is loaded as it is, with its score head or heads. Where `kind` is None, it is the
     kind that was saved with the model, or learned where none was saved.
     UserError where it cannot be loaded, or where prompts that `policy_processor` encodes would mean
     something else to it."""
-    saved = open_discriminator(path)
+    saved = open_discriminator(path, get_args(Kind))
     if saved.kind and kind and saved.kind != kind:
         raise UserError(f"{path}: was trained with --experts {saved.kind}; pass that, not {kind}")
     kind = saved.kind or kind or "learned"
@@ -494,16 +495,12 @@ def load_discriminator(
             f"discriminator and a policy of one model family"
         )
     backbone = adapt(saved.model, path).base_model
+    layers = list(backbone.language_model.layers)
     if saved.experts:
-        for layer, parts in zip(backbone.language_model.layers, saved.experts):
+        for layer, parts in zip(layers, saved.experts):
             act_fn = getattr(layer.mlp, "experts", layer.mlp).act_fn
             experts = Experts(parts["gate_up_proj"], parts["down_proj"], act_fn)
             layer.mlp = SparseMLP(Router(parts["gate"]), experts, saved.top_k)
-    elif kind != "dense":
-        try:
-            upcycle(backbone, seed=seed)
-        except UserError as error:
-            raise UserError(f"{path}: {error}") from None
     torch.manual_seed(seed)  # of a new score head
     discriminator = Discriminator(backbone, kind, dropout)
     discriminator.source = saved.model.source
@@ -511,7 +508,20 @@ def load_discriminator(
         say(f"{path}: has no score head yet; it is drawn at random")
     else:
         discriminator.score.weight.data.copy_(saved.head)  # (2, h); a (1, h) fills both rows
-    return discriminator, saved.processor
+    generator = torch.Generator().manual_seed(seed)
+
+    def prepare(block) -> None:
+        """Reads and upcycles a dense layer right before it is sharded: one at a time is whole."""
+        if block in layers and kind != "dense" and not saved.experts:
+            prefix = f"model.language_model.layers.{layers.index(block)}.mlp."
+            fill(block.mlp, path, device, prefix)
+            try:
+                upcycle([block], generator)
+            except UserError as error:
+                raise UserError(f"{path}: {error}") from None
+
+    discriminator = shard(discriminator, device, config, prepare)
+    return fill(discriminator, path, device), saved.processor
 
 
 # --------------------------------------------------------------------------------------------------
@@ -534,8 +544,10 @@ def warm_up() -> None:
         dropout=config.dropout,
         seed=config.seed,
         policy_processor=policy_processor,
+        device=run.device,
+        config=config,
     )
-    discriminator = shard(discriminator, run.device, config).train()
+    discriminator.train()
     optimizer = adamw(discriminator, config.weight_decay)
 
     def encode(example, prompt) -> Comparison:

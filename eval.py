@@ -139,8 +139,8 @@ def keep_other_results(config: EvalConfig, output_dir: str) -> None:
         mine = getattr(config, name)
         if before.get(name, mine) != mine:
             raise UserError(
-                f"{output_dir}/eval.json: holds a result of --{name} {as_typed(before[name])}, not of "
-                f"{as_typed(mine)}; name another --output_dir, or remove the file"
+                f"{output_dir}/eval.json: holds a result of --{name} {as_typed(before[name])}, not "
+                f"of {as_typed(mine)}; name another --output_dir, or remove the file"
             )
 
 

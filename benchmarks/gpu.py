@@ -223,7 +223,7 @@ def rl_step(shape, clock, device, processor, judged_by=None) -> None:
     parts, peaks = {}, []
     if judged_by:
         backbone = make(judged_by, device, seed=1).base_model
-        upcycle(backbone)
+        upcycle(backbone.language_model.layers, torch.Generator())
         with torch.device(device):
             judging = Discriminator(backbone, "learned")
         found = trained(judging, device)
@@ -271,7 +271,7 @@ def parity(clock, device, processor) -> None:
     say("packs against float32 on the CPU", (there - here).abs().mean().item())
     say("sampled against float32 on the CPU", (sampled - here).abs().mean().item())
     backbone = on_cpu.base_model
-    upcycle(backbone)
+    upcycle(backbone.language_model.layers, torch.Generator())
     judges = [Discriminator(backbone, "learned", 0.0)]
     judges.append(shard(copy.deepcopy(judges[0]).to(device), device))
     some = comparisons(2048, 8)[:1]

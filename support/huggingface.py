@@ -2,9 +2,9 @@
 discriminator. What the method computes does not depend on this file.
 
 A model is built without weights and sharded; then each rank reads its shard of the files. That
-works where the names and shapes in the files are the module's own, as Qwen3-VL's are. Models whose
-weights transformers renames or turns while it reads them are loaded whole by every rank, and
-sharded afterwards.
+works where the names and shapes in the files are the module's own, as Qwen3-VL's are; experts may
+be transposed. Models whose weights transformers renames or converts while it reads them are loaded
+whole by every rank, and sharded afterwards.
 """
 
 import copy
@@ -91,7 +91,7 @@ def load_pretrained(path: str, config, unused: str = "$^", hollow: bool = False)
     dtype = config.dtype or config.get_text_config().dtype or torch.float32
     try:
         processor = load_processor(path)
-        model = _hollow(config, path) if hollow else None
+        model = _hollow(config, path, unused) if hollow else None
         if model is None:
             model, found = AutoModelForImageTextToText.from_pretrained(
                 path,
@@ -124,41 +124,59 @@ def load_pretrained(path: str, config, unused: str = "$^", hollow: bool = False)
     return model, processor
 
 
-def _hollow(config, path: str):
+def _hollow(config, path: str, unused: str = "$^"):
     """The model without weights (on the meta device), or None where the names and shapes in the
-    files are not its own. What no file holds, as the rotary frequencies, is computed."""
+    files are not its own, but for experts, which published files hold transposed. Names that match
+    `unused` may be left over. What no file holds, as the rotary frequencies, is computed."""
 
     def empty(module, name, parameter):
         if not parameter.is_meta:  # else it is shared with another module, and stays so
             return torch.nn.Parameter(parameter.data.to("meta"), parameter.requires_grad)
 
-    stored = HuggingFaceStorageReader(_folder(path)).read_metadata().state_dict_metadata
     hook = register_module_parameter_registration_hook(empty)
     try:
         flags = dict(dtype=torch.float32, trust_remote_code=False)
         model = AutoModelForImageTextToText.from_config(config, **flags).eval()
     finally:
         hook.remove()
-    own = {name: tensor.shape for name, tensor in _in_files(model).items()}
-    theirs = {name: tensor.size for name, tensor in stored.items() if len(tensor.chunks) == 1}
-    if own != theirs or len(theirs) < len(stored):
+    own, stored = _in_files(model), _shapes(path)
+    theirs = {name for name in stored if not re.search(unused, name)}
+    if own.keys() != theirs or not all(_as_stored(own[n], stored[n]) is not None for n in own):
         return None
     if _files(path, ["generation_config.json"]):
         model.generation_config = GenerationConfig.from_pretrained(path)
     return model
 
 
-def fill(model, path: str, device: torch.device):
+def fill(module, path: str, device: torch.device, prefix: str = ""):
     """Reads the weights of a hollow model, sharded or not, and returns it. Each rank reads its
-    part."""
-    if not next(model.parameters()).is_meta:
-        return model
-    # What is not hollow stays: computed buffers, adapters.
-    model._apply(lambda t: torch.empty_like(t, device=device) if t.is_meta else t)
-    model.tie_weights()  # a tied head is two tensors by now
+    part. Where `module` is a part of the model, its names in the files begin with `prefix`."""
+    hollow = [name for name, tensor in _in_files(module).items() if tensor.is_meta]
+    if not hollow:
+        return module
+    # What is not hollow stays: computed buffers, adapters, a score head, upcycled experts.
+    module._apply(lambda t: torch.empty_like(t, device=device) if t.is_meta else t)
+    if hasattr(module, "tie_weights"):
+        module.tie_weights()  # a tied head is two tensors by now
+    own, stored = _in_files(module), _shapes(path)
+    wanted = {prefix + name: _as_stored(own[name], stored[prefix + name]) for name in hollow}
     reader = HuggingFaceStorageReader(_folder(path))
-    dcp.load(_in_files(model), storage_reader=reader, no_dist=not dist.is_initialized())
-    return model
+    dcp.load(wanted, storage_reader=reader, no_dist=not dist.is_initialized())
+    return module
+
+
+def _shapes(path: str) -> dict[str, torch.Size]:
+    """Of each tensor in the files of a directory or hub id its shape; none of one that stands in
+    several files."""
+    stored = HuggingFaceStorageReader(_folder(path)).read_metadata().state_dict_metadata
+    return {n: t.size if len(t.chunks) == 1 else torch.Size() for n, t in stored.items()}
+
+
+def _as_stored(tensor: torch.Tensor, shape: torch.Size) -> torch.Tensor | None:
+    """A tensor in the shape that a file has: as it is, or experts transposed. None otherwise."""
+    if tensor.ndim == 3 and tensor.shape != shape:
+        tensor = tensor.mT
+    return tensor if tensor.shape == shape else None
 
 
 def add_adapters(policy, lora_rank: int) -> None:
@@ -190,14 +208,15 @@ def _in_files(module) -> dict[str, torch.Tensor]:
     return {n.replace(".base_layer.", "."): t for n, t in held.items() if ".lora_" not in n}
 
 
+@lru_cache
 def _folder(path: str | Path, wanted=("*.safetensors", "*.json")) -> Path:
-    """The directory of a hub id."""
+    """The directory of a hub id. The hub is asked once."""
     return Path(path if os.path.isdir(path) else snapshot_download(path, allow_patterns=wanted))
 
 
 def _files(path: str | Path, names: list[str]) -> dict[str, bytes]:
     """The contents of those files that a directory or hub id has."""
-    folder = _folder(path, [*names, "config.json"])
+    folder = _folder(path, (*names, "config.json"))
     return {name: (folder / name).read_bytes() for name in names if (folder / name).is_file()}
 
 
@@ -349,7 +368,7 @@ def _of_rank(tensor: torch.Tensor) -> torch.Tensor:
 class SavedDiscriminator:
     """What the directory of a discriminator, or of a model that is to become one, holds."""
 
-    model: torch.nn.Module  # of transformers, with `source`
+    model: torch.nn.Module  # of transformers, with `source`; without weights where `fill` can read
     processor: object
     kind: str | None  # the kind of discriminator that was saved, None for another model
     experts: list[dict] | None  # of each layer gate (E, h), gate_up_proj, down_proj; None: dense
@@ -360,16 +379,22 @@ class SavedDiscriminator:
 HEAD = r"score|^v_head|^value_head"  # the names of a score head, ours and the release's
 
 
-def open_discriminator(path: str) -> SavedDiscriminator:
-    """Reads a discriminator, ours or the released one, or a dense vision-language model.
+def open_discriminator(path: str, kinds: tuple[str, ...]) -> SavedDiscriminator:
+    """Reads a discriminator, ours or the released one, or a dense vision-language model. `kinds`
+    are those that a discriminator may have been saved as.
 
     Experts of a Qwen3-VL are part of a model of transformers. For other models transformers has no
     class with experts: theirs are read from the files by name."""
     config = read_config(path)
     kind, moe = getattr(config, "prism_experts", None), isinstance(config, Qwen3VLMoeConfig)
+    if kind not in (None, *kinds):
+        raise UserError(
+            f"{path}: config.json has prism_experts {kind!r}, expected one of {', '.join(kinds)}; "
+            f"write the one that it was trained with, or save the discriminator again"
+        )
     in_files = kind not in (None, "dense") and not moe
     unused = rf"{HEAD}|language_model.*\.mlp\." if in_files else HEAD
-    model, processor = load_pretrained(path, config, unused)
+    model, processor = load_pretrained(path, config, unused, hollow=not in_files)
     layers = getattr(getattr(model.base_model, "language_model", None), "layers", None)
     if layers is None:
         raise UserError(f"{path}: {type(model).__name__} has no language_model; choose another")
@@ -387,11 +412,16 @@ def open_discriminator(path: str) -> SavedDiscriminator:
             for layer in layers
         ]
     elif in_files:
-        experts = [{} for _ in layers]
-        for name, tensor in read_tensors(path, r"layers\.\d+\.mlp\.(gate|experts)\.").items():
-            number, parameter = re.search(r"layers\.(\d+)\.mlp\.(.*)", name).groups()
-            part = parameter.removeprefix("experts.").removesuffix(".weight")
-            experts[int(number)][part] = tensor.float()
+        stored, experts = read_tensors(path, r"\.mlp\.(gate|experts)\."), []
+        names = {"gate": "gate.weight", "gate_up_proj": "experts.gate_up_proj"}
+        names |= {"down_proj": "experts.down_proj"}
+        for number in range(len(layers)):
+            experts.append({})
+            for part, name in names.items():
+                name = f"model.language_model.layers.{number}.mlp.{name}"
+                if name not in stored:
+                    raise UserError(f"{path}: has no tensor {name}; save the discriminator again")
+                experts[number][part] = stored[name].float()
     heads = [head for head in read_tensors(path, HEAD).values() if head.ndim == 2]
     head = heads[0].float() if heads else None
     return SavedDiscriminator(model, processor, kind, experts, top_k, head)
@@ -472,7 +502,7 @@ class ImageTextProcessor(Qwen3VLProcessor):
 
 def load_processor(path: str | Path):
     """The processor of a directory or hub id."""
-    folder = _folder(path, [*PROCESSOR_FILES, "config.json"])
+    folder = _folder(path, (*PROCESSOR_FILES, "config.json"))
     try:
         processor = AutoProcessor.from_pretrained(folder, trust_remote_code=False)
     except ImportError:  # the video processor wants torchvision

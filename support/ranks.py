@@ -109,9 +109,10 @@ def vision_tower(module: torch.nn.Module) -> torch.nn.Module:
     return next(m for m in module.modules() if hasattr(m, "get_encoder")).get_encoder("image")
 
 
-def shard(module, device: torch.device, config=None):
+def shard(module, device: torch.device, config=None, prepare=lambda block: None):
     """Shards a module by FSDP2 over all ranks and returns it. Every transformer block is a unit;
-    the rest belongs to the root.
+    the rest belongs to the root. `prepare` is called with each block right before it is sharded:
+    what it makes of the block is whole for that moment only.
 
     Of the flags in `config`, `freeze_vision` keeps the vision tower as it is, and
     `activation_checkpointing` is `recompute`. With `hsdp` the ranks of a node share the parameters
@@ -121,6 +122,8 @@ def shard(module, device: torch.device, config=None):
     if getattr(config, "activation_checkpointing", False):
         recompute(module)
     if world_size() == 1 and device.type == "cpu":
+        for block in blocks(module):
+            prepare(block)
         return module
     if getattr(config, "hsdp", False):
         mesh = nodes_mesh(device, datetime.timedelta(minutes=config.timeout))
@@ -132,6 +135,7 @@ def shard(module, device: torch.device, config=None):
     sharding = dict(mesh=mesh, mp_policy=precision)
     sharding["shard_placement_fn"] = lambda p: Shard(sharded_dimension(p.shape, mesh.shape[-1]))
     for block in blocks(module):
+        prepare(block)
         fully_shard(block, **sharding)
     fully_shard(module, **sharding)
     for part in module.modules():

@@ -1037,7 +1037,7 @@ def test_upcycling_copies_with_the_papers_noise(dense):
     ) == (4, 2, 0.01, 0.02)
     before = Qwen3VLForConditionalGeneration.from_pretrained(dense).model
     model = Qwen3VLForConditionalGeneration.from_pretrained(dense).model
-    upcycle(model, seed=3)
+    upcycle(model.language_model.layers, torch.Generator().manual_seed(3))
     noises, routers = [], []
     for layer, old in zip(model.language_model.layers, before.language_model.layers):
         experts = layer.mlp.experts
@@ -1077,7 +1077,7 @@ def test_upcycling_is_reproducible_and_depends_on_the_seed(dense):
     weights = []
     for seed in (0, 0, 1):
         model = Qwen3VLForConditionalGeneration.from_pretrained(dense).model
-        upcycle(model, seed=seed)
+        upcycle(model.language_model.layers, torch.Generator().manual_seed(seed))
         weights.append(model.language_model.layers[1].mlp.experts.down_proj)
     assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[0], weights[2])
 
@@ -1090,7 +1090,7 @@ def test_upcycled_without_noise_is_the_dense_model(dense):
     branch = encode_views(processor, TEACHER)[1]
     with torch.no_grad():
         expected = their_hidden(model, prompt, branch, processor)
-        upcycle(model.model, noise_std=0.0, router_std=1.0)
+        upcycle(model.model.language_model.layers, torch.Generator(), noise_std=0.0, router_std=1.0)
         torch.testing.assert_close(
             their_hidden(model, prompt, branch, processor), expected, atol=2e-5, rtol=1e-4
         )
@@ -1101,13 +1101,10 @@ def test_upcycled_without_noise_is_the_dense_model(dense):
 
 
 def test_upcycling_names_what_it_cannot_turn():
-    backbone = torch.nn.Module()
-    backbone.language_model = torch.nn.Module()
     layer = torch.nn.Module()
     layer.mlp = torch.nn.Sequential(torch.nn.Linear(2, 2))
-    backbone.language_model.layers = torch.nn.ModuleList([layer])
     with pytest.raises(UserError, match="gate_proj.*Sequential"):
-        upcycle(backbone)
+        upcycle([layer], torch.Generator())
 
 
 # --------------------------------------------------------------------------------------------------

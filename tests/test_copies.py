@@ -278,7 +278,7 @@ def test_discriminator_with_its_losses(world, groups, tmp_path):
     discriminator.eval()
     body = """
     backbone = adapt(policy).base_model
-    upcycle(backbone, seed=3)
+    upcycle(backbone.language_model.layers, torch.Generator().manual_seed(3))
     torch.manual_seed(3)
     judge = Discriminator(backbone, "learned").eval()
     (pack,) = make_packs(groups)

@@ -18,6 +18,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForImageTextToText,
     CLIPVisionConfig,
@@ -466,7 +467,7 @@ def test_dense_has_no_experts_and_upcycling_without_noise_is_dense(world, prompt
     assert dense.sparse == [] and not any(isinstance(m, SparseMLP) for m in dense.modules())
     comparisons = [Comparison(p, TEACHER, [OTHER, LONG]) for p in prompts]
     (_, expected), _ = both_scores(dense, processor, comparisons)
-    upcycle(dense.model, noise_std=0.0, router_std=1.0)
+    upcycle(dense.model.language_model.layers, torch.Generator(), noise_std=0.0, router_std=1.0)
     assert len(dense.sparse) == 2
     (_, scores), _ = both_scores(dense, processor, comparisons)
     assert all(len(block.chosen.unique()) == 4 for block in dense.sparse)
@@ -986,6 +987,22 @@ def test_another_model_as_discriminator(world, other_model, tmp_path, kind):
         load_policy(str(tmp_path / "d"))
     with pytest.raises(UserError, match=f"--experts {kind}"):
         load_discriminator(str(tmp_path / "d"), "learned" if kind != "learned" else "dedicated")
+
+
+def test_a_damaged_discriminator_of_another_model(other_model, tmp_path):
+    """A missing tensor and an unknown kind of experts are named."""
+    path, name = tmp_path / "d", "model.language_model.layers.1.mlp.experts.down_proj"
+    discriminator, _ = load_discriminator(other_model)
+    save_discriminator(discriminator, str(path))
+    tensors = load_file(path / "model.safetensors")
+    del tensors[name]
+    save_file(tensors, path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(UserError, match=f"no tensor {name}"):
+        load_discriminator(str(path))
+    config = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps(config | {"prism_experts": "newer"}))
+    with pytest.raises(UserError, match="prism_experts 'newer', expected one of learned"):
+        load_discriminator(str(path))
 
 
 def test_whose_prompts_it_can_take(world, tmp_path):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from subprocess import PIPE
@@ -14,7 +15,7 @@ from safetensors.torch import load_file
 
 from data import SYSTEM_PROMPT, encode_prompts
 from discriminator import load_discriminator
-from support.huggingface import load_processor
+from support.huggingface import load_processor, processor_files, write_files
 from support.ranks import shard
 from support.rows import load_data
 from tests.chaos import free_port
@@ -231,15 +232,17 @@ from safetensors.torch import load_file
 from data import encode_prompts, parse_response
 from discriminator import Comparison, Discriminator, judge, upcycle
 from model import adapt
+from support import huggingface
 from support.huggingface import open_discriminator, save_discriminator
 from support.optimizer import optimizer_step
 from support.ranks import join_ranks, rank, shard
 from support.rows import load_data
 
 device = join_ranks()
-saved = open_discriminator(sys.argv[1])
+huggingface._hollow = lambda *args: None  # the model with its weights
+saved = open_discriminator(sys.argv[1], ("learned",))
 backbone = adapt(saved.model).base_model
-upcycle(backbone, num_experts=3)
+upcycle(backbone.language_model.layers, torch.Generator(), num_experts=3)
 torch.manual_seed(0)
 whole = Discriminator(backbone, "learned", dropout=0.0)
 parts = shard(copy.deepcopy(whole), device)
@@ -301,3 +304,70 @@ def test_groups_of_nodes_wait_as_long_as_others(tmp_path):
     (tmp_path / "groups.py").write_text(GROUPS)
     done = launch(tmp_path / "groups.py", ranks=2)
     assert "equal 0" in done.stdout and "equal 1" in done.stdout
+
+
+# Each rank's part of a discriminator equals that of one which every rank loads whole.
+JUDGES = """
+import gc
+import sys
+import discriminator
+import torch
+from discriminator import Experts, load_discriminator, upcycle
+from support import huggingface
+from support.huggingface import save_discriminator
+from support.ranks import join_ranks, rank, world_size
+from torch.distributed.tensor import DTensor
+
+def loaded(path):
+    ours, _ = load_discriminator(path, seed=3, device=device)
+    parameters = dict(ours.named_parameters())
+    whole = {n: getattr(p, "full_tensor", lambda: p)().detach() for n, p in parameters.items()}
+    return ours, whole | dict(ours.named_buffers())
+
+def watched(layers, generator):
+    upcycle(layers, generator)
+    experts = [m for m in gc.get_objects() if type(m) is Experts]
+    whole = [m for m in experts if not isinstance(m.down_proj, DTensor)]
+    assert world_size() == 1 or len(whole) == 1, len(whole)
+
+device, hollow, found = join_ranks(), huggingface._hollow, []
+
+def counted(*args):
+    found.append(hollow(*args) is not None)
+    return hollow(*args)
+
+discriminator.upcycle = watched
+path, released, saved = sys.argv[1:]
+for source in (path, saved, released):
+    huggingface._hollow = counted
+    ours, mine = loaded(source)
+    huggingface._hollow = lambda *args: None
+    _, expected = loaded(source)
+    assert mine.keys() == expected.keys()
+    for name in mine:
+        assert mine[name].dtype == torch.float32 == expected[name].dtype
+        assert torch.equal(mine[name], expected[name]), name
+    assert all(p.requires_grad for p in ours.parameters())
+    if world_size() > 1:
+        held = sum(p.to_local().numel() for p in ours.parameters())
+        assert held < 0.6 * sum(p.numel() for p in ours.parameters())
+    if source == path:
+        save_discriminator(ours, saved)
+assert found == [True] * 3
+print(f"equal {rank()}", flush=True)
+"""
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_loading_a_discriminator_by_shard(trained, tmp_path, ranks):
+    """A dense model that is upcycled, one of ours, and one as released, whose experts lie
+    transposed: the same weights bit by bit, on any number of ranks. While a dense model is
+    upcycled, one layer is whole."""
+    (tmp_path / "judges.py").write_text(JUDGES)
+    released = tmp_path / "released"
+    write_files(released, processor_files(trained))
+    for name in ("config.json", "model.safetensors"):
+        shutil.copy(ROOT / "tests/released" / name, released)
+    words = trained, released, tmp_path / "saved"
+    done = launch(tmp_path / "judges.py", *words, ranks=ranks)
+    assert all(f"equal {r}" in done.stdout for r in range(ranks))

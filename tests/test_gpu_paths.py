@@ -187,7 +187,7 @@ def test_experts(gpu, world):
     """Those that each rank holds a part of are whole again in a forward, as `grouped_mm` takes
     them, and so is their gradient."""
     backbone = gpu.make("tiny", GPU).base_model
-    upcycle(backbone)
+    upcycle(backbone.language_model.layers, torch.Generator())
     with GPU:
         discriminator = shard(Discriminator(backbone, "dedicated"), GPU)
     comparisons = gpu.comparisons(2048)[:2]

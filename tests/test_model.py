@@ -21,6 +21,7 @@ from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLTextRMSNorm
 from data import Group, Prompt, encode_prompts, encode_response, make_packs, parse_response
 from discriminator import Comparison, judge, load_discriminator
 from model import LogProbs, Norm, Patches, even_packs, load_policy, token_logprobs
+from support import huggingface
 from support.errors import UserError
 from support.flags import Schedule
 from support.huggingface import _hollow, load_processor, read_config, save_policy, save_weights
@@ -618,6 +619,17 @@ def test_loading_by_shard(trained, tmp_path, ranks, source):
     for name in os.listdir(path):
         if name.endswith((".json", ".txt")) and name != "run.json":
             assert (saved / name).read_bytes() == Path(path, name).read_bytes(), name
+
+
+def test_the_hub_is_asked_once(policy_processor, tmp_path, monkeypatch):
+    """However often files of a hub id are read, as for every layer that is upcycled."""
+    asked = []
+    download = lambda path, allow_patterns: asked.append(path) or tmp_path
+    monkeypatch.setattr(huggingface, "snapshot_download", download)
+    save_policy(policy_processor[0], str(tmp_path))
+    for _ in range(3):
+        assert len(huggingface.read_tensors("owner/asked-once", "norm")) > 2
+    assert asked == ["owner/asked-once"]
 
 
 def test_weights_in_several_files(policy_processor, tmp_path):

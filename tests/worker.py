@@ -16,7 +16,7 @@ from model import load_policy, rank_packs
 from policy_gradient import Objective, policy_backward
 from sampler import Sampling, generate
 from support.optimizer import optimizer_step
-from support.ranks import all_sum, join_ranks, rank, shard, world_size
+from support.ranks import all_sum, join_ranks, rank, world_size
 from support.rows import Example, load_data
 
 
@@ -80,8 +80,8 @@ def main(out: str, path: str, data: str) -> None:
         result["weights"] = {n: float(w.double().norm()) for n, w in state.items()}
 
     # The discriminator: scores and gradients; the last prompt's only students are invalid.
-    discriminator, _ = load_discriminator(path)
-    discriminator = shard(discriminator, device).eval()
+    discriminator, _ = load_discriminator(path, device=device)
+    discriminator.eval()
     rows = load_data(data)
     students = [
         [parse_response(rows[4 + 3 * i + k].response) if i < 3 else None for k in range(3)]
