@@ -779,7 +779,7 @@ def test_eval_leaves_bad_rows_out(world, trained, tmp_path):
     shutil.copy(data, other)
     said = fails("eval.py", *[other if flag == data else flag for flag in flags], *TINY)
     assert f"{tmp_path}/o/eval.json: holds a result of --data {data}, not of {other}" in said
-    assert fails("eval.py", *flags, *TINY, "--temperature", 1).count("--temperature 0.0, not 1.0")
+    assert fails("eval.py", *flags, *TINY, "--temperature", 1).count("0.0, not of 1.0")
     assert json.loads((tmp_path / "o" / "eval.json").read_text())["data"] == [str(data)]
 
 
