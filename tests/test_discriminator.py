@@ -541,8 +541,8 @@ def test_pairs_in_both_schemas_and_those_that_are_left_out(world, tmp_path, shar
     assert set(left) == {f"{data}:4", f"{data}:7", f"{data}:10"} and all(
         where in done.stderr for where in left
     )
-    assert "student" in left[f"{data}:4"] and "think and answer alone" in left[f"{data}:4"]
-    assert "supervision" in left[f"{data}:7"] and "answer alone" in left[f"{data}:7"]
+    assert "student" in left[f"{data}:4"] and "is not of the format" in left[f"{data}:4"]
+    assert "supervision" in left[f"{data}:7"] and "is not of the format" in left[f"{data}:7"]
     assert "--max_length 400" in left[f"{data}:10"]
     steps = lines(out / "metrics.jsonl")
     assert steps[-1]["rows_left_out"] == bad
