@@ -31,9 +31,14 @@ def join_ranks(timeout: datetime.timedelta | None = None) -> torch.device:
     one process. A collective that takes longer than `timeout` fails. -> the device of this rank.
     UserError where the environment has only a part of what torchrun sets."""
     if "RANK" in os.environ:
-        needed = ("RANK", "WORLD_SIZE", "MASTER_PORT")
-        wrong = [name for name in needed if not os.environ.get(name, "").isdigit()]
-        wrong += [] if os.environ.get("MASTER_ADDR") else ["MASTER_ADDR"]
+        ranks = _number("WORLD_SIZE")
+        sound = {
+            "RANK": _number("RANK") in range(ranks if ranks > 0 else sys.maxsize),
+            "WORLD_SIZE": ranks > 0,
+            "MASTER_PORT": _number("MASTER_PORT") in range(2**16),
+            "MASTER_ADDR": bool(os.environ.get("MASTER_ADDR")),
+        }
+        wrong = [name for name, is_sound in sound.items() if not is_sound]
         if wrong:
             raise UserError(
                 f"RANK is set, but {', '.join(wrong)} is not as torchrun sets it; start the stage "
@@ -55,8 +60,13 @@ def rank() -> int:
     """The number of this process, from 0."""
     if dist.is_initialized():
         return dist.get_rank()
-    number = os.environ.get("RANK", "")
-    return int(number) if number.isdigit() else 0
+    return max(_number("RANK"), 0)
+
+
+def _number(name: str) -> int:
+    """A variable of the environment that is to be a number from 0; -1 where it is none."""
+    value = os.environ.get(name, "")
+    return int(value) if value.isdecimal() else -1
 
 
 def world_size() -> int:

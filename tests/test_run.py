@@ -1306,6 +1306,15 @@ main(sft.train)
 '''
 
 
+@pytest.mark.parametrize("name, value", [("RANK", 2), ("MASTER_PORT", 65536), ("WORLD_SIZE", 0)])
+def test_what_torchrun_would_never_set(nursery, short, tmp_path, name, value):
+    """Torch waits for a rank beyond the last one, and ends with a traceback at such a port."""
+    env = dict(RANK=0, WORLD_SIZE=2, MASTER_ADDR="127.0.0.1", MASTER_PORT=29500)
+    words = (*short("sft.py"), "--output_dir", tmp_path / "out")
+    started = nursery.start(*words, log=tmp_path / "log", **env | {name: value})
+    refused(started, f"RANK is set, but {name} is not as torchrun sets it")
+
+
 def test_wandb_without_a_login_leaves_nothing_behind(nursery, short, tmp_path):
     """So the same command works once there is one, or without it."""
     script, out = tmp_path / "stage.py", tmp_path / "out"
