@@ -44,9 +44,15 @@ def load_policy(path: str, device=CPU, config=None):
     policy, processor = load_pretrained(path, its_config, hollow=True)
     adapt(policy, path)
     # A response may end with the tokenizer's end of sequence or with any that the model names.
-    ends = policy.generation_config.eos_token_id
-    ends = {processor.tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])}
-    policy.stop_ids = torch.tensor(sorted(end for end in ends if end is not None))
+    named = policy.generation_config.eos_token_id
+    ends = [processor.tokenizer.eos_token_id, *(named if isinstance(named, list) else [named])]
+    try:
+        policy.stop_ids = torch.tensor(sorted({int(end) for end in ends if end is not None}))
+    except (TypeError, ValueError, RuntimeError):
+        raise UserError(
+            f"{path}/generation_config.json: eos_token_id is {named}; give the number of a token, "
+            f"or a list of such"
+        ) from None
     if getattr(config, "lora_rank", 0):
         torch.manual_seed(config.seed)  # the adapters of every rank are the same
         add_adapters(policy, config.lora_rank)

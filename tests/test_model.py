@@ -542,6 +542,22 @@ def test_a_tokenizer_without_an_end_is_refused(trained, tmp_path):
             load(str(path))
 
 
+ENDS = [([5, None], [5, 397]), (None, [397]), ("5", [5, 397])]
+NO_ENDS = ["<|im_end|>", [[5]], {"id": 5}, 10**30]
+
+
+@pytest.mark.parametrize("named, stops", [*ENDS, *((named, None) for named in NO_ENDS)])
+def test_the_ends_that_a_checkpoint_names(world, tmp_path, named, stops):
+    path = shutil.copytree(world["init"], tmp_path / "m")
+    config = json.loads((path / "generation_config.json").read_text()) | {"eos_token_id": named}
+    (path / "generation_config.json").write_text(json.dumps(config))
+    if stops:
+        assert load_policy(str(path))[0].stop_ids.tolist() == stops
+    else:
+        with pytest.raises(UserError, match="m/generation_config.json: eos_token_id is .*; give"):
+            load_policy(str(path))
+
+
 # --------------------------------------------------------------------------------------------------
 # Directories in and out
 
