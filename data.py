@@ -277,14 +277,16 @@ def encode_views(processor, response: Response) -> tuple[torch.Tensor, torch.Ten
     return torch.tensor([*ids[:boundary], eos]), torch.tensor([*ids[boundary:], eos])
 
 
-def blank_group(processor) -> Group:
-    """A prompt of one blank image, without branches. Sharded ranks put it into packs that have no
-    image, so that every rank calls the collectives of the vision tower. No branch attends to it.
+def blank_group(processor, image: bool = True) -> Group:
+    """A prompt of one blank image, or of a word, without branches. Sharded ranks put the image into
+    packs that have none, so that every rank calls the collectives of the vision tower. No branch
+    attends to it.
     UserError where the processor cannot encode even that."""
     picture = io.BytesIO()
     Image.new("RGB", (1, 1)).save(picture, "PNG")  # the processor makes it as large as it must be
-    chat = [{"role": "user", "content": [{"type": "image"}]}]
-    (prompt,) = encode_prompts(processor, [Example(-1, "blank", chat, [picture.getvalue()])])
+    part = {"type": "image"} if image else {"type": "text", "text": "Blank."}
+    chat, images = [{"role": "user", "content": [part]}], [picture.getvalue()] if image else []
+    (prompt,) = encode_prompts(processor, [Example(-1, "blank", chat, images)])
     if isinstance(prompt, RowError):
         name = processor.tokenizer.name_or_path
         raise UserError(

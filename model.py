@@ -397,16 +397,17 @@ def rank_packs(groups, processor, max_tokens: int | None = None, units=None) -> 
 def even_packs(packs: list[Pack], processor) -> list[Pack]:
     """The packs of this rank, with blank ones added until every rank has as many. Where any pack of
     any rank has an image, every pack gets one. A forward of a sharded model is a collective: a rank
-    with fewer packs, or without images, would hang the others."""
+    with fewer packs, or without images, would hang the others. Where no rank has an image, blank
+    packs have none either: a gradient of zero is still a step of AdamW, which would move the vision
+    tower."""
     if world_size() == 1:
         return packs
     # One collective gives the most packs of a rank, whether any has an image, and the fewest packs.
     images = [pack.pixel_values is not None for pack in packs]
     most, any_images, minus_fewest = all_max([len(packs), any(images), -len(packs)]).tolist()
-    any_images = any_images or most > -minus_fewest  # a blank pack, which a rank adds, has one
-    if len(packs) == most and (all(images) or not any_images):
+    if most == -minus_fewest and (all(images) or not any_images):
         return packs
-    (blank,) = make_packs([blank_group(processor)])
+    (blank,) = make_packs([blank_group(processor, image=bool(any_images))])
     packs = packs + [blank] * int(most - len(packs))
     return [_with_blank(p, blank) if any_images and p.pixel_values is None else p for p in packs]
 

@@ -59,6 +59,22 @@ def test_sft_loss_is_the_same_on_any_number_of_ranks(world, tmp_path):
     assert losses[4] == pytest.approx(losses[1], rel=1e-5)
 
 
+def test_padding_moves_no_weight(world, tmp_path):
+    """Four rows without images, of which the long one has a pack of its own: one of two ranks adds
+    a blank pack, and the vision tower stays as it is, also under weight decay."""
+    rows = [{"question": "Count.", "response": "one " * n} for n in (1, 1, 1, 200)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    flags = ("--model", world["init"], "--data", tmp_path / "rows.jsonl", "--max_steps", 2)
+    flags += ("--learning_rate", 1e-2, "--weight_decay", 0.5, "--output_dir", tmp_path / "out")
+    flags += ("--per_device_train_batch_size", 2, "--max_tokens_per_pack", 200)
+    flags += ("--system_prompt", "Count.")
+    launch("sft.py", *flags, ranks=2)
+    assert max(metrics(tmp_path / "out", "padding_share")) > 0
+    before, after = (load_file(f"{p}/model.safetensors") for p in (world["init"], tmp_path / "out"))
+    moved = {name for name in before if not torch.equal(before[name], after[name])}
+    assert moved and not any(".visual." in name for name in moved)
+
+
 def test_max_pixels_is_the_same_on_any_number_of_ranks(world, tmp_path):
     """Photos of 256 tokens, which are to be 16; one row has none."""
     rows = []

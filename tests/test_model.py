@@ -670,14 +670,15 @@ def test_weights_in_several_files(policy_processor, tmp_path):
     assert all(torch.equal(p, expected[n]) for n, p in again.named_parameters())
 
 
-@pytest.mark.parametrize("theirs, blank", [([], True), ([False], False), ([True], True)])
-def test_a_rank_that_adds_blanks_has_images(policy_processor, monkeypatch, theirs, blank):
-    """`theirs`: whether each pack of the other rank has an image. Where it has no pack, it adds a
-    blank one, whose image every rank must then have as well."""
+@pytest.mark.parametrize("theirs, blank", [([], False), ([False], False), ([True, True], True)])
+def test_blanks_have_images_where_a_rank_has_one(policy_processor, monkeypatch, theirs, blank):
+    """`theirs`: whether each pack of the other rank has an image. Where it has none, the vision
+    tower of no rank is called."""
     _, processor = policy_processor
     (pack,) = make_packs([mixed_groups(processor)[1]])
     other = [len(theirs), any(theirs), -len(theirs)]
     monkeypatch.setattr("model.world_size", lambda: 2)
     monkeypatch.setattr("model.all_max", lambda mine: torch.tensor([mine, other]).amax(0))
-    (mine,) = even_packs([pack], processor)
-    assert pack.pixel_values is None and (mine.pixel_values is not None) == blank
+    packs = even_packs([pack], processor)
+    assert pack.pixel_values is None and len(packs) == max(1, len(theirs))
+    assert all((mine.pixel_values is not None) == blank for mine in packs)
