@@ -31,6 +31,7 @@ from sampler import Sampling, generate
 from support.errors import UserError
 from support.flags import Count, Natural, NonNegative, Positive, RunConfig, Schedule, Share
 from support.huggingface import save_policy
+from support.loader import keyed
 from support.metrics import Max, Mean, add
 from support.optimizer import adamw, learning_rate_at, optimizer_step
 from support.ranks import all_max, all_sum, world_size
@@ -238,7 +239,7 @@ def train() -> None:
         advantage = group_advantage(column(rollouts, "reward"))
 
         # Cut the batch into minibatches, drawn anew in each pass over it.
-        generator = torch.Generator().manual_seed(config.seed * 1_000_003 + step)
+        generator = torch.Generator().manual_seed(keyed(config.seed, step))
         minibatches = []  # (groups, their packs, their advantages)
         for _ in range(config.num_iterations):
             shuffled = torch.randperm(len(rollouts), generator=generator)

@@ -53,9 +53,14 @@ def hold_out(examples: Sequence, share: float, seed: int) -> tuple[Sequence, Seq
     return subset(examples, order[count:]), subset(examples, order[:count])
 
 
+def keyed(seed: int, number: int) -> int:
+    """The seed of step or epoch `number`. Runs with neighbouring seeds share none."""
+    return seed * 1_000_003 + number
+
+
 @lru_cache(maxsize=2)  # a batch may end one epoch and begin the next
 def _epoch_order(epoch: int, rows: int, seed: int) -> torch.Tensor:
-    return torch.randperm(rows, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch))
+    return torch.randperm(rows, generator=torch.Generator().manual_seed(keyed(seed, epoch)))
 
 
 def epoch_rows(start: int, end: int, rows: int, seed: int) -> list[int]:

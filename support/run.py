@@ -39,7 +39,7 @@ from support import verifier
 from support.errors import Ended, RowError, Unfit, UserError, printable
 from support.flags import parse
 from support.huggingface import rounding_loss, starting_weights
-from support.loader import batches
+from support.loader import batches, keyed
 from support.metrics import Max, Sum, across_ranks, finite, writer_to
 from support.ranks import all_max, barrier, join_ranks, rank, world_size, say
 from support.resuming import REMOVED, UNSUPPORTED, Checkpoints, all_or_nothing, check_weights
@@ -281,7 +281,7 @@ class Run:
             self._note()
             # Dropout draws from (seed, step, rank): other masks on every rank, and a resumed run
             # draws what it would have drawn.
-            torch.manual_seed((self.config.seed * 1_000_003 + step) * 4096 + rank())
+            torch.manual_seed(keyed(self.config.seed, step) * 4096 + rank())
             yield step
             self.bar.update()
             self.checkpoints.check()
