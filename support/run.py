@@ -352,7 +352,8 @@ class Run:
             save(beside)
             if rank() == 0:
                 force(beside, files_below(beside))
-                for name in os.listdir(beside):
+                # The weights come last: without them, what a kill has left does not open.
+                for name in sorted(os.listdir(beside), key=lambda n: n.endswith(".safetensors")):
                     final = os.path.join(self.path, name)
                     shutil.rmtree(final, ignore_errors=True)  # a folder of a run that was killed
                     os.replace(os.path.join(beside, name), final)

@@ -823,6 +823,44 @@ def test_a_full_disk_is_one_line(nursery, whole, small_disk, tmp_path, ranks):
     assert differences(expected, out) == []
 
 
+KILLED_BEFORE_THE_WEIGHTS = '''"""Stage 1, killed before its result has weights."""
+
+import os
+import signal
+
+import sft
+from support.run import main
+
+plain = os.replace
+
+
+def replace(old, new):
+    if new.endswith(".safetensors") and "incomplete" not in new:
+        os.kill(os.getpid(), signal.SIGKILL)
+    plain(old, new)
+
+
+os.replace = replace
+main(sft.train)
+'''
+
+
+def test_half_a_result_does_not_open(nursery, whole, tmp_path):
+    """A kill while the result's files are put in place leaves no weights there before all else is,
+    such as the system prompt that the next stage should use."""
+    base, expected = whole("sft.py")
+    script, out = tmp_path / "sft.py", tmp_path / "out"
+    script.write_text(KILLED_BEFORE_THE_WEIGHTS)
+    words = (*base[1:], "--output_dir", out, "--save_steps", 1)
+    killed = nursery.run(script, *words, log=tmp_path / "log")
+    assert killed.codes == [-signal.SIGKILL], killed.said
+    assert {p.name for p in expected.iterdir()} - {*os.listdir(out)} == {"model.safetensors"}
+    with pytest.raises(UserError, match="cannot be loaded"):
+        load_policy(str(out))
+    done = nursery.run("sft.py", *words, "--resume", log=tmp_path / "log")
+    assert done.codes == [0] and differences(expected, out) == [], done.said
+
+
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_a_disk_that_is_full_at_the_end(nursery, whole, small_disk, tmp_path, ranks):
     """No part of the result is left in the directory, where it would look like one."""
