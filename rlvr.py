@@ -18,7 +18,7 @@ docs/deviations.md has all of them, with the reasons.
     python rlvr.py                                                  the embedded world of digits
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import reduce
 from typing import ClassVar, Literal
 
@@ -146,7 +146,7 @@ def train() -> None:
     policy.train()
     reference = None
     if config.beta:
-        reference, _ = load_policy(config.ckpt, run.device, config)
+        reference, _ = load_policy(config.ckpt, run.device, replace(config, lora_rank=0))
     optimizer = adamw(policy, config.weight_decay)
     modules = {"policy": (policy, optimizer)}
 
