@@ -136,12 +136,21 @@ def keep_other_results(config: EvalConfig, output_dir: str) -> None:
     names = ["data", "num_samples", "temperature"]
     names += [] if os.path.realpath(output_dir) == os.path.realpath(config.ckpt) else ["ckpt"]
     for name in names:
-        mine = getattr(config, name)
-        if before.get(name, mine) != mine:
+        mine = located(getattr(config, name))
+        theirs = located(before.get(name, mine))
+        if theirs != mine:
             raise UserError(
-                f"{output_dir}/eval.json: holds a result of --{name} {as_typed(before[name])}, not "
+                f"{output_dir}/eval.json: holds a result of --{name} {as_typed(theirs)}, not "
                 f"of {as_typed(mine)}; name another --output_dir, or remove the file"
             )
+
+
+def located(value):
+    """A flag's value with the whole paths of files and directories: in another folder, a file of
+    the same name is another file."""
+    if isinstance(value, list):
+        return [located(one) for one in value]
+    return os.path.abspath(value) if isinstance(value, str) and os.path.exists(value) else value
 
 
 def as_typed(value) -> str:
@@ -247,8 +256,8 @@ def evaluate() -> None:
         for response in responses:
             by_source[response["source"]].append(response)
         result = {
-            "ckpt": config.ckpt,
-            "data": config.data,
+            "ckpt": located(config.ckpt),
+            "data": located(config.data),
             "num_samples": config.num_samples,
             "temperature": config.temperature,
             **summarise(responses),

@@ -783,6 +783,23 @@ def test_eval_leaves_bad_rows_out(world, trained, tmp_path):
     assert json.loads((tmp_path / "o" / "eval.json").read_text())["data"] == [str(data)]
 
 
+def test_the_same_name_in_another_folder_is_another_benchmark(world, tmp_path):
+    """As of two `test.jsonl`, each evaluated from its own folder."""
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        line = open(world["test"]).readline()
+        (tmp_path / name / "test.jsonl").write_text(line)
+    words = ("--ckpt", world["init"], "--data", "test.jsonl", "--output_dir", tmp_path / "out")
+    words += ("--image_dir", Path(world["test"]).parent, "--max_completion_length", 8)
+    start = [sys.executable, str(ROOT / "eval.py"), *map(str, words)]
+    pipes = dict(capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    for folder, code in (("a", 0), ("a", 0), ("b", 2)):
+        done = subprocess.run(start, cwd=tmp_path / folder, **pipes)
+        assert done.returncode == code, done.stderr
+    paths = [f"{tmp_path}/{name}/test.jsonl" for name in ("a", "b")]
+    assert f"eval.json: the result with --data {paths[0]}, not {paths[1]}" in done.stderr
+
+
 @pytest.mark.parametrize("script", ["align.py", "rlvr.py"])
 def test_a_rank_without_prompts_hangs_nobody(world, trained, discriminator, tmp_path, script):
     """One of two prompts is too long, so in every step one of two ranks has none."""
