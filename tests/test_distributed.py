@@ -297,15 +297,21 @@ def test_experts_that_are_shared_in_another_dimension(world, trained, tmp_path):
 
 
 GROUPS = """
+import copy
 import datetime
 import os
 from types import SimpleNamespace
 import torch
 from support.ranks import join_ranks, rank, shard
+from support.resuming import checksum_of
 
 os.environ["LOCAL_WORLD_SIZE"] = "1"  # two nodes of one rank
 device = join_ranks(datetime.timedelta(minutes=7))
-module = shard(torch.nn.Linear(4, 4), device, SimpleNamespace(hsdp=True, timeout=7.0))
+torch.manual_seed(0)
+linear = torch.nn.Linear(4, 4)
+everywhere = shard(copy.deepcopy(linear), device)
+module = shard(linear, device, SimpleNamespace(hsdp=True, timeout=7.0))
+assert checksum_of(module) == checksum_of(everywhere)
 mesh = module.weight.device_mesh
 assert mesh.shape == (2, 1) and mesh.mesh_dim_names == ("nodes", "ranks")
 limits = {g._get_backend(device).options._timeout for g in mesh.get_all_groups()}
@@ -317,6 +323,7 @@ print(f"equal {rank()}", flush=True)
 
 
 def test_groups_of_nodes_wait_as_long_as_others(tmp_path):
+    """And a checksum counts a weight once that two nodes have."""
     (tmp_path / "groups.py").write_text(GROUPS)
     done = launch(tmp_path / "groups.py", ranks=2)
     assert "equal 0" in done.stdout and "equal 1" in done.stdout
