@@ -597,6 +597,8 @@ def warm_up() -> None:
     def save(path: str) -> None:
         save_discriminator(discriminator, path, examples.shared)
 
+    if policy:
+        run.check_start(policy)
     for step in run.steps(max_steps, modules, save):
         # Draw pairs of a supervision response y+ and a student's response y.
         batch = next(stream)

@@ -269,7 +269,7 @@ class Run:
         the end. `modules` are name -> (module, optimiser); `save(path)` writes the Hugging Face
         directory."""
         if "policy" in modules:
-            self._check_start(modules["policy"][0])
+            self.check_start(modules["policy"][0])
         self._start()
         save = self._measured(save, modules)
         if self.step:
@@ -292,9 +292,10 @@ class Run:
         self.checkpoints.wait()
         self._save_result(modules, save)
 
-    def _check_start(self, policy) -> None:
+    def check_start(self, policy) -> None:
         """UserError where a run goes on with other weights than it started from. A checkpoint of
-        adapters does not hold those weights, and none holds the reference policy."""
+        adapters does not hold those weights, and none holds the reference policy, or the policy
+        whose responses the warm-up judges."""
         mine = checksum_of(policy)
         if self.progress.setdefault("start", mine) != mine:
             raise UserError(

@@ -479,13 +479,16 @@ def test_another_runs_directory_is_refused(nursery, world, trained, whole, tmp_p
         assert "\n" not in line and (out / "model.safetensors").exists()
 
 
-@pytest.mark.parametrize("more", [("--lora_rank", 4), ()])
-def test_a_base_that_has_changed_is_refused(nursery, world, trained, tmp_path, more):
-    """A checkpoint of adapters holds no base, and no checkpoint what an update is measured from.
+@pytest.mark.parametrize(
+    "script, more", [("sft.py", ("--lora_rank", 4)), ("sft.py", ()), ("discriminator.py", ())]
+)
+def test_a_base_that_has_changed_is_refused(nursery, world, trained, tmp_path, script, more):
+    """A checkpoint of adapters holds no base, and no checkpoint what an update is measured from, or
+    the policy that answers in the warm-up.
     The name is the same, the files are not; nothing is touched."""
     base, out, log = tmp_path / "base", tmp_path / "out", tmp_path / "log"
     shutil.copytree(trained, base, ignore=shutil.ignore_patterns("checkpoint-*"))
-    words = ("sft.py", *flags_of("sft.py", world, str(base), str(base)), *more)
+    words = (script, *flags_of(script, world, str(base), trained), *more)
     stopped_at(nursery, words, out, log=log)
     before = files(out)
     weights = load_file(base / "model.safetensors")
