@@ -69,11 +69,11 @@ class PackAttention:
     """Attention of one pack. H query heads, K key-value heads, T tokens, D values a head.
 
     Every token is a query of exactly one sequence: a prompt (keys: itself) or a branch (keys: its
-    prompt and itself). The last key of a sequence belongs to its last query, and a query sees no
-    later key than its own. On a GPU all sequences go through one call for ragged sequences.
-    Elsewhere those of like lengths go together as padded rows, and a prompt that has only one
-    branch forms a single sequence with it.
-    Takes along: has_varlen, _alike, _padded, _ragged, data.Segment, data.Pack."""
+    prompt and itself). A prompt and its only branch are one sequence. The last key of a sequence
+    belongs to its last query, and a query sees no later key than its own. On a GPU all sequences go
+    through one call for ragged sequences. Elsewhere those of like lengths go together as padded
+    rows.
+    Takes along: has_varlen, _sequences, _alike, _padded, _ragged, data.Segment, data.Pack."""
 
     def __init__(self, pack: Pack, collected: list | None = None):
         self.collected = collected  # where given, each layer's keys and values are appended
@@ -92,18 +92,16 @@ class PackAttention:
         gather = []  # of each block, (N * L,) which token of the pack stands there, -1 for padding
         plain = []  # (start, length) of the sequences without a prompt before them
         for segment in pack.segments if self.ragged is None else []:
-            first, own = segment.start + segment.prompt, sum(segment.branches)
-            self.cuts += [segment.prompt, own]
-            if len(segment.branches) < 2:
-                plain.append((segment.start, segment.prompt + own))
-                continue
-            plain.append((segment.start, segment.prompt))
+            prompt, branches = _sequences(segment)
+            first = segment.start + prompt
+            self.cuts += [prompt, sum(branches)]
+            plain.append((segment.start, prompt))
             # Every row of the branches sees the whole prompt, and its own tokens up to itself.
-            starts = [first + at for at in itertools.accumulate([0, *segment.branches[:-1]])]
-            for rows in _alike(zip(starts, segment.branches)):
+            starts = [first + at for at in itertools.accumulate([0, *branches[:-1]])]
+            for rows in _alike(zip(starts, branches)):
                 longest = rows[0][1]
-                visible = torch.ones(longest, segment.prompt + longest, dtype=torch.bool)
-                visible = visible.tril(segment.prompt).to(device)
+                visible = torch.ones(longest, prompt + longest, dtype=torch.bool)
+                visible = visible.tril(prompt).to(device)
                 self.padded.append((len(self.cuts) - 2, len(rows), longest, visible))
                 gather.append(_padded(rows))
         for rows in _alike(plain):
@@ -129,7 +127,8 @@ class PackAttention:
             # merge would need the gradient of a logsumexp, which varlen_attn does not have. The
             # gradient of the copies is summed in float32.
             index, *lengths = self.ragged
-            tokens[1:] = (x.float().index_select(0, index).to(x.dtype) for x in tokens[1:])
+            if index is not None:
+                tokens[1:] = (x.float().index_select(0, index).to(x.dtype) for x in tokens[1:])
             causal = dict(scale=scale, window_size=(-1, 0), enable_gqa=True)
             return varlen_attn(*tokens, *lengths, **causal)[None]
         # Attend block by block, the rows of a block in one call.
@@ -167,6 +166,14 @@ def _is_ampere(device) -> bool:
     return capability >= (8, 0)
 
 
+def _sequences(segment) -> tuple[int, list[int]]:
+    """The length of a prompt, and of each branch that reads it. A prompt and its only branch are
+    one sequence, so they count as a prompt without a branch."""
+    if len(segment.branches) == 1:
+        return segment.prompt + segment.branches[0], []
+    return segment.prompt, segment.branches
+
+
 def _alike(sequences) -> Iterator[list[tuple[int, int]]]:
     """(start, length) of sequences -> lists of those with like lengths, the longest first. Padding
     a list to its longest sequence adds at most a quarter to its tokens."""
@@ -191,22 +198,24 @@ def _padded(rows: list[tuple[int, int]]) -> torch.Tensor:
 
 def _ragged(pack: Pack):
     """The S sequences of a pack for one ragged call. -> which tokens are their keys, one sequence
-    after the other; where the queries of each begin, (S + 1,); where its keys begin, (S + 1,); the
-    most queries of a sequence; the most keys."""
+    after the other, or None where every token is once; where the queries of each begin, (S + 1,);
+    where its keys begin, (S + 1,); the most queries of a sequence; the most keys."""
     index, queries, keys = [], [0], [0]
     for segment in pack.segments:
-        prompt = torch.arange(segment.start, segment.start + segment.prompt)
+        length, branches = _sequences(segment)
+        prompt = torch.arange(segment.start, segment.start + length)
         index.append(prompt)
-        queries.append(queries[-1] + segment.prompt)
-        keys.append(keys[-1] + segment.prompt)
-        for length in segment.branches:
-            index += [prompt, queries[-1] + torch.arange(length)]
-            keys.append(keys[-1] + segment.prompt + length)
-            queries.append(queries[-1] + length)
+        queries.append(queries[-1] + length)
+        keys.append(keys[-1] + length)
+        for own in branches:
+            index += [prompt, queries[-1] + torch.arange(own)]
+            keys.append(keys[-1] + length + own)
+            queries.append(queries[-1] + own)
     device = pack.input_ids.device
     q, k = (torch.tensor(x, dtype=torch.int32) for x in (queries, keys))
     longest = int(q.diff().max()), int(k.diff().max())
-    return torch.cat(index).to(device), q.to(device), k.to(device), *longest
+    index = torch.cat(index).to(device) if keys != queries else None
+    return index, q.to(device), k.to(device), *longest
 
 
 def _attention(module, query, key, value, attention_mask, scaling, layout=None, **kwargs):

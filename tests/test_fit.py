@@ -168,15 +168,16 @@ def test_head(small):
 
 
 @pytest.mark.parametrize("checkpointing", [True, False])
-def test_sharded_on_eight_gpus(checkpointing):
+@pytest.mark.parametrize("branches", [[1600], [200] * 8])
+def test_sharded_on_eight_gpus(checkpointing, branches):
     """All of a forward and a backward, but for images, against torch's own FSDPMemTracker, with
     fake tensors, seven fake ranks besides, and the attention of a GPU."""
     text = dict(hidden_size=512, intermediate_size=1536, num_hidden_layers=6, head_dim=64)
     text |= dict(num_attention_heads=8, num_key_value_heads=2, vocab_size=2000)
     config = Qwen3VLConfig(text_config=text, tie_word_embeddings=True)
     prompt = Prompt(0, torch.zeros(300, dtype=torch.long), torch.arange(300).expand(3, -1))
-    branches = [torch.zeros(200, dtype=torch.long)] * 8
-    (pack,) = make_packs([Group(prompt, branches)])
+    zeros = [torch.zeros(length, dtype=torch.long) for length in branches]
+    (pack,) = make_packs([Group(prompt, zeros)])
     layout = PackAttention(pack)
     layout.ragged = _ragged(pack)
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=8)
@@ -203,7 +204,8 @@ def test_sharded_on_eight_gpus(checkpointing):
         dist.destroy_process_group()
     (peak,) = tracker.get_tracker_snapshot("peak").values()
     tokens = pack.input_ids.shape[1]
-    moments = fit.training(m, 8, tokens, tokens + 8 * 300, checkpointing, True, images=0)
+    keys = tokens + (300 * len(branches) if len(branches) > 1 else 0)
+    moments = fit.training(m, 8, tokens, keys, checkpointing, True, images=0)
     counted = 4 * m.whole / 8 + max(sum(moment.values()) for moment in moments)
     # Norms are a CPU's here as well, see compare.
     counted += 6 * tokens * ((1 if checkpointing else 6) * (2 * m.h + m.q + m.k) + m.h)

@@ -20,7 +20,7 @@ from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLTextRMSNorm
 
 from data import Group, Prompt, encode_prompts, encode_response, make_packs, parse_response
 from discriminator import Comparison, judge, load_discriminator
-from model import LogProbs, Norm, Patches, even_packs, load_policy, token_logprobs
+from model import LogProbs, Norm, Patches, _ragged, even_packs, load_policy, token_logprobs
 from support import huggingface
 from support.errors import UserError
 from support.flags import Schedule
@@ -111,9 +111,20 @@ def test_packed_equals_separate_as_on_a_gpu(world, policy_processor, ragged, max
     compare_packed(world, policy_processor, 0.7, max_tokens)
 
 
-def compare_packed(world, policy_processor, temperature, max_tokens):
+def test_demonstrations_as_on_a_gpu(world, policy_processor, ragged):
+    """A prompt and its only branch are one sequence: no key stands there twice."""
+    groups = [Group(g.prompt, g.branches[:1]) for g in mixed_groups(policy_processor[1])]
+    (pack,) = make_packs(groups)
+    index, queries, keys, *longest = _ragged(pack)
+    whole = [s.prompt + s.branches[0] for s in pack.segments]
+    assert index is None and longest == [max(whole)] * 2
+    assert queries.diff().tolist() == keys.diff().tolist() == whole
+    compare_packed(world, policy_processor, 0.7, None, groups)
+
+
+def compare_packed(world, policy_processor, temperature, max_tokens, groups=None):
     policy, processor = policy_processor
-    groups = mixed_groups(processor)
+    groups = groups or mixed_groups(processor)
     weights = {
         (g, i): torch.linspace(-1, 2, len(b))
         for g, group in enumerate(groups)
