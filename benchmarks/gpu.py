@@ -40,7 +40,7 @@ from sft import SFTConfig, sft_loss
 from support import fit
 from support.huggingface import load_processor
 from support.optimizer import optimizer_step
-from support.ranks import join_ranks, shard
+from support.ranks import KEEP, join_ranks, shard
 from support.tiny import Shape, build_model, train_tokenizer
 
 VISION = dict(depth=24, hidden_size=1024, num_heads=16, intermediate_size=4096)
@@ -160,7 +160,8 @@ def sft_step(shape, clock, device, peak) -> dict:
     share = f"{work / seconds / peak:.2f} of the peak"
     images = len(pack.segments) * 196 / tokens
     held = size.whole * (12 if name == "AdamW" else 4)
-    moments = fit.training(size, 1, tokens, tokens, True, True, images)
+    total = torch.cuda.get_device_properties(device).total_memory if clock.gpu else 0
+    moments = fit.training(size, 1, tokens, tokens, KEEP * total - held, True, images)
     count = held + max(sum(moment.values()) for moment in moments)
     memory = f"{clock.memory:.1f} GiB, {count / 2**30:.1f} by --dry_run"
     say(f"SFT step {shape}, {tokens} tokens, {name}", f"{seconds:.2f} s", share, memory)

@@ -13,8 +13,9 @@ share equally is counted on the GPU that holds most, see `share`.
     gathered       2 R + 4 B      bfloat16: the root, a block, and the buffer of the next one; 2 P
                                   while sampling
     activations                   what backward needs of a pack of --max_tokens_per_pack tokens: of
-                                  each layer all (see `layer`), or with --activation_checkpointing
-                                  its input and attention's output, and all of the one in work
+                                  each layer all (see `layer`); with --activation_checkpointing, of
+                                  the layers after half of the GPU's memory is taken, input and
+                                  attention's output, and all of the one in work
     head           6 V (1024 + h) log-probabilities, V words, h wide: a chunk of logits in float32
                                   and bfloat16, the head's gradient likewise
     cache          4 k            for each layer and token while sampling, k values of a key; a
@@ -33,13 +34,14 @@ from transformers import AutoModelForImageTextToText
 
 from support.errors import UserError
 from support.huggingface import read_config
-from support.ranks import blocks, sharded_dimension, vision_tower
+from support.ranks import KEEP, blocks, sharded_dimension, vision_tower
 
 # What model.py and sampler.py hold at a time.
 LOGIT_ROWS = 1024  # rows of logits over the vocabulary
 PROMPT_TOKENS = 2**16  # tokens of the prompts that are sampled from, each as long as the longest
 
-CARD = 80e9
+OTHERS = 5 * 2**30  # of a GPU's memory, what is not counted
+CARD = 80e9 + OTHERS
 IMAGES = 0.25  # of the tokens of a pack; assumed, as no data is read
 PROMPT = 2048  # tokens of a prompt, where a stage has no limit of its own (paper: 2048)
 NODE = 8  # GPUs that share with --hsdp
@@ -161,24 +163,30 @@ def layer(m: Model, tokens: int, keys: int) -> int:
     return tokens * (8 * m.h + 6 * m.q + 2 * m.k + mlp) + keys * 4 * m.k
 
 
-def activations(m: Model, tokens: int, keys: int, checkpointing: bool, images=IMAGES):
-    """-> (bytes at the end of forward, those that one layer's backward adds)."""
-    v = m.vision
-    patch = 4 * v.h if checkpointing else 22 * v.h + 4 * v.i
-    patch = v.layers * patch + v.mergers * 6 * v.h + 2 * v.pixels
-    patches = images * tokens * v.patches
-    kept = 2 * (m.h + m.q) * tokens if checkpointing else layer(m, tokens, keys)
-    kept = m.layers * kept + 4 * m.h * tokens  # the last norm
-    kept += patches * patch if m.trained == m.whole else 0
+def activations(m: Model, tokens: int, keys: int, room: float, images=IMAGES):
+    """-> (bytes at the end of forward, those that one layer's backward adds). A layer that starts
+    with less than `room` bytes keeps all, each other one what it needs to compute that again."""
+    v, patches, kept = m.vision, images * tokens * m.vision.patches, 0
+    if m.trained == m.whole:
+        kept = patches * (v.mergers * 6 * v.h + 2 * v.pixels)
+        for _ in range(v.layers):
+            kept += patches * (22 * v.h + 4 * v.i if kept < room else 4 * v.h)
+    again = False
+    for _ in range(m.layers):
+        again = kept >= room
+        kept += 2 * (m.h + m.q) * tokens if again else layer(m, tokens, keys)
+    kept += 4 * m.h * tokens  # the last norm
     # Gradients on their way through an MLP, or through the experts of a token.
     work = 2 * tokens * (m.h + m.i) * max(1, m.chosen)
-    return kept, work + (layer(m, tokens, keys) if checkpointing else 0)
+    return kept, work + (layer(m, tokens, keys) if again else 0)
 
 
-def training(m: Model, shards: int, tokens: int, keys: int, checkpointing, policy, images=IMAGES):
-    """Three moments of a backward: at the head of a policy, in a layer, and at the root."""
+def training(m: Model, shards: int, tokens: int, keys: int, room, policy, images=IMAGES):
+    """Three moments of a backward: at the head of a policy, in a layer, and at the root. `room` is
+    what gradients, gathered weights and activations may take before a layer recomputes; infinite
+    without checkpointing."""
     shard, gathered = 4 * share(m, m.trained, shards), 2 * m.root + 4 * m.block
-    kept, work = activations(m, tokens, keys, checkpointing, images)
+    kept, work = activations(m, tokens, keys, room - shard - gathered, images)
     own = 2 * m.words * m.h if policy else 0  # the head's gradient, which waits for the root's
     first = dict(gradients=shard, gathered=gathered, activations=kept)
     first["head"] = 6 * m.words * (LOGIT_ROWS + m.h) if policy else 0
@@ -227,8 +235,8 @@ def prompts_of(config, gpus: int, sampled: bool) -> int:
     return math.ceil(step / gpus) or rows
 
 
-def phases(config, gpus: int) -> list[tuple[str, dict]]:
-    """-> (name, bytes of each column) of each phase of a stage."""
+def phases(config, gpus: int, total: float = CARD) -> list[tuple[str, dict]]:
+    """-> (name, bytes of each column) of each phase of a stage, on GPUs of `total` bytes."""
     get = lambda name, default=None: getattr(config, name, default)
     stage = config.stage
     node = int(os.environ.get("LOCAL_WORLD_SIZE", NODE))
@@ -252,25 +260,27 @@ def phases(config, gpus: int) -> list[tuple[str, dict]]:
         longest = get("max_length") or prompt + sides * limit
         tokens = max(get("max_tokens_per_pack", 0), longest)
         keys = tokens + (branches * prompt if branches > 1 else 0)  # a branch reads its prompt
-        for checkpointing in (True, False) if m else ():
-            moments = training(m, shards, tokens, keys, checkpointing, m is learns)
+        room = KEEP * total - sum(states.values())
+        rooms = {name: room, f"{name}, without checkpointing": math.inf}
+        for title, room in rooms.items() if m else ():
+            moments = training(m, shards, tokens, keys, room, m is learns)
             most = max(moments, key=lambda moment: sum(moment.values()))
             if m is reference:
                 most["gathered"] += 2 * m.root
-            how = "" if checkpointing else ", without checkpointing"
-            out.append((name + how, states | most))
+            out.append((title, states | most))
     return out
 
 
 def table(config) -> str:
     """The bytes of each phase of a stage, and whether they fit."""
-    gpus, size = config.dry_run, CARD
+    gpus, total = config.dry_run, CARD
     if torch.cuda.is_available():
-        size = torch.cuda.get_device_properties(0).total_memory - 5 * 2**30
+        total = torch.cuda.get_device_properties(0).total_memory
+    size = total - OTHERS
     gib = lambda amount: f"{amount / 2**30:.1f}"
     lines = [f"| GiB a GPU | {' | '.join(COLUMNS)} | in all | fits {gib(size)} |"]
     lines.append("|---" * (len(COLUMNS) + 3) + "|")
-    for name, parts in phases(config, gpus):
+    for name, parts in phases(config, gpus, total):
         whole = sum(parts.values())
         cells = [gib(parts.get(column, 0)) for column in COLUMNS]
         fits = "yes" if whole <= size else "no"

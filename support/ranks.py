@@ -22,6 +22,8 @@ from tqdm import tqdm
 
 from support.errors import UserError, printable
 
+KEEP = 0.5  # of a GPU's memory: where less is taken, activations are kept, see `recompute`
+
 # --------------------------------------------------------------------------------------------------
 # Processes
 
@@ -125,12 +127,15 @@ def shard(module, device: torch.device, config=None, prepare=lambda block: None)
     what it makes of the block is whole for that moment only.
 
     Of the flags in `config`, `freeze_vision` keeps the vision tower as it is, and
-    `activation_checkpointing` is `recompute`. With `hsdp` the ranks of a node share the parameters
-    and each node has all of them, so that only gradients go from node to node."""
+    `activation_checkpointing` is `recompute`, with KEEP of a GPU's memory to keep activations in.
+    With `hsdp` the ranks of a node share the parameters and each node has all of them, so that only
+    gradients go from node to node."""
     if getattr(config, "freeze_vision", False):
         vision_tower(module).requires_grad_(False)
     if getattr(config, "activation_checkpointing", False):
-        recompute(module)
+        gpu = device.type == "cuda"
+        total = torch.cuda.get_device_properties(device).total_memory if gpu else 0
+        recompute(module, KEEP * total)
     if world_size() == 1 and device.type == "cpu":
         for block in blocks(module):
             prepare(block)
@@ -176,9 +181,12 @@ def sharded_dimension(shape, count: int) -> int:
     return 0
 
 
-def recompute(model) -> None:
+def recompute(model, room: float = 0) -> None:
     """Activation checkpointing: a block keeps its input and the output of its attention. The rest
-    is computed again in the backward pass."""
+    is computed again in the backward pass. A block keeps all that it computes where less than
+    `room` bytes of the GPU's memory are taken when it starts.
+
+    Ranks may differ in that: the hooks of FSDP stand outside of what is computed again."""
     attentions = [
         torch.ops.torch_attn._varlen_attn.default,
         torch.ops.aten._scaled_dot_product_flash_attention.default,
@@ -186,10 +194,16 @@ def recompute(model) -> None:
         torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
     ]
     contexts = partial(create_selective_checkpoint_contexts, attentions)
-    kept = partial(checkpoint, use_reentrant=False, context_fn=contexts)
+    again = partial(checkpoint, use_reentrant=False, context_fn=contexts)
+
+    def run(forward, *args):
+        if torch.cuda.memory_allocated() < room:
+            return forward(*args)
+        return again(forward, *args)
+
     for block in model.modules():
         if hasattr(block, "gradient_checkpointing"):
-            block.gradient_checkpointing, block._gradient_checkpointing_func = True, kept
+            block.gradient_checkpointing, block._gradient_checkpointing_func = True, run
 
 
 @contextlib.contextmanager

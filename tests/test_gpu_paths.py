@@ -5,6 +5,7 @@ found is an operation that mixes devices or dtypes, that a GPU's kernel or FSDP2
 that a CUDA graph cannot record. What is computed is tested elsewhere, on the CPU.
 """
 
+import itertools
 import re
 import warnings
 from types import SimpleNamespace
@@ -118,6 +119,10 @@ def gpu(monkeypatch, request):
     monkeypatch.setattr(torch.cuda, "graph", lambda graph, **kwargs: graph)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda: None)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    properties = SimpleNamespace(total_memory=80e9)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    taken = itertools.cycle([0, 80e9])  # in turns, a block keeps all and is computed again
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: next(taken))
     monkeypatch.setattr(Graph, "recorded", 0)
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=count)
     try:

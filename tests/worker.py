@@ -16,7 +16,7 @@ from model import load_policy, rank_packs
 from policy_gradient import Objective, policy_backward
 from sampler import Sampling, generate
 from support.optimizer import optimizer_step
-from support.ranks import all_sum, join_ranks, rank, world_size
+from support.ranks import all_sum, join_ranks, rank, recompute, world_size
 from support.rows import Example, load_data
 
 
@@ -34,6 +34,8 @@ def main(out: str, path: str, data: str) -> None:
     result = {}
     policy, processor = load_policy(path, device)
     policy.train()
+    if rank() == 1:
+        recompute(policy)  # ranks may differ in what they keep
     examples = load_data(data)[:4]
     prompts = encode_prompts(processor, examples)
     # With several ranks, one has no image: the vision tower must not hang the others.
