@@ -27,7 +27,7 @@ from model import load_policy, rank_packs, token_logprobs
 from support.errors import Unfit
 from support.flags import Count, NonNegative, Positive, RunConfig, Schedule, Steps
 from support.huggingface import save_policy
-from support.loader import run_length
+from support.loader import dealt, run_length
 from support.metrics import Loss, Mean
 from support.optimizer import adamw, learning_rate_at, optimizer_step
 from support.ranks import all_max, all_sum
@@ -86,10 +86,10 @@ def train() -> None:
         save_policy(policy, path, examples.shared)
 
     for step in run.steps(max_steps, modules, save):
-        # Draw demonstrations (x, y) and cut them into packs. The longest go first, since they leave
-        # least room.
+        # Draw demonstrations (x, y), deal them to the ranks by length, and cut them into packs. The
+        # longest go first, since they leave least room.
         with run.phase("data"):
-            groups = sorted(next(stream), key=lambda group: -group.num_tokens)
+            groups = dealt(next(stream), size=lambda group: group.num_tokens)
             packs = rank_packs(groups, processor, config.max_tokens_per_pack)
 
         # Count M, the response tokens of all ranks.

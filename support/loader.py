@@ -8,6 +8,7 @@ torch puts each tensor into shared memory, under a file descriptor of its own. W
 runs out, as in a container with the usual 64 MB of /dev/shm, a run would wait for ever.
 """
 
+import io
 import itertools
 import math
 import os
@@ -22,6 +23,7 @@ from functools import lru_cache
 from typing import BinaryIO, NoReturn
 
 import torch
+import torch.distributed as dist
 
 from support.errors import UserError
 from support.ranks import rank, world_size
@@ -93,6 +95,55 @@ def batches(
             yield list(enumerate(numbers, first))[share[0] :: share[1]]
 
     return _ahead(rows, draws, workers, timeout) if workers else map(rows.__getitem__, draws())
+
+
+# --------------------------------------------------------------------------------------------------
+# Ranks
+
+
+def dealt(items: list, size: Callable) -> list:
+    """The items of all ranks, dealt anew so that each rank has about as much. -> this rank's, the
+    largest first. Every rank calls it, with its own items; `size` measures an item.
+
+    A rank can measure its rows when it has encoded them, so those that it does not keep travel."""
+    largest_first = lambda items: sorted(items, key=lambda item: -size(item))
+    if world_size() == 1:
+        return largest_first(items)
+    sizes: list = [None] * world_size()
+    dist.all_gather_object(sizes, [size(item) for item in items])
+    parts: list[list] = [[] for _ in sizes]
+    for item, owner in zip(items, _owners(sizes)[rank()]):
+        parts[owner].append(item)
+    kept, parts[rank()] = parts[rank()], []
+    return largest_first(kept + _exchanged(parts))
+
+
+def _owners(sizes: list[list[int]]) -> list[list[int]]:
+    """Sizes of each rank's items -> the ranks that they go to. The largest comes first, and each
+    goes to the rank that has least so far: rather its own, where several have as little."""
+    places = [(of, i) for of, own in enumerate(sizes) for i in range(len(own))]
+    held, owners = [0] * len(sizes), [[0] * len(own) for own in sizes]
+    for of, i in sorted(places, key=lambda place: -sizes[place[0]][place[1]]):
+        owner = min(range(len(held)), key=lambda r: (held[r], r != of))
+        owners[of][i] = owner
+        held[owner] += sizes[of][i]
+    return owners
+
+
+def _exchanged(parts: list[list]) -> list:
+    """This rank's items for each rank -> the items that all ranks have for this one."""
+    sent = []
+    for part in parts:
+        file = io.BytesIO()
+        _Pickler(file, protocol=5).dump(part)
+        sent.append(torch.frombuffer(file.getbuffer(), dtype=torch.uint8))
+    lengths = torch.tensor([len(part) for part in sent])
+    theirs = torch.empty_like(lengths)
+    dist.all_to_all_single(theirs, lengths)
+    received = torch.empty(int(theirs.sum()), dtype=torch.uint8)
+    dist.all_to_all_single(received, torch.cat(sent), theirs.tolist(), lengths.tolist())
+    found = (pickle.loads(part.numpy()) for part in received.split(theirs.tolist()))
+    return [item for part in found for item in part]
 
 
 # --------------------------------------------------------------------------------------------------

@@ -33,7 +33,7 @@ from data import (
 )
 from support.errors import RowError, Unfit, UserError
 from support.huggingface import load_processor, processor_files, write_chats, write_files
-from support.loader import batches, epoch_rows
+from support.loader import _owners, batches, epoch_rows
 from support.rows import Example, load_data
 
 QUICK = settings(deadline=None, database=None, derandomize=True)
@@ -461,6 +461,23 @@ def test_the_stream_ends_at_total(world, processor):
     shares = [lengths(3, 8, 3, 0, 20, share=(r, 3)) for r in range(3)]
     assert shares == [[3, 3, 2], [3, 3, 1], [2, 2, 1]]
     assert lengths(2, 2, 3, 0, 3, share=(1, 2)) == [1, 0]
+
+
+@QUICK
+@given(st.lists(st.lists(st.integers(1, 99), max_size=9), min_size=1, max_size=6))
+def test_rows_are_dealt_by_length(sizes):
+    """The fullest rank has no more than a mean share and the smallest row that it was given."""
+    owners = _owners(sizes)
+    dealt = [(owner, n) for pair in zip(owners, sizes) for owner, n in zip(*pair, strict=True)]
+    held = [[n for owner, n in dealt if owner == rank] for rank in range(len(sizes))]
+    fullest = max(held, key=sum)
+    assert sum(map(len, held)) == sum(map(len, sizes))
+    assert sum(fullest) <= sum(map(sum, sizes)) / len(sizes) + min(fullest, default=0)
+
+
+def test_the_longest_row_is_dealt_first_and_stays_where_it_can():
+    assert _owners([[9, 8], [2, 1]]) == [[0, 1], [1, 0]]
+    assert _owners([[1, 9], [2, 8]]) == [[0, 0], [1, 1]]
 
 
 def test_batches_do_not_touch_the_random_numbers_of_a_run(world, processor):

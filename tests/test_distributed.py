@@ -113,6 +113,7 @@ def test_policy_and_discriminator_are_the_same_on_any_number_of_ranks(world, tra
         other = results[ranks]
         for name in ("grpo_loss", "gspo_loss", "grad_norm", "d_grad_norm"):
             assert other[name] == pytest.approx(one[name], rel=1e-5, abs=1e-7), name
+        assert other["dealt"] == one["dealt"]
         # A row's tokens are the same too, unless rounding moves a boundary across its random
         # number: one row in twelve may.
         rows = [torch.tensor(x["sampled"]).view(12, 40) for x in (one, other)]

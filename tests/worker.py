@@ -15,6 +15,7 @@ from discriminator import Comparison, judge, load_discriminator
 from model import load_policy, rank_packs
 from policy_gradient import Objective, policy_backward
 from sampler import Sampling, generate
+from support.loader import dealt
 from support.optimizer import optimizer_step
 from support.ranks import all_sum, join_ranks, rank, recompute, world_size
 from support.rows import Example, load_data
@@ -55,6 +56,19 @@ def main(out: str, path: str, data: str) -> None:
     mine = list(range(4))[rank() :: world_size()]
     own = [groups[i] for i in mine]
     advantage = torch.linspace(-1, 1.5, 8).view(4, 2)[mine]
+
+    # Dealt by length, every group is with one rank, and has all that it had.
+    held = torch.zeros(4, 3, dtype=torch.float64)
+    found = dealt(own, size=lambda group: group.num_tokens)
+    assert found == sorted(found, key=lambda group: -group.num_tokens)
+    for group in found:
+        images = group.prompt.pixel_values
+        parts = [0 if images is None else images.double().sum(), *map(torch.sum, group.branches)]
+        held[[p.index for p in prompts].index(group.prompt.index)] = torch.stack(
+            [torch.as_tensor(part, dtype=torch.float64) for part in parts]
+        )
+    result["dealt"] = all_sum(held.flatten()).tolist()
+
     packs = rank_packs(own, processor, 150)
     settings = dict(clip_low=0.2, clip_high=0.2, dual_clip=3.0, temperature=0.9)
     for algorithm in ("grpo", "gspo"):
