@@ -295,8 +295,9 @@ ROWS = dict(sft=1_373_000, discriminator=120_000)  # paper: 1.26M + 113K demonst
 MEAN_PROMPT = 600  # tokens with an image; assumed, as no data is read
 MEAN_RESPONSES = 1000, 2000  # tokens; assumed, the two ends of what is printed
 # Rows of a rank in a step: the share of time that ranks wait for the one with the longest rows.
-# Counted in docs/performance.md, the last column of "Cutting batches into packs".
+# Counted in docs/performance.md, the last columns of "Cutting batches into packs".
 IDLE = {2: 0.42, 8: 0.26, 16: 0.20, 64: 0.11}
+DEALT = {2: 0.17, 8: 0.03, 16: 0.02, 64: 0.01}  # by length, as in SFT
 
 
 @dataclass
@@ -363,7 +364,8 @@ def seconds(config, policy, judge, gpus: int, response: int, speed: Speed) -> di
         tokens = prompts * MEAN_PROMPT + responses * response
         pairs = prompts * MEAN_PROMPT**2 / 2 + responses * (MEAN_PROMPT * response + response**2)
         work = operations(m, tokens, pairs, responses * response if m is learns else 0)
-        idle = IDLE[max((rows for rows in IDLE if rows <= responses), default=2)]
+        shares = DEALT if stage == "sft" else IDLE
+        idle = shares[max((rows for rows in shares if rows <= responses), default=2)]
         parts[name] = work * get("num_iterations", 1) / speed.flops / (1 - idle)
     return parts
 
