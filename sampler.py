@@ -18,7 +18,6 @@ import hashlib
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
@@ -26,6 +25,7 @@ from torch.nn.attention.varlen import AuxRequest, varlen_attn
 
 from data import Group, Prompt, make_packs
 from model import has_varlen, model_inputs, positions
+from support.decode import decode
 from support.errors import UserError
 from support.fit import PROMPT_TOKENS
 from support.ranks import gathered
@@ -38,14 +38,15 @@ class RowCache:
 
     All rows of a prompt attend to its keys together. A row's own keys stand in its slot, whose room
     grows up to `limit` tokens. The outputs of both are merged by their logsumexps.
-    Takes along: attend_first, first_keys, _starts, model.has_varlen."""
+    Takes along: attend_first, first_keys, model.has_varlen."""
 
-    def __init__(self, collected: list, lengths: list[int], n: int, slots: int, limit: int, fixed):
+    def __init__(self, collected: list, lengths: list[int], heads, n: int, slots, limit, fixed):
         """`collected` are the keys and values (K, T, D) of each layer for the T tokens of all
-        prompts; the list is emptied. `lengths` (P,) are the prompts' tokens, `n` the rows of a
-        prompt, `limit` the most tokens of a row. `fixed`: shapes are fixed."""
+        prompts; the list is emptied. `lengths` (P,) are the prompts' tokens, `heads` is K * G, `n`
+        the rows of a prompt, `limit` the most tokens of a row. `fixed`: shapes are fixed."""
         self.n, self.limit, self.fixed = n, limit, fixed
         self.kv_heads, _, dim = collected[0][0].shape
+        self.group = heads // self.kv_heads  # G
         device = collected[0][0].device
         # Which of the T tokens is token i of each prompt: (P, longest), 0 beyond a prompt's end.
         lengths = torch.tensor(lengths)
@@ -108,7 +109,7 @@ class RowCache:
         table[place] = torch.arange(len(place), device=place.device)
         # A prompt without rows counts as one key long. Nobody asks for the result.
         read = torch.where(counts > 0, self.lengths, 1).repeat_interleave(self.kv_heads)
-        beyond = first_keys(read, self.prompts[0][0])
+        beyond = first_keys(read, width * self.group, self.prompts[0][0])
         # In place where the shape is the same, since a recorded step reads these very tensors.
         for name, new in {"table": table, "place": place, "beyond": beyond}.items():
             old = getattr(self, name)
@@ -135,7 +136,7 @@ class RowCache:
         """Is called before each forward of the S rows, one token a row. `unseen` keeps the tokens
         that a slot does not hold from being read, by `first_keys`."""
         read = (self.length + 1).repeat_interleave(self.kv_heads)
-        self.unseen = first_keys(read, self.own[0][0][0, :, : self.seen])
+        self.unseen = first_keys(read, self.group, self.own[0][0][0, :, : self.seen])
 
     def attend(self, layer: int, q, k, v, scale: float) -> torch.Tensor:
         """q (S, H, 1, D), k and v (S, K, 1, D) -> (S, 1, H, D)."""
@@ -145,11 +146,12 @@ class RowCache:
             kept[self.slots, :, self.length] = new[:, :, 0]
         own = (x[:, :, : self.seen].flatten(0, 1) for x in own)
         # All rows of a prompt attend to its keys together, sorted by the table.
-        rows = q.view(len(self.place), -1, q.shape[3])  # (S * K, G, D)
-        asked = rows.index_select(0, self.table).view(len(self.beyond), -1, q.shape[3])
-        shared = attend_first(self.beyond, asked, *self.prompts[layer], scale)
+        prompts = self.prompts[layer]
+        rows = q.view(len(q) * self.kv_heads, self.group, q.shape[3])
+        asked = rows.index_select(0, self.table).view(len(prompts[0]), -1, q.shape[3])
+        shared = attend_first(self.beyond, asked, *prompts, scale)
         shared, theirs = (
-            x.view(len(self.table), rows.shape[1], -1).index_select(0, self.place) for x in shared
+            x.view(len(self.table), self.group, -1).index_select(0, self.place) for x in shared
         )
         # Each row attends to its own keys.
         alone, mine = attend_first(self.unseen, rows, *own, scale)
@@ -158,11 +160,13 @@ class RowCache:
         return merged.view(len(q), 1, q.shape[1], q.shape[3])
 
 
-def first_keys(read: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
-    """What lets `attend_first` read only the first `read` (n,) of L keys (.., L, D). With ragged
-    attention `read` itself, else a bias (n, 1, L) that is -inf at the keys that are not read."""
+def first_keys(read: torch.Tensor, queries: int, keys: torch.Tensor) -> torch.Tensor:
+    """What lets `attend_first` read only the first `read` (n,) of L keys (.., L, D), for as many
+    queries each. With ragged attention (3, n + 1): where the queries of each begin, where its keys
+    do, and `read`. Else a bias (n, 1, L) that is -inf at the keys that are not read."""
     if has_varlen(keys):
-        return read.int()
+        number = torch.arange(len(read) + 1, device=read.device)
+        return torch.stack([number * queries, number * keys.shape[-2], F.pad(read, (0, 1))]).int()
     hidden = torch.arange(keys.shape[-2], device=keys.device) >= read[:, None]
     bias = torch.zeros(hidden.shape, dtype=keys.dtype, device=keys.device)
     return bias.masked_fill_(hidden, -torch.inf)[:, None]
@@ -172,22 +176,15 @@ def attend_first(read, q, k, v, scale: float) -> tuple[torch.Tensor, torch.Tenso
     """Attention of queries (n, m, D) to the first of the keys and values (n, L, D). `read` is from
     `first_keys`. -> output (n, m, D), logsumexp of the scores (n, m, 1) in float32."""
     if has_varlen(q):
-        lengths = q.shape[1], k.shape[1]
-        starts = (_starts(len(q), length, q.device) for length in lengths)
+        *starts, read = read
         tokens = (x.flatten(0, 1)[:, None] for x in (q, k, v))
-        options = dict(scale=scale, seqused_k=read, return_aux=AuxRequest(lse=True))
-        output, logsumexp = varlen_attn(*tokens, *starts, *lengths, **options)
+        options = dict(scale=scale, seqused_k=read[:-1], return_aux=AuxRequest(lse=True))
+        output, logsumexp = varlen_attn(*tokens, *starts, q.shape[1], k.shape[1], **options)
         return output.view_as(q), logsumexp.view(*q.shape[:2], 1)
     scores = torch.baddbmm(read, q, k.mT, alpha=scale)
     logp = scores.log_softmax(-1, dtype=torch.float32)
     # The logsumexp is score - log softmax(score) at any key, here at the first.
     return torch.bmm(logp.exp().to(v.dtype), v), scores[..., :1] - logp[..., :1]
-
-
-# Cached, so that all layers share it. A step that is recorded finds it made by the step before.
-@lru_cache(maxsize=8)
-def _starts(count: int, length: int, device) -> torch.Tensor:
-    return torch.arange(count + 1, dtype=torch.int32, device=device) * length
 
 
 class Rows:
@@ -263,7 +260,7 @@ class Rows:
         cache.begin_step()
         place = (self.following[cache.prompt_of] + cache.length)[None, :, None].expand(3, -1, 1)
         inputs = dict(input_ids=self.token[:, None], position_ids=positions(self.policy, place))
-        logits = self.policy(**inputs, use_cache=False, layout=cache).logits[:, 0]
+        logits = decode(self.policy, cache, **inputs, use_cache=False).logits[:, 0]
         cache.length += self.row != self.nobody
         row, token = self._say(logits, self.row, cache.length)
         self.row.copy_(row)
@@ -331,8 +328,8 @@ def generate(policy, prompts: list[Prompt], sampling: Sampling, step: int = 0) -
     calls this, also one without prompts. UserError where the policy's logits are not finite,
     RuntimeError where it has no `stop_ids`.
     Takes along: Sampling, _parts, _generate, RowCache, Rows, uniforms, data.make_packs,
-    model.adapt, model.has_varlen, model.model_inputs, support.ranks.gathered,
-    support.errors.UserError, support.fit.PROMPT_TOKENS."""
+    model.adapt, model.has_varlen, model.model_inputs, support.decode.decode,
+    support.ranks.gathered, support.errors.UserError, support.fit.PROMPT_TOKENS."""
     if not hasattr(policy, "stop_ids"):
         raise RuntimeError("set policy.stop_ids first: a tensor of the ids that end a response")
     was_training = policy.training
@@ -387,7 +384,8 @@ def _generate(policy, prompts: list[Prompt], sampling: Sampling, step: int) -> l
                 random[i * n + row] = uniforms(sampling.seed, step, prompt.index, row, limit)
 
     slots = min(count, sampling.max_rollout_rows or count)
-    cache = RowCache(collected, lengths, n=n, slots=slots, limit=limit, fixed=fixed)
+    heads = policy.config.get_text_config().num_attention_heads
+    cache = RowCache(collected, lengths, heads, n=n, slots=slots, limit=limit, fixed=fixed)
     random = random.to(device)
     rows = Rows(policy, cache, first, following, random, temperature=sampling.temperature)
     # Sample until all rows have ended.

@@ -84,7 +84,8 @@ def barrier(group=None) -> None:
 
 
 def say(*words) -> None:
-    """Prints a line for the user, on rank 0 only, above the progress bar."""
+    """Prints a line for the user, on rank 0 only, above the progress bar.
+    Takes along: rank, support.errors.printable."""
     if rank() == 0:
         tqdm.write(printable(" ".join(str(word) for word in words)), file=sys.stderr)
 

@@ -29,8 +29,9 @@ from tests.conftest import ROOT
 
 # In the order of the imports, which is the order of the copies.
 FILES = (
-    "support.ranks",
     "support.errors",
+    "support.ranks",
+    "support.decode",
     "support.fit",
     "support.scores",
     "support.verifier",

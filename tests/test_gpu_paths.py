@@ -29,7 +29,7 @@ from discriminator import Discriminator, judge, upcycle
 from model import rank_packs, token_logprobs
 from policy_gradient import Objective, policy_backward, rescore
 from sampler import Rows, Sampling, generate
-from support import ranks
+from support import decode, ranks
 from support.huggingface import load_processor
 from support.optimizer import adamw, optimizer_step
 from support.ranks import shard
@@ -113,7 +113,7 @@ def gpu(monkeypatch, request):
     # Images are cut by their values, which fake ones do not have.
     monkeypatch.setattr(gpu, "prompt", text_prompt)
     monkeypatch.setattr(Rows, "idle", idle)
-    sampler._starts.cache_clear()
+    monkeypatch.setattr(decode, "compiles", lambda layout: False)  # fake tensors cannot be compiled
     mode = FakeGPU()
     monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: Graph(mode))
     monkeypatch.setattr(torch.cuda, "graph", lambda graph, **kwargs: graph)

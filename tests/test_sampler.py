@@ -352,7 +352,7 @@ def test_row_cache_is_plain_attention(request, attention, fixed):
     kv_heads, heads, dim, lengths = 2, 4, 8, [3, 5]
     prompts = [torch.randn(2, kv_heads, length, dim) for length in lengths]
     collected = [tuple(torch.cat([kv[i] for kv in prompts], 1) for i in range(2))]
-    cache = RowCache(collected, lengths, n=3, slots=4, limit=300, fixed=fixed)
+    cache = RowCache(collected, lengths, heads, n=3, slots=4, limit=300, fixed=fixed)
     rows = {}  # slot -> (prompt, keys and values so far)
     for step in range(140):
         if step in (0, 2, 7):
@@ -383,7 +383,7 @@ def test_ragged_attention_reads_the_cache_in_place(ragged, monkeypatch, fixed):
     """Its room is larger than what is filled, and a slice of it would be copied for each layer and
     step."""
     collected = [(torch.randn(2, 4, 8), torch.randn(2, 4, 8))]
-    cache = RowCache(collected, [4], n=3, slots=3, limit=300, fixed=fixed)
+    cache = RowCache(collected, [4], 2, n=3, slots=3, limit=300, fixed=fixed)
     cache.enter(torch.arange(3), torch.zeros(3, dtype=torch.long))
     read = []
 
@@ -405,7 +405,7 @@ def test_the_cache_is_as_large_as_it_must_be():
     """Slots that are given up take no memory once the others need more room, and no room is larger
     than the limit."""
     collected = [(torch.randn(2, 4, 8), torch.randn(2, 4, 8))]
-    cache = RowCache(collected, [4], n=8, slots=8, limit=700, fixed=True)
+    cache = RowCache(collected, [4], 2, n=8, slots=8, limit=700, fixed=True)
     assert collected == []  # each prompt's keys stand once
     cache.enter(torch.arange(8), torch.zeros(8, dtype=torch.long))
     shapes = []
