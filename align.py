@@ -6,10 +6,10 @@ pre-alignment by black-box on-policy distillation).
     (11)  A = alpha * GN(s_perception) + (1 - alpha) * GN(s_reasoning) - 1.5 * [broken format]
     (12)  s_k = D_k(x, y) - beta_k * log(1 + length of view k)      length debiasing, off by default
 
-k is a view, perception or reasoning, and D_k(x, y) its score, (5) in discriminator.py. s_k is what
-the reward takes of that score, through (12) first and then (9). GN is the group normalisation, (10)
-in policy_gradient.py. y+ is the one supervision response of a prompt; no logits of a teacher are
-used. In names, teacher is y+, and student is a rollout y that is compared with it.
+k is a view, perception or reasoning, and D_k(x, y) its score, (5) in discriminator.py. The reward
+reads s_k: (12) computes it, and (9) replaces it where the format is broken. GN is the group
+normalisation, (10) in policy_gradient.py. y+ is the one supervision response of a prompt; no logits
+of a teacher are used. In names, teacher is y+, and student is a rollout y that is compared with it.
 
 A step samples N rollouts of each prompt and scores their two views. One forward gives the
 discriminator's loss (7) and the rewards. The policy then takes one step of the clipped policy
@@ -145,8 +145,9 @@ def train() -> None:
     num_trials = int(all_sum([len(trials)])[0])
     if config.probe_steps and not num_trials:
         say(
-            "no probes: the discriminator learns from every known row. Point --discriminator at "
-            "its warm-up's directory, with that run's data at hand, or pass --probe_steps 0"
+            "no probes: no row is known that the discriminator does not learn from. Point "
+            "--discriminator at its warm-up's directory, with that run's data at hand, or pass "
+            "--probe_steps 0"
         )
     sampling = Sampling.of(config)
     # The ratio and the mean of (14) to (16) are by token, as in GRPO, without a dual clip.

@@ -212,6 +212,7 @@ def _encode_prompts(processor, examples, max_image_size) -> list[Prompt]:
             positions = torch.arange(len(ids)).expand(3, -1)
             if example.images:
                 own_pixels = pixels
+        # The index is the row's number until `Encoded` puts the place in the stream there.
         prompts.append(Prompt(example.index, ids, positions, own_pixels, own_grid))
     return prompts
 
@@ -471,7 +472,7 @@ def make_packs(groups: list[Group], max_tokens: int | None = None, units=None) -
             if placed is None:
                 cost += len(group.prompt.input_ids)
             # Where the unit does not fit, begin a pack, with the prompt and the whole unit.
-            if not used or (used[at] and used[at] + cost > limit):
+            if not used or used[at] + cost > limit:
                 parts_of.append([])
                 used.append(0)
                 at = len(used) - 1
@@ -508,7 +509,7 @@ def _pack(groups: list[Group], parts: list[tuple[int, list[int], list[int]]]) ->
             steps = torch.arange(len(branch))
             positions.append((prompt.next_position + steps).expand(3, -1))
             # A branch's first token is predicted at the prompt's last, each other one at the token
-            # before. (An empty branch has none: the cut.)
+            # before. The slice serves an empty branch, which has no token to predict.
             predictors.append(torch.cat([last, at + steps[:-1]])[: len(branch)])
             targets.append(branch)
             at += len(branch)

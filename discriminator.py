@@ -203,9 +203,9 @@ def upcycle(
         for _ in range(num_experts):
             gate_ups.append(gate_up + noise(gate_up, noise_std))
             downs.append(down + noise(down, noise_std))
-        gate = noise(gate_up.new_empty(num_experts, gate_up.shape[1]), router_std)
+        router = noise(gate_up.new_empty(num_experts, gate_up.shape[1]), router_std)
         experts = Experts(torch.stack(gate_ups), torch.stack(downs), mlp.act_fn)
-        layer.mlp = SparseMLP(Router(gate), experts, top_k)
+        layer.mlp = SparseMLP(Router(router), experts, top_k)
 
 
 def balance_loss(probabilities, chosen) -> torch.Tensor:
@@ -282,10 +282,10 @@ def view_of_tokens(pack: Pack, views: torch.Tensor) -> torch.Tensor:
 
 
 def pair_loss(teacher: torch.Tensor, student: torch.Tensor, num_pairs: int | None = None):
-    """(6), Bradley-Terry: -log sigmoid(teacher - student), summed over two tensors of scores of one
-    shape. -> scalar. The sum is divided by the number of elements or, where given, by `num_pairs`.
-    (6) averaged over pairs takes scores (U, 2), a row for each pair and a column for each view, and
-    the number of pairs on all ranks and in all packs."""
+    """(6), Bradley-Terry: the sum of -log sigmoid(teacher - student) over two tensors of one shape,
+    divided by the number of elements or, where given, by `num_pairs`. -> scalar. For the mean of
+    (6) over pairs pass scores (U, 2), a column for each view, and the pairs of all ranks and
+    packs."""
     count = teacher.numel() if num_pairs is None else num_pairs
     return -F.logsigmoid(teacher - student).sum() / count
 
@@ -353,9 +353,10 @@ def view_packs(comparisons, processor, max_tokens=None, text_only=False) -> list
         place = {member: i for i, member in enumerate(pack.members)}
         views = [views_of[g][branch] for g, branch in pack.members]
         pairs, students = [], []
-        for g, pair in pack.units:
-            pairs.append([place[g, branch] for branch in pairs_of[g][pair]])
-            students.append(students_of[g][pair])
+        # The units of a pack are its pairs: u is the number of a pair in group g.
+        for g, u in pack.units:
+            pairs.append([place[g, branch] for branch in pairs_of[g][u]])
+            students.append(students_of[g][u])
         out.append(
             ViewPack(
                 pack=pack,
@@ -406,7 +407,7 @@ def judge(
     device = next(discriminator.parameters()).device
     text_only = discriminator.kind == "text"
     packs = view_packs(comparisons, processor, max_tokens, text_only=text_only)
-    # The denominators of (7) and of the balance loss, over all ranks.
+    # The denominators over all ranks: pairs of (7), and for (8) the tokens that a view reads.
     pairs = sum(len(view_pack.pairs) for view_pack in packs)
     tokens = sum(len(view_pack.pack.read) for view_pack in packs)
     num_pairs, num_tokens = all_sum([pairs, tokens]).tolist()
@@ -511,7 +512,8 @@ def load_discriminator(
     generator = torch.Generator().manual_seed(seed)
 
     def prepare(block) -> None:
-        """Reads and upcycles a dense layer right before it is sharded: one at a time is whole."""
+        """Reads and upcycles a dense layer right before it is sharded, so that no more than one
+        layer is whole at a time."""
         if block in layers and kind != "dense" and not saved.experts:
             prefix = f"model.language_model.layers.{layers.index(block)}.mlp."
             fill(block.mlp, path, device, prefix)
@@ -597,6 +599,7 @@ def warm_up() -> None:
     def save(path: str) -> None:
         save_discriminator(discriminator, path, examples.shared)
 
+    # A resumed run must sample from the same policy, which its checkpoints do not hold.
     if policy:
         run.check_start(policy)
     for step in run.steps(max_steps, modules, save):

@@ -69,10 +69,10 @@ class PackAttention:
     """Attention of one pack. H query heads, K key-value heads, T tokens, D values a head.
 
     Every token is a query of exactly one sequence: a prompt (keys: itself) or a branch (keys: its
-    prompt and itself). A prompt and its only branch are one sequence. The last key of a sequence
-    belongs to its last query, and a query sees no later key than its own. On a GPU all sequences go
-    through one call for ragged sequences. Elsewhere those of like lengths go together as padded
-    rows.
+    prompt and itself). A prompt and its only branch are one sequence. Attention is causal, aligned
+    at the end: the last query sees all keys, an earlier one none later than its own. On a GPU all
+    sequences go through one call for ragged sequences. Elsewhere those of like lengths go together
+    as padded rows.
     Takes along: has_varlen, _sequences, _alike, _padded, _ragged, data.Segment, data.Pack."""
 
     def __init__(self, pack: Pack, collected: list | None = None):
@@ -200,6 +200,7 @@ def _ragged(pack: Pack):
     """The S sequences of a pack for one ragged call. -> which tokens are their keys, one sequence
     after the other, or None where every token is once; where the queries of each begin, (S + 1,);
     where its keys begin, (S + 1,); the most queries of a sequence; the most keys."""
+    # Each token is a query once, in the pack's order, so a branch starts at queries[-1].
     index, queries, keys = [], [0], [0]
     for segment in pack.segments:
         length, branches = _sequences(segment)

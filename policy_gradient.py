@@ -150,7 +150,7 @@ def policy_backward(
     Every rank calls it."""
     device = next(policy.parameters()).device
     recorded = [logp for group in groups for logp in group.logprobs]
-    # The denominators of (16), over all ranks.
+    # The denominators of (16), over all ranks. Gradients are summed over ranks (support/ranks.py).
     num_tokens, num_sequences = all_sum([sum(map(len, recorded)), len(recorded)]).tolist()
     counts = dict(num_tokens=max(num_tokens, 1), num_sequences=max(num_sequences, 1))
     loss_total = 0.0

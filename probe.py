@@ -12,10 +12,10 @@ A probe measures the share of comparisons in which each of these holds. Ties cou
 blind. The pair accuracy does not show blindness: it is 1 for a blind discriminator that has learned
 in which words students differ from supervision.
 
-Rows stand in twos, as partners, and each takes the other's picture, question and answer. A blind
-score may still prefer one of two pictures, whatever the caption says. Where both partners count, it
-wins for one and loses for the other: exactly 0.5 over the two. The same holds for questions and
-answers.
+Rows stand in twos, as partners, and each takes the other's picture, question and answer. A score
+that likes one of two pictures better, whatever the caption says, is no proof of sight. Where both
+partners count, it wins for one and loses for the other: exactly 0.5 over the two. The same holds
+for questions and answers.
 """
 
 import json
@@ -111,9 +111,9 @@ def draw_trials(
     rows: Sequence, processor, longest: int, max_image_size: int | None = None, learned=frozenset()
 ) -> list[Trial]:
     """This rank's share of TRIALS trials on `rows`, the same trials on any number of ranks. Where
-    rows are few, they are shuffled and paired again until there are enough trials. Three kinds are
-    left out: rows that cannot be read, rows whose `where` is in `learned`, and prompts of more than
-    `longest` tokens."""
+    rows are few, they are shuffled and paired again until there are enough trials. Left out are
+    rows that cannot be read, rows whose response is not of the format, rows whose `where` is in
+    `learned`, and prompts that cannot be encoded or have more than `longest` tokens."""
     shuffler = random.Random(0)
     twos = []  # (row, its partner)
     usable = first_usable(rows, learned)
@@ -196,7 +196,8 @@ def trials_beside_the_game(config, examples, processor) -> list[Trial]:
     """Trials on rows from which the discriminator of a game does not learn. `config` is the game's
     (`align.AlignConfig`), `examples` its rows. Where `config.discriminator` is the directory of a
     warm-up, the trials are on rows that the warm-up held out. Otherwise they are on the rows of the
-    game that this run will not reach. [] where there are none."""
+    game that this run will not reach; what that discriminator learned from before is not known. []
+    where there are none."""
     # The game takes its rows in this order, as far as `reached`.
     count = len(examples)
     order = epoch_rows(start=0, end=count, rows=count, seed=config.seed)

@@ -267,6 +267,7 @@ def train() -> None:
         # rollouts that were sampled, also where DAPO has dropped their group.
         grad_norm = float(torch.tensor(grad_norms).max())  # the largest; NaN where any is NaN
         length = column(sampled, "length")
+        # `add` joins what the updates measured: of the losses it gives the mean.
         metrics = {
             **reduce(add, updates),
             "accuracy": mean_of(column(sampled, "accuracy")),

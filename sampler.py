@@ -25,7 +25,7 @@ from torch.nn.attention.varlen import AuxRequest, varlen_attn
 
 from data import Group, Prompt, make_packs
 from model import has_varlen, model_inputs, positions
-from support.decode import decode
+from support.decode import decode as decode_step
 from support.errors import UserError
 from support.fit import PROMPT_TOKENS
 from support.ranks import gathered
@@ -100,10 +100,10 @@ class RowCache:
         counts = torch.bincount(self.prompt_of, minlength=len(self.lengths))
         width = self.n if self.fixed else int(counts.max())
         order = self.prompt_of.argsort(stable=True)
-        place = torch.empty_like(order)  # (S,) a row's place among those of its prompt
-        place[order] = self.slots - (counts.cumsum(0) - counts)[self.prompt_of[order]]
-        heads = torch.arange(self.kv_heads, device=place.device)
-        place = (self.prompt_of[:, None] * self.kv_heads + heads) * width + place[:, None]
+        among = torch.empty_like(order)  # (S,) a row's place among those of its prompt
+        among[order] = self.slots - (counts.cumsum(0) - counts)[self.prompt_of[order]]
+        heads = torch.arange(self.kv_heads, device=order.device)
+        place = (self.prompt_of[:, None] * self.kv_heads + heads) * width + among[:, None]
         place = place.flatten()  # (S * K,)
         table = torch.zeros(len(counts) * self.kv_heads * width, dtype=torch.long).to(place)
         table[place] = torch.arange(len(place), device=place.device)
@@ -149,14 +149,14 @@ class RowCache:
         prompts = self.prompts[layer]
         rows = q.view(len(q) * self.kv_heads, self.group, q.shape[3])
         asked = rows.index_select(0, self.table).view(len(prompts[0]), -1, q.shape[3])
-        shared = attend_first(self.beyond, asked, *prompts, scale)
-        shared, theirs = (
-            x.view(len(self.table), self.group, -1).index_select(0, self.place) for x in shared
+        answers = attend_first(self.beyond, asked, *prompts, scale)
+        shared, prompt_lse = (
+            x.view(len(self.table), self.group, -1).index_select(0, self.place) for x in answers
         )
         # Each row attends to its own keys.
-        alone, mine = attend_first(self.unseen, rows, *own, scale)
-        # One softmax over both: the row's own keys weigh exp(mine) / (exp(mine) + exp(theirs)).
-        merged = shared.lerp(alone, (mine - theirs).sigmoid().to(alone.dtype))
+        alone, own_lse = attend_first(self.unseen, rows, *own, scale)
+        # One softmax over both: own keys weigh exp(own_lse) / (exp(own_lse) + exp(prompt_lse)).
+        merged = shared.lerp(alone, (own_lse - prompt_lse).sigmoid().to(alone.dtype))
         return merged.view(len(q), 1, q.shape[1], q.shape[3])
 
 
@@ -172,16 +172,16 @@ def first_keys(read: torch.Tensor, queries: int, keys: torch.Tensor) -> torch.Te
     return bias.masked_fill_(hidden, -torch.inf)[:, None]
 
 
-def attend_first(read, q, k, v, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attention of queries (n, m, D) to the first of the keys and values (n, L, D). `read` is from
+def attend_first(first, q, k, v, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention of queries (n, m, D) to the first of the keys and values (n, L, D). `first` is from
     `first_keys`. -> output (n, m, D), logsumexp of the scores (n, m, 1) in float32."""
     if has_varlen(q):
-        *starts, read = read
+        *starts, read = first
         tokens = (x.flatten(0, 1)[:, None] for x in (q, k, v))
         options = dict(scale=scale, seqused_k=read[:-1], return_aux=AuxRequest(lse=True))
         output, logsumexp = varlen_attn(*tokens, *starts, q.shape[1], k.shape[1], **options)
         return output.view_as(q), logsumexp.view(*q.shape[:2], 1)
-    scores = torch.baddbmm(read, q, k.mT, alpha=scale)
+    scores = torch.baddbmm(first, q, k.mT, alpha=scale)
     logp = scores.log_softmax(-1, dtype=torch.float32)
     # The logsumexp is score - log softmax(score) at any key, here at the first.
     return torch.bmm(logp.exp().to(v.dtype), v), scores[..., :1] - logp[..., :1]
@@ -250,7 +250,8 @@ class Rows:
                     self._step()
             self.recorded = self.cache.generation
         except RuntimeError as error:
-            why = error.__context__ or error  # the second says no more than that there was a first
+            # torch says only that an error ended the capture; its context is that error.
+            why = error.__context__ or error
             said = f"this call of generate goes on without CUDA graphs: {why}"
             warnings.warn(said, stacklevel=2)
             self.graph, self.records = None, False
@@ -260,7 +261,7 @@ class Rows:
         cache.begin_step()
         place = (self.following[cache.prompt_of] + cache.length)[None, :, None].expand(3, -1, 1)
         inputs = dict(input_ids=self.token[:, None], position_ids=positions(self.policy, place))
-        logits = decode(self.policy, cache, **inputs, use_cache=False).logits[:, 0]
+        logits = decode_step(self.policy, cache, **inputs, use_cache=False).logits[:, 0]
         cache.length += self.row != self.nobody
         row, token = self._say(logits, self.row, cache.length)
         self.row.copy_(row)

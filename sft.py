@@ -110,9 +110,8 @@ def train() -> None:
             rate = learning_rate_at(step, max_steps, config)
             grad_norm = optimizer_step(policy, optimizer, rate, config.max_grad_norm)
 
-        # Log the step. At each pack the ranks wait for the one whose pack is the longest. `paced`
-        # sums the tokens of these longest packs. A rank with shorter packs only waits for the rest,
-        # and `idle_share` is that rest as a share of `paced`.
+        # Log the step. At each pack all ranks wait for the longest. `paced` is the sum of these
+        # longest packs' tokens, and `idle_share` the share of it for which a rank has no tokens.
         all_tokens = sum(group.num_tokens for group in groups)
         sizes = [pack.input_ids.numel() for pack in packs]
         paced = float(all_max([0, *sizes]).sum())
