@@ -433,8 +433,9 @@ def the_policys_loss(m) -> str:
 
 The ratio (14), `policy_gradient.py`: `importance_ratio`, tells how much likelier a token has become
 since it was sampled. It is 1, as nothing has been learned since. So the clip (15),
-`policy_gradient.py`: `policy_loss`, does not act, and every token of a rollout has the loss -A, its
-advantage. (16), `policy_gradient.py`: `aggregate`, averages over all tokens, T in each rollout:
+`policy_gradient.py`: `policy_loss`, does not act, and every token of a rollout has the loss -A,
+where A is its advantage. (16), `policy_gradient.py`: `aggregate`, averages over all tokens, T in
+each rollout:
 
 `loss = -sum(A * T) / sum(T) = {number(m.policy_loss, 4)}`
 
@@ -477,8 +478,8 @@ def the_discriminators_loss(m) -> str:
         terms.append([f"{weight:g} * balance loss (8)", number(weight * balance.value, 4)])
         told = (
             f"The balance loss (8), `discriminator.py`: `balance_loss`, keeps the router from "
-            f"sending all tokens to the same experts. It is {number(balance.value)} here; 2 is "
-            f"even. "
+            f"sending all tokens to the same experts. It is {number(balance.value)} here. It "
+            f"would be 2 if every expert got as many tokens as the others. "
         )
     terms.append(["loss (7)", number(m.judged.metrics["discriminator_loss"].value, 4)])
     gaps = [[number(mean_gap(judged, v)) for judged in (m.judged, m.judged_after)] for v in VIEWS]

@@ -307,8 +307,8 @@ class Speed:
     flops: float = 0.3 * 989e12  # operations/s in training; those that are recomputed do not count
     bytes: float = 0.85 * 3.35e12  # bytes/s that decoding reads
     kernel: float = 2.5e-6  # seconds of a kernel of a decoding step, beside what it reads
-    kernels: int = 38  # of a layer in a decoding step, by count
-    outside: int = 42  # kernels of a decoding step outside the layers, by count
+    kernels: int = 36  # of a layer in a decoding step, by count
+    outside: int = 48  # kernels of a decoding step outside the layers, by count
 
 
 def matrices(m: Model, mlps: int) -> int:
