@@ -86,13 +86,13 @@ class DiscriminatorConfig(RunConfig):
     num_train_epochs: Positive = 1.0  # passes over the data; paper: 1
     max_steps: Steps = -1  # steps of the run; -1: as many as the epochs have
     per_device_train_batch_size: Count = 2  # pairs per rank; paper: 4 comparisons, 2 a pair
-    gradient_accumulation_steps: Count = 4  # takes so many batches for a step; paper: 4
+    gradient_accumulation_steps: Count = 4  # batches of each rank in one step; paper: 4
     max_grad_norm: Positive = 1.0  # gradients are clipped to this norm; paper: 1.0
-    max_length: Count = 8192  # most tokens of prompt and caption, or prompt and rest; paper: 8192
+    max_length: Count = 8192  # prompt + caption, or prompt + rest; longer is left out; paper: 8192
     max_image_size: Count = 560  # longer side of an image, at most, in pixels; paper: 560
     max_completion_length: Count = 6144  # longest response of --policy, in tokens
     max_rollout_rows: Count | None = 32  # responses that a rank samples at a time
-    score_l2: NonNegative = 0.001  # weight of the squared scores (7); paper: 0.001 in align.py (D4)
+    score_l2: NonNegative = 0.001  # weight of the squared scores (7); paper: 0.001, game only (D4)
     router_aux_loss_coef: NonNegative = 0.01  # weight of the load-balancing loss (8); paper: 0.01
     validation_share: Share = 0.05  # share of the pairs that is held out; paper: none (D13)
     save_steps: Count = 500  # steps between checkpoints for --resume

@@ -240,6 +240,10 @@ def evaluate() -> None:
     # Tell the user what was left out.
     for line in left_out[:3]:
         say(f"left out: {line}")
+    if len(left_out) > 3:
+        say(
+            f"left out: {len(left_out)} of {len(examples)} rows in all; the result is of the others"
+        )
     if unread:
         say(
             f"--untagged {config.untagged}: {len(unread)} responses would take over "

@@ -49,7 +49,7 @@ class SFTConfig(RunConfig):
     num_train_epochs: Positive = 1.0  # passes over the data; paper: 1
     max_steps: Steps = -1  # steps of the run; -1: as many as the epochs have
     per_device_train_batch_size: Count = 2  # rows per rank; paper: 2
-    gradient_accumulation_steps: Count = 1  # takes so many batches for a step; paper: not stated
+    gradient_accumulation_steps: Count = 1  # batches of a rank in one step; paper: not stated
     max_grad_norm: Positive = 1.0  # gradients are clipped to this norm; paper: not stated
     max_length: Count = 8192  # longest row in tokens; longer ones are left out (D6); paper: 8192
     save_steps: Count = 5000  # steps between checkpoints for --resume

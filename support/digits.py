@@ -78,9 +78,9 @@ class World(Shape):
     train_share: float = 0.7  # share of the scans that train
     validation_share: float = 0.1  # share of the scans that validate
     # What is wrong with the public demonstrations, and with what the base learned from
-    misread_digits: int = 3  # how many digits public rows misread: the first of CONFUSIONS
+    misread_digits: int = 3  # public rows misread the first so many of CONFUSIONS (digits.py)
     misread_rate: float = 0.9  # how often public rows misread one of these
-    base_misread_digits: int = 2  # how many digits the base misreads: the last of CONFUSIONS
+    base_misread_digits: int = 2  # the base misreads the last so many of CONFUSIONS (digits.py)
     base_misread_rate: float = 0.6  # how often the base misreads one of these
     slip_rate: float = 0.3  # how often a public demonstration's last step is off by one
     # For benchmarks/judge_study.py: supervision that is hard to imitate, RL that covers less
@@ -461,15 +461,18 @@ def _holds(out: Path, world: World) -> bool:
     if not out.exists() or not any(out.iterdir()):
         return False
     if not (out / "world.json").exists():
-        raise UserError(f"{out} is not empty and was not built by support.digits; move it away")
+        raise UserError(
+            f"{out}: the built-in digits go there, but it holds other files; move it away, or give "
+            f"--data and a model"
+        )
     # A world that was built before a field was there has that field's default.
     there = asdict(World()) | json.loads((out / "world.json").read_text())
     wanted = asdict(world)
     other = sorted(key for key in there.keys() | wanted.keys() if there.get(key) != wanted.get(key))
     if other:
         raise UserError(
-            f"{out} holds digits built with another {', '.join(other)}; remove {out}, or build "
-            f"these beside it: python -m support.digits --out DIR"
+            f"{out} holds digits built with another {', '.join(other)}; remove {out}, give "
+            f"support.digits another --out, or give the stage --data and a model"
         )
     return True
 

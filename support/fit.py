@@ -396,7 +396,7 @@ def answer(config) -> str:
     """What --dry_run prints."""
     said = table(config)
     if hasattr(config, "max_steps"):
-        said += "\n\nBy count for H100s, from responses of {} to {} tokens in the mean:\n"
-        said = said.format(*MEAN_RESPONSES)
+        said += "\n\nBy count for H100s, from responses of {} to {} tokens in the mean"
+        said = said.format(*MEAN_RESPONSES) + "; epochs are over the paper's rows:\n"
         said += hours({config.stage: config}, config.dry_run, Speed())
     return said

@@ -59,16 +59,16 @@ class RunConfig:
     system_prompt: str | None = None  # for rows without one: text or file; see docs/data.md
     max_pixels: Count | None = None  # most pixels per image; none: the checkpoint's (docs/data.md)
     max_bad_fraction: Share = 0.01  # stop when at least 3 rows and more than this share are bad
-    max_tokens_per_pack: Count = 16384  # most tokens in one forward pass; lower it to save memory
+    max_tokens_per_pack: Count = 16384  # tokens in a forward pass; one longer response has its own
     activation_checkpointing: bool | None = None  # recompute activations; none: on a GPU only
     freeze_vision: bool = False  # do not train the vision tower
-    lora_rank: Natural = 0  # train only LoRA adapters of this rank, in a policy; 0: all weights
+    lora_rank: Natural = 0  # train a policy by LoRA of this rank, at 10 x the default rate; 0: off
     hsdp: bool = False  # shard within a node, replicate across nodes
-    dry_run: Natural = 0  # print the memory and the hours that N GPUs need, then stop
+    dry_run: Natural = 0  # print memory and hours on N GPUs, for the paper's row counts, then stop
     dataloader_num_workers: Natural = 1  # worker processes per rank that encode rows ahead
     save_steps: Count = 100  # steps between checkpoints, each of 12 bytes per parameter
-    save_hf_steps: Natural = 0  # steps between saves in Hugging Face format; 0: only at the end
-    save_total_limit: Count = 2  # how many checkpoints to keep
+    save_hf_steps: Natural = 0  # steps between checkpoints that also hold a Hugging Face directory
+    save_total_limit: Count = 2  # checkpoints to keep; the Hugging Face files of older ones go too
     timeout: Minutes = 30.0  # minutes to wait for another rank or a worker before giving up
     max_skipped: Count = 5  # stop after so many steps in a row with a NaN or infinite gradient
     report_to: Literal["none", "tensorboard", "wandb"] = "none"  # also send the metrics there
@@ -128,8 +128,10 @@ def _parser(config_class) -> HfArgumentParser:
         allow_abbrev=False,
         formatter_class=argparse.HelpFormatter,
         epilog="Without --data and without a model (--model or --ckpt), the command runs on the "
-        "built-in digits. Their own model and settings then replace the defaults above. Numbers "
-        "(1) to (19) are equations at the top of the files; D1 to D22 are in docs/deviations.md.",
+        "built-in digits. Their own model and settings then replace the defaults above; --dry_run "
+        "counts the defaults. On 8 GPUs: torchrun --nproc_per_node=8 FILE.py --flag value. --data "
+        "takes files or hub data sets; docs/data.md has their fields. Numbers (1) to (19) are "
+        "equations at the top of the files; D1 to D22 are in docs/deviations.md.",
     )
 
     def refuse(message: str) -> None:
@@ -192,7 +194,7 @@ def announce(name: str, source: str) -> None:
         info = HfApi().repo_info(repo[1], repo_type=kind, files_metadata=True)
         alone = repo[2] if (repo[2] or "").endswith(".parquet") else None
         sizes = [f.size or 0 for f in info.siblings if alone in (None, f.rfilename)]
-        say(f"--{name}: reads {source} from the hub, {sum(sizes) / 1e9:.2f} GB less what is cached")
+        say(f"--{name}: reads {source} from the hub, at most {sum(sizes) / 1e9:.2f} GB")
     except Exception as error:
         try:
             snapshot_download(repo[1], repo_type=kind, local_files_only=True)

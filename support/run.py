@@ -74,6 +74,10 @@ def main(stage: Callable) -> None:
         where = error.filename or (Run.current.path if Run.current else "")
         again = "go on with --resume" if Run.current else "start again"
         _die(f"{where or 'a file'}: {error.strerror}; mend the cause, then {again}", 2)
+    except torch.OutOfMemoryError as error:
+        why = str(error).splitlines()[0][:120]
+        less = "lower --max_tokens_per_pack or --max_rollout_rows; --dry_run N counts what fits"
+        _die(f"out of GPU memory ({why}); {less}", 2)
     except RuntimeError as error:
         if not of_another_rank(error):
             _crash()
@@ -213,7 +217,8 @@ class Run:
         if not held_out and before != batch_size:
             raise UserError(
                 f"--resume: a step had {before} rows over all ranks and would now have "
-                f"{batch_size}; use the old number of ranks, or change the batch size to match"
+                f"{batch_size}; give the batch flags that run.json has; where they count per rank, "
+                f"also the old number of ranks"
             )
         count = self.progress.setdefault("rows", len(rows))
         if not held_out and count != len(rows):
@@ -256,8 +261,9 @@ class Run:
         if bad and len(self.bad) > most:
             raise UserError(
                 f"{len(self.bad)} of {self.drawn} rows are bad, over --max_bad_fraction "
-                f"{self.config.max_bad_fraction}; mend the rows that left_out.jsonl names, or "
-                f"raise the flag; the last is {where}: {error}"
+                f"{self.config.max_bad_fraction}, as far as rank {rank()} knows; the last is "
+                f"{where}: {error}; mend the rows that {self.path}/left_out.jsonl names, or raise "
+                f"the flag, then go on with --resume"
             )
 
     # ----------------------------------------------------------------------------------------------
@@ -343,9 +349,9 @@ class Run:
     def _save_result(self, modules: dict, save: Callable) -> None:
         if not self.progress["rows_used"]:
             raise UserError(
-                f"not one row could be used ({self.left_out} were left out, see {self.path}/"
-                f"left_out.jsonl, and {self.progress['skipped']} steps skipped); nothing was "
-                f"learned and nothing is saved"
+                f"not one row could be used, so nothing was learned and nothing is saved "
+                f"({self.progress['skipped']} steps were skipped); mend what left_out.jsonl and "
+                f"skipped.jsonl in {self.path} name, then start with another --output_dir"
             )
         check_weights(modules, self.step)
         beside = os.path.join(self.path, "result.incomplete")
@@ -488,7 +494,10 @@ class Run:
         for name in mine:
             if mine[name] != theirs[name]:
                 said = f"its {name} is {theirs[name]}, not {mine[name]}"
-                raise UserError(f"--resume: {self.path} is another run: {said}; name its own flags")
+                raise UserError(
+                    f"--resume: {self.path} is another run: {said}; run it as before, or name "
+                    f"another --output_dir"
+                )
         return before
 
     def _end_again(self, before: dict) -> None:

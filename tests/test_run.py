@@ -1416,3 +1416,26 @@ def test_bad_rows_count_on_when_a_run_is_resumed(nursery, world, short, tmp_path
 def test_inputs_that_are_broken_in_every_way(world, tmp_path):
     """Answers, ground truths, files of rows and packs; `make chaos` tries more of them."""
     assert fuzz(tmp_path, world, 2000, 0)
+
+
+NO_ROOM = """
+import torch
+from support.run import main
+
+
+def stage():
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.\\nMore of it")
+
+
+main(stage)
+"""
+
+
+def test_a_full_gpu_is_one_line(nursery, tmp_path):
+    """It says how much was asked for, and which flags lower it."""
+    (tmp_path / "stage.py").write_text(NO_ROOM)
+    started = nursery.start(tmp_path / "stage.py", log=tmp_path / "log")
+    assert started.wait(60) == [2]
+    (line,) = started.errors
+    assert line.startswith("error: out of GPU memory (CUDA out of memory. Tried to allocate 20.00")
+    assert "--max_tokens_per_pack" in line and "Traceback" not in started.said
