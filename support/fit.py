@@ -366,6 +366,7 @@ def seconds(config, policy, judge, gpus: int, response: int, speed: Speed) -> di
         work = operations(m, tokens, pairs, responses * response if m is learns else 0)
         shares = DEALT if stage == "sft" else IDLE
         idle = shares[max((rows for rows in shares if rows <= responses), default=2)]
+        idle = idle if gpus > 1 else 0  # a GPU alone waits for none
         parts[name] = work * get("num_iterations", 1) / speed.flops / (1 - idle)
     return parts
 

@@ -411,6 +411,14 @@ def test_decoding(published):
     assert fit.decoding(m, 640, vllm) == pytest.approx(0.0104, rel=0.05)
 
 
+def test_a_gpu_alone_waits_for_none(published):
+    """Its rows are as many as those of each of two GPUs, which wait for each other."""
+    config = SFTConfig(model=published["4B"])
+    policy, _ = fit.models(config)
+    one, two = (fit.seconds(config, policy, None, n, 1000, fit.Speed())["update"] for n in (1, 2))
+    assert one == pytest.approx((1 - fit.DEALT[2]) * two)
+
+
 def test_the_hours_of_the_docs(published, monkeypatch):
     """What benchmarks/gpu.py prints by count, of two sizes."""
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
