@@ -505,10 +505,18 @@ def load_discriminator(
     torch.manual_seed(seed)  # of a new score head
     discriminator = Discriminator(backbone, kind, dropout)
     discriminator.source = saved.model.source
+    drawn = discriminator.score.weight
+    if saved.head is None and saved.kind:
+        raise UserError(f"{path}: has no tensor score.weight; save the discriminator again")
     if saved.head is None:
         say(f"{path}: has no score head yet; it is drawn at random")
+    elif saved.head.shape not in (drawn.shape, drawn[:1].shape):
+        raise UserError(
+            f"{path}: its score head has shape {tuple(saved.head.shape)}, expected "
+            f"{tuple(drawn.shape)}; choose another discriminator"
+        )
     else:
-        discriminator.score.weight.data.copy_(saved.head)  # (2, h); a (1, h) fills both rows
+        drawn.data.copy_(saved.head)  # (2, h); a (1, h) fills both rows
     generator = torch.Generator().manual_seed(seed)
 
     def prepare(block) -> None:

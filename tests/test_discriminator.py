@@ -990,11 +990,18 @@ def test_another_model_as_discriminator(world, other_model, tmp_path, kind):
 
 
 def test_a_damaged_discriminator_of_another_model(other_model, tmp_path):
-    """A missing tensor and an unknown kind of experts are named."""
+    """A missing tensor, a head that is gone or of another shape, and an unknown kind of experts are
+    named."""
     path, name = tmp_path / "d", "model.language_model.layers.1.mlp.experts.down_proj"
     discriminator, _ = load_discriminator(other_model)
     save_discriminator(discriminator, str(path))
     tensors = load_file(path / "model.safetensors")
+    head = tensors.pop("score.weight")
+    heads = {"no tensor score.weight": {}, "shape .3, ": {"score.weight": head[[0, 0, 1]].clone()}}
+    for said, other in heads.items():
+        save_file(tensors | other, path / "model.safetensors", {"format": "pt"})
+        with pytest.raises(UserError, match=said):
+            load_discriminator(str(path))
     del tensors[name]
     save_file(tensors, path / "model.safetensors", {"format": "pt"})
     with pytest.raises(UserError, match=f"no tensor {name}"):
