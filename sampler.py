@@ -175,7 +175,7 @@ def first_keys(read: torch.Tensor, queries: int, keys: torch.Tensor) -> torch.Te
 def attend_first(first, q, k, v, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention of queries (n, m, D) to the first of the keys and values (n, L, D). `first` is from
     `first_keys`. -> output (n, m, D), logsumexp of the scores (n, m, 1) in float32."""
-    if has_varlen(q):
+    if first.ndim == 2:  # `has_varlen`, which torch.compile cannot look into without a warning
         *starts, read = first
         tokens = (x.flatten(0, 1)[:, None] for x in (q, k, v))
         options = dict(scale=scale, seqused_k=read[:-1], return_aux=AuxRequest(lse=True))

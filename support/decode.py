@@ -57,9 +57,13 @@ def compiled(policy):
 def compiled_layer(**options):
     """One function for all layers. It is compiled at its first call, for the shapes of that, and
     again where those change, then for any size of what has changed."""
-    import torch._inductor.config  # only where it is used: this takes seconds
+    import torch._dynamo.config  # only where they are used: this takes seconds
+    import torch._inductor.config
 
     torch._inductor.config.compile_threads = 1  # otherwise processes are started that stay
+    # Each size that changes is one more compilation, and so is each size of 1. torch would give up
+    # after eight.
+    torch._dynamo.config.recompile_limit = 64
     # Rounded where the layer itself rounds, since what is sampled is scored by that.
     options = options or dict(options=dict(emulate_precision_casts=True, force_pointwise_cat=True))
 

@@ -83,6 +83,19 @@ def test_all_layers_and_sizes_share_few_compilations(policy_and_prompts, compili
         dist.destroy_process_group()
 
 
+def test_layers_are_compiled_for_more_sizes_than_torch_would(
+    policy_and_prompts, compiling, monkeypatch
+):
+    """By itself torch gives up after eight compilations, here after one; the prompts of a step, a
+    size of 1 and the room for a row's keys alone are more in a long run."""
+    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 1)
+    policy, prompts = policy_and_prompts
+    compilations = compiling(backend="aot_eager")
+    for some in (prompts, prompts[:1], prompts):
+        generate(policy, some, Sampling(3, 12, temperature=1.3, fixed=True))
+    assert compilations() > 1 and not decode.failed
+
+
 def test_sampling_goes_on_where_layers_cannot_be_compiled(policy_and_prompts, compiling, capsys):
     """It is said once in a process."""
     policy, prompts = policy_and_prompts
