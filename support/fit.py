@@ -165,15 +165,17 @@ def layer(m: Model, tokens: int, keys: int) -> int:
 
 def activations(m: Model, tokens: int, keys: int, room: float, images=IMAGES):
     """-> (bytes at the end of forward, those that one layer's backward adds). A layer that starts
-    with less than `room` bytes keeps all, each other one what it needs to compute that again."""
+    with less than `room` bytes, with what the later ones must keep, keeps all. Each other one keeps
+    what it needs to compute that again."""
     v, patches, kept = m.vision, images * tokens * m.vision.patches, 0
     if m.trained == m.whole:
         kept = patches * (v.mergers * 6 * v.h + 2 * v.pixels)
-        for _ in range(v.layers):
-            kept += patches * (22 * v.h + 4 * v.i if kept < room else 4 * v.h)
+        for i in range(v.layers):
+            later = (v.layers - 1 - i + m.layers) * 4 * v.h * patches
+            kept += patches * (22 * v.h + 4 * v.i if kept + later < room else 4 * v.h)
     again = False
-    for _ in range(m.layers):
-        again = kept >= room
+    for i in range(m.layers):
+        again = kept + (m.layers - 1 - i) * 4 * m.h * tokens >= room
         kept += 2 * (m.h + m.q) * tokens if again else layer(m, tokens, keys)
     kept += 4 * m.h * tokens  # the last norm
     # Gradients on their way through an MLP, or through the experts of a token.

@@ -19,6 +19,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import Shard
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 from tqdm import tqdm
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from support.errors import UserError, printable
 
@@ -185,7 +186,7 @@ def sharded_dimension(shape, count: int) -> int:
 def recompute(model, room: float = 0) -> None:
     """Activation checkpointing: a block keeps its input and the output of its attention. The rest
     is computed again in the backward pass. A block keeps all that it computes where less than
-    `room` bytes of the GPU's memory are taken when it starts.
+    `room` bytes of the GPU's memory are taken when it starts, with what the later blocks must keep.
 
     Ranks may differ in that: the hooks of FSDP stand outside of what is computed again."""
     attentions = [
@@ -197,14 +198,16 @@ def recompute(model, room: float = 0) -> None:
     contexts = partial(create_selective_checkpoint_contexts, attentions)
     again = partial(checkpoint, use_reentrant=False, context_fn=contexts)
 
-    def run(forward, *args):
-        if torch.cuda.memory_allocated() < room:
+    def run(later, forward, *args):
+        kept_later = later * 2 * args[0].nbytes  # about an input and an output of each block
+        if torch.cuda.memory_allocated() + kept_later < room:
             return forward(*args)
         return again(forward, *args)
 
-    for block in model.modules():
-        if hasattr(block, "gradient_checkpointing"):
-            block.gradient_checkpointing, block._gradient_checkpointing_func = True, run
+    blocks = [block for block in model.modules() if isinstance(block, GradientCheckpointingLayer)]
+    for later, block in enumerate(reversed(blocks)):
+        block.gradient_checkpointing = True
+        block._gradient_checkpointing_func = partial(run, later)
 
 
 @contextlib.contextmanager

@@ -60,13 +60,14 @@ def test_sft_loss_is_the_same_on_any_number_of_ranks(world, tmp_path):
 
 
 def test_padding_moves_no_weight(world, tmp_path):
-    """Four rows without images, of which the long one has a pack of its own: one of two ranks adds
-    a blank pack, and the vision tower stays as it is, also under weight decay."""
+    """Four rows without images, a pack each. One rank has the long one, the other the three short
+    ones. So the first adds blank packs, and the vision tower stays as it is, also under weight
+    decay."""
     rows = [{"question": "Count.", "response": "one " * n} for n in (1, 1, 1, 200)]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     flags = ("--model", world["init"], "--data", tmp_path / "rows.jsonl", "--max_steps", 2)
     flags += ("--learning_rate", 1e-2, "--weight_decay", 0.5, "--output_dir", tmp_path / "out")
-    flags += ("--per_device_train_batch_size", 2, "--max_tokens_per_pack", 200)
+    flags += ("--per_device_train_batch_size", 2, "--max_tokens_per_pack", 1)
     flags += ("--system_prompt", "Count.")
     launch("sft.py", *flags, ranks=2)
     assert max(metrics(tmp_path / "out", "padding_share")) > 0

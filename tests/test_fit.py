@@ -146,7 +146,8 @@ def test_activations(small, kept, branches, monkeypatch):
     pack, tokens, keys, share = packed(processor, 2, 160, branches)
     m = fit.read_model(path)
     most, _ = fit.activations(m, tokens, keys, math.inf, share)
-    two = most - 4.1 * fit.layer(m, tokens, keys)  # where the third of six layers starts with more
+    # The third of six layers starts with more, and three come after it. `most` has the last norm.
+    two = most - 4.02 * fit.layer(m, tokens, keys) + 2 * 4 * m.h * tokens
     room, layers = dict(none=(0, 0), some=(two, 2), all=(math.inf, 6))[kept]
     counted = fit.activations(m, tokens, keys, room, share)
     measured = passes(policy, lambda: token_logprobs(policy, pack)[0], room, monkeypatch)

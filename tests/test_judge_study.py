@@ -146,3 +146,23 @@ def test_what_is_shown_is_what_was_measured(tmp_path):
     drawing = page.with_suffix(".svg").read_text("utf-8")
     shown = json.loads(html.unescape(re.search("<dc:description>(.*?)</dc:d", drawing)[1]))
     assert shown == json.loads(json.dumps(study.points(study.results(known))))
+
+
+@pytest.mark.parametrize(
+    "page, section", [("docs/judge-study.md", "What was found"), ("README.md", "What was measured")]
+)
+def test_the_sentences_have_the_tables_numbers(page, section):
+    """What is said in words of the second study."""
+    text = (ROOT / page).read_text(encoding="utf-8")
+    words = re.sub(r"<!--.*?-->.*?<!-- /.*?-->", "", text, flags=re.DOTALL)
+    words = words.split(f"## {section}")[1].split("\n## ")[0]
+    cells = [
+        str(cell)
+        for rows in study.tables(lines(study.RESULTS)).values()
+        for row in rows
+        for cell in row
+    ]
+    number = r"[01]\.\d{3}|[+-]\d+\.\d(?: to [+-]\d+\.\d)?"
+    numbers = set(re.findall(number, words))
+    missing = numbers - {x for cell in cells for x in re.findall(number, cell)}
+    assert numbers and not missing, missing

@@ -797,7 +797,7 @@ def test_the_same_name_in_another_folder_is_another_benchmark(world, tmp_path):
         done = subprocess.run(start, cwd=tmp_path / folder, **pipes)
         assert done.returncode == code, done.stderr
     paths = [f"{tmp_path}/{name}/test.jsonl" for name in ("a", "b")]
-    assert f"eval.json: the result with --data {paths[0]}, not {paths[1]}" in done.stderr
+    assert f"eval.json: holds a result of --data {paths[0]}, not of {paths[1]}" in done.stderr
 
 
 @pytest.mark.parametrize("script", ["align.py", "rlvr.py"])
