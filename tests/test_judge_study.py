@@ -155,7 +155,7 @@ def test_the_sentences_have_the_tables_numbers(page, section):
     """What is said in words of the second study."""
     text = (ROOT / page).read_text(encoding="utf-8")
     words = re.sub(r"<!--.*?-->.*?<!-- /.*?-->", "", text, flags=re.DOTALL)
-    words = words.split(f"## {section}")[1].split("\n## ")[0]
+    words = " ".join(words.split(f"## {section}")[1].split("\n## ")[0].split())
     cells = [
         str(cell)
         for rows in study.tables(lines(study.RESULTS)).values()
