@@ -133,7 +133,7 @@ def keep_other_results(config: EvalConfig, output_dir: str) -> None:
             before = dict(json.load(file))
     except (OSError, ValueError, TypeError):  # there is none
         return
-    names = ["data", "num_samples", "temperature"]
+    names = ["data", "num_samples", "temperature", "untagged"]
     names += [] if os.path.realpath(output_dir) == os.path.realpath(config.ckpt) else ["ckpt"]
     for name in names:
         mine = located(getattr(config, name))
@@ -264,6 +264,7 @@ def evaluate() -> None:
             "data": located(config.data),
             "num_samples": config.num_samples,
             "temperature": config.temperature,
+            "untagged": config.untagged,
             **summarise(responses),
             "rows_left_out": len(left_out),
             "responses_unread": len(unread),
@@ -278,6 +279,11 @@ def evaluate() -> None:
         shown = [f"{name} {result[name]:.3f}" for name in names if result.get(name) is not None]
         where = f"written to {output_dir}/eval.json"
         say(f"{config.ckpt}: {', '.join(shown)} on {result['rows']} rows; {where}")
+        if not result["format_valid"] and config.untagged is None:
+            say(
+                "no response has the format caption, think, answer, so all count as wrong; give "
+                "a policy that SFT has taught it, or say by --untagged how to read responses"
+            )
 
 
 if __name__ == "__main__":

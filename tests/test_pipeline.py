@@ -798,6 +798,12 @@ def test_the_same_name_in_another_folder_is_another_benchmark(world, tmp_path):
         assert done.returncode == code, done.stderr
     paths = [f"{tmp_path}/{name}/test.jsonl" for name in ("a", "b")]
     assert f"eval.json: holds a result of --data {paths[0]}, not of {paths[1]}" in done.stderr
+    # A pattern changes what counts as right. Without one, a policy that knows no format is named.
+    pattern = "(?P<caption>.*)(?P<think>.*)(?P<answer>.*)"
+    done = subprocess.run([*start, "--untagged", pattern], cwd=tmp_path / "a", **pipes)
+    assert done.returncode == 2 and "holds a result of --untagged None" in done.stderr
+    done = subprocess.run(start, cwd=tmp_path / "a", **pipes)
+    assert "no response has the format" in done.stderr and "--untagged" in done.stderr
 
 
 @pytest.mark.parametrize("script", ["align.py", "rlvr.py"])
