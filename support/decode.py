@@ -14,7 +14,7 @@ from support.ranks import say
 failed = False  # whether compiling has failed in this process
 
 
-def decode(policy, layout, **inputs):
+def decode_step(policy, layout, **inputs):
     """The policy's forward for one token of each row, with compiled layers on a GPU. `layout` is a
     `sampler.RowCache`. A forward that fails midway has only written keys, which the next one writes
     again, so it can be repeated.
