@@ -251,9 +251,8 @@ def save_adapters(policy, path: str) -> None:
     tensors, layers = {}, set()
     for name, parameter in policy.named_parameters():
         if ".lora_" in name:
-            whole = parameter.detach()
-            whole = whole.full_tensor() if isinstance(whole, DTensor) else whole
-            tensors["base_model.model." + name.replace(".default.", ".")] = whole.cpu().contiguous()
+            whole = _whole(parameter.detach()).cpu().contiguous()
+            tensors["base_model.model." + name.replace(".default.", ".")] = whole
             layers.add(re.sub(r"\.\d+\.", ".N.", name.partition(".lora_")[0]))
     if rank() == 0:
         lora = copy.copy(policy.adapters)
@@ -279,8 +278,7 @@ def save_weights(module, path: str, file_size: str = "5GB") -> None:
     for file, names in split.filename_to_tensors.items():
         content = {}
         for name in names:
-            tensor = _merged(module, name, weights[name])
-            tensor = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+            tensor = _whole(_merged(module, name, weights[name]))
             if rank() == 0:
                 content[name] = tensor.cpu().contiguous()
         if rank() == 0:
@@ -290,6 +288,11 @@ def save_weights(module, path: str, file_size: str = "5GB") -> None:
         index = json.dumps(index, indent=2).encode()
         write_files(path, {"model.safetensors.index.json": index})
     barrier()
+
+
+def _whole(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor as it is, a sharded one in full. Every rank calls it."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def _merged(module, name: str, tensor: torch.Tensor) -> torch.Tensor:

@@ -204,10 +204,10 @@ def recompute(model, room: float = 0) -> None:
             return forward(*args)
         return again(forward, *args)
 
-    blocks = [block for block in model.modules() if isinstance(block, GradientCheckpointingLayer)]
-    for later, block in enumerate(reversed(blocks)):
-        block.gradient_checkpointing = True
-        block._gradient_checkpointing_func = partial(run, later)
+    layers = [layer for layer in model.modules() if isinstance(layer, GradientCheckpointingLayer)]
+    for later, layer in enumerate(reversed(layers)):
+        layer.gradient_checkpointing = True
+        layer._gradient_checkpointing_func = partial(run, later)
 
 
 @contextlib.contextmanager

@@ -18,6 +18,7 @@ from data import parse_response
 from support import digits
 from tests.conftest import ROOT, WORLD, lines
 from tests.test_digits import drawn, truth
+from tests.test_study import numbers_said
 
 KINDS = (study.COVERED, study.UNCOVERED)
 
@@ -153,16 +154,5 @@ def test_what_is_shown_is_what_was_measured(tmp_path):
 )
 def test_the_sentences_have_the_tables_numbers(page, section):
     """What is said in words of the second study."""
-    text = (ROOT / page).read_text(encoding="utf-8")
-    words = re.sub(r"<!--.*?-->.*?<!-- /.*?-->", "", text, flags=re.DOTALL)
-    words = " ".join(words.split(f"## {section}")[1].split("\n## ")[0].split())
-    cells = [
-        str(cell)
-        for rows in study.tables(lines(study.RESULTS)).values()
-        for row in rows
-        for cell in row
-    ]
-    number = r"[01]\.\d{3}|[+-]\d+\.\d(?: to [+-]\d+\.\d)?"
-    numbers = set(re.findall(number, words))
-    missing = numbers - {x for cell in cells for x in re.findall(number, cell)}
+    numbers, missing = numbers_said(page, section, study.tables(lines(study.RESULTS)))
     assert numbers and not missing, missing

@@ -223,15 +223,20 @@ def test_no_table_is_shown_twice():
     assert len(marks) == len(set(marks)) and {"arms", "differences", "drift"} <= {*marks}
 
 
-def test_the_sentences_have_the_tables_numbers():
-    """What docs/study.md says in words under "What it shows"."""
-    text = (ROOT / "docs/study.md").read_text(encoding="utf-8")
+def numbers_said(page: str, section: str, tables: dict[str, list[list]]) -> tuple[set, set]:
+    """The numbers in the sentences of a page's section, and those of them that no table holds."""
+    text = (ROOT / page).read_text(encoding="utf-8")
     words = re.sub(r"<!--.*?-->.*?<!-- /.*?-->", "", text, flags=re.DOTALL)
-    words = words.split("## What it shows")[1].split("\n## ")[0]
-    cells = [str(cell) for rows in study.tables().values() for row in rows for cell in row]
+    words = " ".join(words.split(f"## {section}")[1].split("\n## ")[0].split())
     number = r"[01]\.\d{3}|[+-]\d+\.\d(?: to [+-]\d+\.\d)?"
     numbers = set(re.findall(number, words))
-    missing = numbers - {x for cell in cells for x in re.findall(number, cell)}
+    cells = [str(cell) for rows in tables.values() for row in rows for cell in row]
+    return numbers, numbers - {x for cell in cells for x in re.findall(number, cell)}
+
+
+def test_the_sentences_have_the_tables_numbers():
+    """What docs/study.md says in words under "What it shows"."""
+    numbers, missing = numbers_said("docs/study.md", "What it shows", study.tables())
     assert len(numbers) > 5 and not missing, missing
 
 
