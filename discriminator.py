@@ -48,7 +48,7 @@ import torch.nn.functional as F
 
 from data import Comparison, Encoded, Group, Pack, Prompt
 from data import decode, encode_views, load_examples, parse_response
-from model import adapt, load_policy, model_inputs, rank_packs
+from model import load_policy, model_inputs, prepare_for_packs, rank_packs
 from probe import draw_trials, in_words, probe
 from sampler import Sampling, generate
 from support.errors import RowError, Unfit, UserError
@@ -225,7 +225,7 @@ def balance_loss(probabilities, chosen) -> torch.Tensor:
 class Discriminator(torch.nn.Module):
     """(5): a backbone, which is a model without its language head, and a score head, whose row k is
     the score vector of view k. `kind` is one of Kind.
-    Takes along: SparseMLP, view_of_tokens, support.scores.VIEWS, model.adapt,
+    Takes along: SparseMLP, view_of_tokens, support.scores.VIEWS, model.prepare_for_packs,
     model.model_inputs."""
 
     def __init__(self, backbone, kind: str, dropout: float = 0.1):
@@ -495,7 +495,7 @@ def load_discriminator(
             f"{path}: its tokenizer or image processor differs from the policy's; choose a "
             f"discriminator and a policy of one model family"
         )
-    backbone = adapt(saved.model, path).base_model
+    backbone = prepare_for_packs(saved.model, path).base_model
     layers = list(backbone.language_model.layers)
     if saved.experts:
         for layer, parts in zip(layers, saved.experts):

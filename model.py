@@ -34,7 +34,7 @@ CPU = torch.device("cpu")
 
 def load_policy(path: str, device=CPU, config=None):
     """-> (policy, processor) from a Hugging Face directory or hub id: a model of transformers in
-    float32, adapted to packs (`adapt`), sharded as the flags in `config` say (`ranks.shard`).
+    float32, by `prepare_for_packs`, sharded as the flags in `config` say (`ranks.shard`).
 
     Two attributes are added: `stop_ids`, which end a response, and `forbidden`, which are never
     sampled. UserError where the model cannot be loaded."""
@@ -42,7 +42,7 @@ def load_policy(path: str, device=CPU, config=None):
     if hasattr(its_config, "prism_experts"):
         raise UserError(f"{path}: is a discriminator, without a language head; name a policy")
     policy, processor = load_pretrained(path, its_config, hollow=True)
-    adapt(policy, path)
+    prepare_for_packs(policy, path)
     # A response may end with the tokenizer's end of sequence or with any that the model names.
     named = policy.generation_config.eos_token_id
     ends = [processor.tokenizer.eos_token_id, *(named if isinstance(named, list) else [named])]
@@ -223,8 +223,8 @@ def _attention(module, query, key, value, attention_mask, scaling, layout=None, 
     """The attention that transformers calls in every layer: it hands on to the `layout`."""
     if layout is None:
         raise RuntimeError(
-            "an adapted model attends through a layout; call token_logprobs, generate, or "
-            "model(**model_inputs(model, pack))"
+            "a model that is prepared for packs attends through a layout; call token_logprobs, "
+            "generate, or model(**model_inputs(model, pack))"
         )
     return layout.attend(module.layer_idx, query, key, value, scaling), None
 
@@ -246,7 +246,7 @@ class Norm(torch.nn.Module):
         return F.rms_norm(x, x.shape[-1:], self.weight, self.variance_epsilon)
 
 
-def adapt(model, where: str = "the model"):
+def prepare_for_packs(model, where: str = "the model"):
     """Wires a model of transformers to packs, in place, and returns it.
 
     Its language layers attend through a layout. Its head gives log-probabilities where they are
@@ -276,10 +276,12 @@ def adapt(model, where: str = "the model"):
 def model_inputs(model, pack: Pack, collected: list | None = None) -> dict:
     """What the forward of a model, or of its backbone, takes for a pack. Where `collected` is a
     list, the forward appends each layer's keys and values to it. RuntimeError where the model is
-    not adapted.
+    not prepared for packs.
     Takes along: PackAttention, positions."""
     if model.config.get_text_config()._attn_implementation != "layout":
-        raise RuntimeError("call adapt(model) first: the branches of a pack would see each other")
+        raise RuntimeError(
+            "call prepare_for_packs(model) first: the branches of a pack would see each other"
+        )
     images = {"pixel_values": pack.pixel_values, "image_grid_thw": pack.image_grid_thw}
     return dict(
         input_ids=pack.input_ids,
@@ -382,8 +384,8 @@ class Head(torch.nn.Linear):
 def token_logprobs(policy, pack: Pack, temperature: float = 1.0, chunk: int = LOGIT_ROWS):
     """-> (log-probability of each branch token, entropy of the distribution that it came from):
     two (K,) float32 tensors in the order of `pack.targets`. `pack.padded` pads them.
-    Entropy has no gradient. RuntimeError where the policy is not adapted.
-    Takes along: adapt, model_inputs, support.fit.LOGIT_ROWS."""
+    Entropy has no gradient. RuntimeError where the policy is not prepared.
+    Takes along: prepare_for_packs, model_inputs, support.fit.LOGIT_ROWS."""
     inputs = model_inputs(policy, pack)
     forbidden = policy.forbidden.to(pack.targets.device)
     policy.lm_head.asked = (pack.predictors, pack.targets, temperature, forbidden, chunk)

@@ -329,7 +329,7 @@ def generate(policy, prompts: list[Prompt], sampling: Sampling, step: int = 0) -
     calls this, also one without prompts. UserError where the policy's logits are not finite,
     RuntimeError where it has no `stop_ids`.
     Takes along: Sampling, _parts, _generate, RowCache, Rows, uniforms, data.make_packs,
-    model.adapt, model.has_varlen, model.model_inputs, support.decode.decode_step,
+    model.prepare_for_packs, model.has_varlen, model.model_inputs, support.decode.decode_step,
     support.ranks.gathered, support.errors.UserError, support.fit.PROMPT_TOKENS."""
     if not hasattr(policy, "stop_ids"):
         raise RuntimeError("set policy.stop_ids first: a tensor of the ids that end a response")

@@ -32,7 +32,7 @@ from views import WORDS
 from align import AlignConfig
 from data import Group, Response, make_packs
 from discriminator import Comparison, Discriminator, DiscriminatorConfig, judge, upcycle
-from model import adapt, rank_packs, token_logprobs
+from model import prepare_for_packs, rank_packs, token_logprobs
 from policy_gradient import Objective, group_advantage, policy_backward
 from rlvr import RLVRConfig
 from sampler import Sampling, generate
@@ -58,7 +58,7 @@ ROLLOUTS = 16 if torch.cuda.is_available() else 4  # a prompt
 
 
 def make(shape: str, device, seed: int = 0):
-    """A policy of random weights, in float32, adapted to packs."""
+    """A policy of random weights, in float32, prepared for packs."""
     hidden, mlp, layers, heads, kv_heads, dim, vocab, vision = SHAPES[shape]
     rope = {"rope_type": "default", "rope_theta": 5e6, "mrope_interleaved": True}
     rope["mrope_section"] = [24, 20, 20] if dim == 128 else [8, 4, 4]
@@ -71,7 +71,7 @@ def make(shape: str, device, seed: int = 0):
     config = Qwen3VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=True, **ids)
     torch.manual_seed(seed)
     with torch.device(device):
-        policy = adapt(AutoModelForImageTextToText.from_config(config))
+        policy = prepare_for_packs(AutoModelForImageTextToText.from_config(config))
     policy.stop_ids = torch.tensor([], dtype=torch.long)  # rows run to their limit
     return policy
 

@@ -23,7 +23,7 @@ from transformers import AutoModelForImageTextToText, Qwen3VLConfig
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from data import Prompt, mrope_positions
-from model import adapt
+from model import prepare_for_packs
 from sampler import Sampling, generate
 
 IMAGE, VIDEO, START, END = 1, 2, 3, 4  # token ids of the made-up vocabulary
@@ -75,7 +75,7 @@ def build(hidden_size: int, layers: int, vocab_size: int = 2048, experts: int = 
     theirs = AutoModelForImageTextToText.from_config(config).eval()
     ours = AutoModelForImageTextToText.from_config(copy.deepcopy(config)).eval()
     ours.load_state_dict(theirs.state_dict())
-    return adapt(ours), theirs
+    return prepare_for_packs(ours), theirs
 
 
 def prompt(index: int, tokens: int, vocab_size: int = 2048, side: int = 14) -> Prompt:

@@ -35,7 +35,7 @@ from rollout import arguments, ratio
 
 from data import Response, encode_prompts, encode_views
 from discriminator import Comparison, discriminator_loss, load_discriminator, view_packs
-from model import adapt
+from model import prepare_for_packs
 from support.rows import Example
 from support.tiny import Shape, build_model, train_tokenizer
 
@@ -181,7 +181,7 @@ WAYS = {
 def set_up(model, ours: bool) -> None:
     """The model as the stages use it, or as transformers has it."""
     if ours:
-        adapt(model)
+        prepare_for_packs(model)
     else:
         model.set_attn_implementation({"text_config": "sdpa", "vision_config": "sdpa"})
         model.visual.patch_embed.proj.__class__ = torch.nn.Conv3d

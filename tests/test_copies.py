@@ -225,7 +225,8 @@ PACKS = """
 
 def test_packs_with_their_attention_and_token_logprobs(world, groups, tmp_path):
     policy, _, given = groups
-    body = "out = [token_logprobs(adapt(policy), p, 0.8)[0] for p in make_packs(groups, 90)]"
+    body = "prepare_for_packs(policy)"
+    body += "; out = [token_logprobs(policy, p, 0.8)[0] for p in make_packs(groups, 90)]"
     pieces = ("model.token_logprobs", "data.make_packs")
     inputs = dict(path=world["init"], groups=[plain(group) for group in given])
     out = run(tmp_path, pieces, PACKS.format(body=body), **inputs)
@@ -233,8 +234,8 @@ def test_packs_with_their_attention_and_token_logprobs(world, groups, tmp_path):
     assert len(out) > 1 and torch.equal(torch.cat(out), torch.cat(expected))
 
 
-def test_without_adapt_a_copy_fails(world, groups, tmp_path):
-    """Unadapted, branches would see their siblings: every door says what to call."""
+def test_an_unprepared_model_in_a_copy_fails(world, groups, tmp_path):
+    """Unprepared, branches would see their siblings: every door says what to call."""
     body = """
     out = []
     for call in (lambda: token_logprobs(policy, make_packs(groups)[0]),
@@ -242,7 +243,7 @@ def test_without_adapt_a_copy_fails(world, groups, tmp_path):
         try:
             call()
         except RuntimeError as error:
-            out.append("adapt(model)" in str(error))
+            out.append("prepare_for_packs(model)" in str(error))
     """
     pieces = ("model.token_logprobs", "discriminator.Discriminator", "data.make_packs")
     inputs = dict(path=world["init"], groups=[plain(group) for group in groups[2]])
@@ -256,7 +257,7 @@ def test_generate(world, groups, tmp_path):
     policy, _, given = groups
     body = """
     try:
-        generate(adapt(policy), [], Sampling(3, 12))
+        generate(prepare_for_packs(policy), [], Sampling(3, 12))
     except RuntimeError as error:
         assert "set policy.stop_ids" in str(error)
     policy.stop_ids = inputs["ends"]
@@ -278,7 +279,7 @@ def test_discriminator_with_its_losses(world, groups, tmp_path):
     discriminator, _ = load_discriminator(world["init"], seed=3)
     discriminator.eval()
     body = """
-    backbone = adapt(policy).base_model
+    backbone = prepare_for_packs(policy).base_model
     upcycle(backbone.language_model.layers, torch.Generator().manual_seed(3))
     torch.manual_seed(3)
     judge = Discriminator(backbone, "learned").eval()

@@ -55,7 +55,7 @@ from discriminator import (
     upcycle,
     view_packs,
 )
-from model import _with_blank, adapt, load_policy, token_logprobs
+from model import _with_blank, load_policy, prepare_for_packs, token_logprobs
 from sampler import Sampling, generate
 from support import digits
 from support.errors import UserError
@@ -782,7 +782,7 @@ def test_units_by_hand():
 # Copied into another project
 
 
-def test_a_model_without_adapt_is_an_error_that_names_it(world, prompts, learned):
+def test_an_unprepared_model_is_an_error_that_names_the_remedy(world, prompts, learned):
     """Without it the branches of a pack would see each other, and the numbers would be wrong."""
     theirs = AutoModelForImageTextToText.from_pretrained(world["init"]).eval()
     comparisons = [Comparison(prompt, TEACHER, [OTHER, LONG]) for prompt in prompts]
@@ -790,11 +790,11 @@ def test_a_model_without_adapt_is_an_error_that_names_it(world, prompts, learned
     discriminator = Discriminator(theirs.base_model, "dense").eval()
     for implementation in ("sdpa", "eager"):
         theirs.set_attn_implementation(implementation)
-        with pytest.raises(RuntimeError, match=r"adapt\(model\)"):
+        with pytest.raises(RuntimeError, match=r"prepare_for_packs\(model\)"):
             discriminator(v.pack, v.views)
-        with pytest.raises(RuntimeError, match=r"adapt\(model\)"):
+        with pytest.raises(RuntimeError, match=r"prepare_for_packs\(model\)"):
             token_logprobs(theirs, v.pack)
-    assert adapt(theirs) is theirs
+    assert prepare_for_packs(theirs) is theirs
     ours, _ = load_policy(world["init"])
     with torch.no_grad():
         assert discriminator(v.pack, v.views).isfinite().all()

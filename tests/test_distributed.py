@@ -249,7 +249,7 @@ import torch.distributed as dist
 from safetensors.torch import load_file
 from data import encode_prompts, parse_response
 from discriminator import Comparison, Discriminator, judge, upcycle
-from model import adapt
+from model import prepare_for_packs
 from support import huggingface
 from support.huggingface import open_discriminator, save_discriminator
 from support.optimizer import optimizer_step
@@ -259,7 +259,7 @@ from support.rows import load_data
 device = join_ranks()
 huggingface._hollow = lambda *args: None  # the model with its weights
 saved = open_discriminator(sys.argv[1], ("learned",))
-backbone = adapt(saved.model).base_model
+backbone = prepare_for_packs(saved.model).base_model
 upcycle(backbone.language_model.layers, torch.Generator(), num_experts=3)
 torch.manual_seed(0)
 whole = Discriminator(backbone, "learned", dropout=0.0)

@@ -30,7 +30,7 @@ from align import AlignConfig
 from data import Group, Prompt, encode_prompts, make_packs
 from discriminator import Discriminator, DiscriminatorConfig, upcycle
 from eval import EvalConfig
-from model import LogProbs, PackAttention, _ragged, adapt, token_logprobs
+from model import LogProbs, PackAttention, _ragged, prepare_for_packs, token_logprobs
 from rlvr import RLVRConfig
 from sampler import Sampling, generate
 from sft import SFTConfig
@@ -81,7 +81,7 @@ def small(world, tmp_path_factory):
     (path / "config.json").write_text(json.dumps(config))
     torch.manual_seed(0)
     config = Qwen3VLConfig.from_pretrained(path)
-    model = adapt(AutoModelForImageTextToText.from_config(config, dtype=torch.bfloat16))
+    model = prepare_for_packs(AutoModelForImageTextToText.from_config(config, dtype=torch.bfloat16))
     model.stop_ids = torch.tensor([], dtype=torch.long)  # every row gets as long as it may
     return str(path), model.train(), load_processor(world["init"])
 
@@ -188,7 +188,7 @@ def test_sharded_on_eight_gpus(checkpointing, branches):
         mesh = init_device_mesh("cpu", (8,))
         half = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
         with FakeTensorMode(allow_non_fake_inputs=True):
-            policy = adapt(AutoModelForImageTextToText.from_config(config)).train()
+            policy = prepare_for_packs(AutoModelForImageTextToText.from_config(config)).train()
             policy.model.visual = torch.nn.Identity()  # its blocks are never gathered
             m = fit.count(policy)
             if checkpointing:
@@ -220,7 +220,7 @@ def test_sharded_on_eight_gpus(checkpointing, branches):
 def test_discriminator(small, monkeypatch):
     path, policy, processor = small
     judge = AutoModelForImageTextToText.from_config(policy.config, dtype=torch.bfloat16)
-    judge = adapt(judge).base_model
+    judge = prepare_for_packs(judge).base_model
     upcycle(judge.language_model.layers, torch.Generator())
     judge = Discriminator(judge, "learned").bfloat16().train()
     m = fit.read_model(path, experts=4, head=False)
@@ -484,7 +484,7 @@ def test_what_a_stage_refuses_has_no_count(tmp_path):
     expected = f"{tmp_path / 'gemma'}: the layers of gemma3 have full_attention, sliding_attention;"
     assert said.startswith(f"error: {expected} packs need")
     with torch.device("meta"), pytest.raises(UserError, match="have full_attention, sliding"):
-        adapt(AutoModelForImageTextToText.from_config(Gemma3Config()))
+        prepare_for_packs(AutoModelForImageTextToText.from_config(Gemma3Config()))
     said = fails("sft.py", "--model", tmp_path / "blip", "--dry_run", 8)
     assert said.startswith(f"error: --dry_run: cannot count the memory of {tmp_path / 'blip'}, a b")
 
