@@ -415,9 +415,9 @@ class Pack:
         return [length for segment in self.segments for length in segment.branches]
 
     @property
-    def read(self) -> torch.Tensor:
-        """(R,) the places of all tokens that are a branch's, or are read by one. A blank image is
-        left out, since no branch reads it: it keeps ranks in step and must reach no loss."""
+    def real_tokens(self) -> torch.Tensor:
+        """(R,) the places of all prompts that have branches, and of their branches. Left out is a
+        blank image: it keeps ranks in step and must reach no loss."""
         out = [torch.zeros(0, dtype=torch.long)]
         for segment in self.segments:
             if segment.branches:

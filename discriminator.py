@@ -85,7 +85,7 @@ class DiscriminatorConfig(RunConfig):
     weight_decay: NonNegative = 0.01  # AdamW's weight decay; paper: 0.01
     num_train_epochs: Positive = 1.0  # passes over the data; paper: 1
     max_steps: Steps = -1  # steps of the run; -1: as many as the epochs have
-    per_device_train_batch_size: Count = 2  # pairs per rank; paper: 4 comparisons, 2 a pair
+    per_device_train_batch_size: Count = 2  # pairs per rank; paper: 4 single views, so 2 pairs
     gradient_accumulation_steps: Count = 4  # batches of each rank in one step; paper: 4
     max_grad_norm: Positive = 1.0  # gradients are clipped to this norm; paper: 1.0
     max_length: Count = 8192  # prompt + caption, or prompt + rest; longer is left out; paper: 8192
@@ -237,7 +237,7 @@ class Discriminator(torch.nn.Module):
         torch.nn.init.normal_(self.score.weight, std=0.02)
 
     @property
-    def sparse(self) -> list[SparseMLP]:
+    def sparse_mlps(self) -> list[SparseMLP]:
         """The layers' SparseMLPs, in order; a dense discriminator has none."""
         return [m for m in self.modules() if isinstance(m, SparseMLP)]
 
@@ -246,7 +246,7 @@ class Discriminator(torch.nn.Module):
         each branch is, 0 for perception and 1 for reasoning. -> (2, B). Row 0 is for the loss, with
         dropout while training; row 1 is for rewards, without dropout."""
         inputs = model_inputs(self.model, pack)
-        for mlp in self.sparse:
+        for mlp in self.sparse_mlps:
             mlp.forget()
             if self.kind == "dedicated":
                 mlp.allowed = self._own_experts(pack, views, len(mlp.gate.weight))
@@ -284,8 +284,8 @@ def view_of_tokens(pack: Pack, views: torch.Tensor) -> torch.Tensor:
 def pair_loss(teacher: torch.Tensor, student: torch.Tensor, num_pairs: int | None = None):
     """(6), Bradley-Terry: the sum of -log sigmoid(teacher - student) over two tensors of one shape,
     divided by the number of elements or, where given, by `num_pairs`. -> scalar. For the mean of
-    (6) over pairs pass scores (U, 2), a column for each view, and the pairs of all ranks and
-    packs."""
+    (6) over pairs pass scores (U, 2), a column for each view, and as `num_pairs` the number of
+    pairs in all packs of all ranks."""
     count = teacher.numel() if num_pairs is None else num_pairs
     return -F.logsigmoid(teacher - student).sum() / count
 
@@ -311,7 +311,7 @@ class ViewPack:
     pack: Pack
     views: torch.Tensor  # (B,) the view that each branch is
     pairs: torch.Tensor  # (U, 4) branches: teacher perception, teacher reasoning, student's two
-    students: torch.Tensor  # (U, 2) number of the comparison, number of the student in it
+    numbers: torch.Tensor  # (U, 2) of each pair, which comparison, and which student of it
 
     def to(self, device) -> "ViewPack":
         """A view pack with its tensors on `device`."""
@@ -322,12 +322,12 @@ def view_packs(comparisons, processor, max_tokens=None, text_only=False) -> list
     """All views of all comparisons in packs of at most `max_tokens` tokens, as many packs on every
     rank. The four views of a pair stand in one pack. Every rank calls it."""
     groups: list[Group] = []  # a prompt with all its views
-    pairs_of, students_of = [], []  # of each group, in the order of its pairs
+    pairs_of, numbers_of = [], []  # of each group, in the order of its pairs
     views_of = []  # of each group, in the order of its branches
     for number, comparison in enumerate(comparisons):
         teacher = encode_views(processor, comparison.teacher)
         branches: dict[tuple, int] = {}  # (view, its tokens) -> the branch's number in the group
-        pairs, students = [], []
+        pairs, numbers = [], []
         for n, student in enumerate(comparison.students):
             if student is None:
                 continue
@@ -338,13 +338,13 @@ def view_packs(comparisons, processor, max_tokens=None, text_only=False) -> list
                     key = view, tuple(tokens.tolist())
                     pair.append(branches.setdefault(key, len(branches)))
             pairs.append(pair)
-            students.append((number, n))
+            numbers.append((number, n))
         if pairs:
             prompt = comparison.prompt
             prompt = without_images(processor, prompt) if text_only else prompt
             groups.append(Group(prompt, [torch.tensor(tokens) for _, tokens in branches]))
             pairs_of.append(pairs)
-            students_of.append(students)
+            numbers_of.append(numbers)
             views_of.append([view for view, _ in branches])
 
     out = []
@@ -352,17 +352,17 @@ def view_packs(comparisons, processor, max_tokens=None, text_only=False) -> list
         # From (group, branch) to the branch's number in the pack.
         place = {member: i for i, member in enumerate(pack.members)}
         views = [views_of[g][branch] for g, branch in pack.members]
-        pairs, students = [], []
+        pairs, numbers = [], []
         # The units of a pack are its pairs: u is the number of a pair in group g.
         for g, u in pack.units:
             pairs.append([place[g, branch] for branch in pairs_of[g][u]])
-            students.append(students_of[g][u])
+            numbers.append(numbers_of[g][u])
         out.append(
             ViewPack(
                 pack=pack,
                 views=torch.tensor(views, dtype=torch.long),
                 pairs=torch.tensor(pairs, dtype=torch.long).view(-1, 4),
-                students=torch.tensor(students, dtype=torch.long).view(-1, 2),
+                numbers=torch.tensor(numbers, dtype=torch.long).view(-1, 2),
             )
         )
     return out
@@ -407,15 +407,15 @@ def judge(
     device = next(discriminator.parameters()).device
     text_only = discriminator.kind == "text"
     packs = view_packs(comparisons, processor, max_tokens, text_only=text_only)
-    # The denominators over all ranks: pairs of (7), and for (8) the tokens that a view reads.
+    # The denominators over all ranks: pairs of (7), and for (8) all tokens but blank images'.
     pairs = sum(len(view_pack.pairs) for view_pack in packs)
-    tokens = sum(len(view_pack.pack.read) for view_pack in packs)
+    tokens = sum(len(view_pack.pack.real_tokens) for view_pack in packs)
     num_pairs, num_tokens = all_sum([pairs, tokens]).tolist()
 
     # The tables that the scores (P, N) and the choices of experts go into.
     most = max((len(comparison.students) for comparison in comparisons), default=1)
     table = PairTable.empty(len(comparisons), most)
-    routing = Routing(discriminator.sparse, device)
+    routing = Routing(discriminator.sparse_mlps, device)
     loss_total = balance_total = torch.zeros((), device=device)
     with torch.set_grad_enabled(backward):
         for view_pack in packs:
@@ -425,15 +425,14 @@ def judge(
             scores = of_pairs(with_dropout, view_pack.pairs)
             # The loss (7), this pack's share of it.
             loss = discriminator_loss(scores, max(num_pairs, 1), score_l2)
-            # The balance loss (8) of the tokens that a view reads, weighted by this pack's share of
-            # all such tokens.
-            read = view_pack.pack.read
-            if discriminator.sparse and len(read):
+            # The balance loss (8) of the real tokens, weighted by this pack's share of them.
+            real = view_pack.pack.real_tokens
+            if discriminator.sparse_mlps and len(real):
                 balance = balance_loss(
-                    [mlp.probabilities.index_select(0, read) for mlp in discriminator.sparse],
-                    [mlp.chosen.index_select(0, read) for mlp in discriminator.sparse],
+                    [mlp.probabilities.index_select(0, real) for mlp in discriminator.sparse_mlps],
+                    [mlp.chosen.index_select(0, real) for mlp in discriminator.sparse_mlps],
                 )
-                share = len(read) / num_tokens
+                share = len(real) / num_tokens
                 loss = loss + balance_coef * share * balance
                 balance_total = balance_total + share * balance.detach()
                 routing.count(view_of_tokens(view_pack.pack, view_pack.views))
@@ -442,12 +441,12 @@ def judge(
             loss_total = loss_total + loss.detach()
             # Rewards are read without dropout.
             table.fill(view_pack, of_pairs(without.detach(), view_pack.pairs))
-    for mlp in discriminator.sparse:
+    for mlp in discriminator.sparse_mlps:
         mlp.forget()
 
     metrics = table.metrics()
     metrics["discriminator_loss"] = Loss(loss_total.item(), updates=1 if num_pairs else 0)
-    if discriminator.sparse:
+    if discriminator.sparse_mlps:
         metrics["balance_loss"] = Loss(balance_total.item())
     return Judgement(
         perception=table.student[0],
@@ -561,7 +560,8 @@ def warm_up() -> None:
     optimizer = adamw(discriminator, config.weight_decay)
 
     def encode(example, prompt) -> Comparison:
-        """A row as one comparison; its student comes later where a policy answers."""
+        """A row as one comparison; its student comes later where a policy answers. A row that is
+        `Unfit` is left out, but not counted as bad."""
         teacher = parse_response(example.response)
         students = [] if policy else [parse_response(example.student)]
         if teacher is None:
@@ -600,8 +600,8 @@ def warm_up() -> None:
         score_l2=config.score_l2,
         balance_coef=config.router_aux_loss_coef,
     )
-    batch_size, total, max_steps = run_length(config, len(training))
-    stream = run.batches(encoded(training), batch_size, total)
+    batch_size, total_rows, max_steps = run_length(config, len(training))
+    stream = run.batches(encoded(training), batch_size, total_rows)
     modules = {"discriminator": (discriminator, optimizer)}
 
     def save(path: str) -> None:
@@ -613,7 +613,7 @@ def warm_up() -> None:
     for step in run.steps(max_steps, modules, save):
         # Draw pairs of a supervision response y+ and a student's response y.
         batch = next(stream)
-        with run.phase("update"):
+        with run.phase("update"):  # the sampling by --policy is part of its time
             answer(batch, step)
             # Score both views (5), and add the gradient of the loss (7).
             judged = judge(discriminator, batch, processor, **scoring, backward=True)

@@ -453,7 +453,7 @@ def save_discriminator(discriminator, path: str, shared: dict | None = None) -> 
     source = discriminator.source
     if rank() == 0:
         config = discriminator.model.config.to_dict()
-        sparse = discriminator.sparse
+        sparse = discriminator.sparse_mlps
         if sparse and config["model_type"] == "qwen3_vl":
             text = {k: v for k, v in config["text_config"].items() if k != "model_type"} | dict(
                 num_experts=len(sparse[0].gate.weight),

@@ -32,7 +32,7 @@ class PairTable:
 
     def fill(self, view_pack, scores: torch.Tensor) -> None:
         """Puts the (U, 4) scores of the pairs of a `discriminator.ViewPack` where they belong."""
-        p, n = view_pack.students.cpu().T
+        p, n = view_pack.numbers.cpu().T
         pairs, scores = view_pack.pairs.cpu(), scores.cpu()
         lengths = torch.tensor(view_pack.pack.lengths)
         for view in range(len(VIEWS)):
@@ -59,13 +59,13 @@ class PairTable:
 
 
 class Routing:
-    """Counts the experts that the tokens of each view choose. `sparse`: the layers that have
-    experts, each a `discriminator.SparseMLP`."""
+    """Counts the experts that the tokens of each view choose. `sparse_mlps` are the
+    discriminator's, a `SparseMLP` for each layer."""
 
-    def __init__(self, sparse: list, device):
-        self.sparse = sparse
-        self.num_experts = len(self.sparse[0].gate.weight) if self.sparse else 0
-        shape = len(self.sparse), len(VIEWS), self.num_experts
+    def __init__(self, sparse_mlps: list, device):
+        self.sparse_mlps = sparse_mlps
+        self.num_experts = len(self.sparse_mlps[0].gate.weight) if self.sparse_mlps else 0
+        shape = len(self.sparse_mlps), len(VIEWS), self.num_experts
         self.chosen = torch.zeros(shape, device=device)  # (layers, 2, E)
 
     def count(self, view_of_token: torch.Tensor) -> None:
@@ -73,7 +73,7 @@ class Routing:
         belongs to, -1 for prompts."""
         views = torch.arange(len(VIEWS), device=view_of_token.device)
         of_view = (view_of_token == views[:, None]).float()  # (2, T)
-        for layer, mlp in enumerate(self.sparse):
+        for layer, mlp in enumerate(self.sparse_mlps):
             choices = F.one_hot(mlp.chosen, self.num_experts).sum(1).float()  # (T, E)
             self.chosen[layer] += of_view @ choices
 

@@ -581,7 +581,7 @@ def told_apart(view_packs, comparisons) -> torch.Tensor:
     most = max(len(c.students) for c in comparisons)
     out = torch.zeros(2, len(comparisons), most, dtype=torch.bool)
     for v in view_packs:
-        p, n = v.students.T
+        p, n = v.numbers.T
         out[:, p, n] = (v.pairs[:, :2] != v.pairs[:, 2:]).T
     return out
 
@@ -642,7 +642,7 @@ def test_backbone_is_transformers_mixture_of_experts(sparse, reference):
             )
             compared += 1
     assert compared == sum(map(len, (s.branches for s in pack.segments))) > 8
-    used = torch.cat([m.chosen for m in discriminator.sparse]).unique()
+    used = torch.cat([m.chosen for m in discriminator.sparse_mlps]).unique()
     assert len(used) == 4 and ours.std() > 0.1  # all experts are asked
 
 
@@ -657,7 +657,7 @@ def test_judge_gives_the_papers_scores_loss_and_gradient(sparse, reference):
     judged = judge(
         discriminator, pairs, processor, 100_000, score_l2=0.05, balance_coef=0.1, backward=True
     )
-    assert not discriminator.sparse[0].allowed and discriminator.sparse[0].chosen is None
+    assert not discriminator.sparse_mlps[0].allowed and discriminator.sparse_mlps[0].chosen is None
 
     routed: list[list[torch.Tensor]] = [[], []]
     hooks = [
@@ -803,7 +803,7 @@ def test_balance_of_several_packs_is_their_mean_over_tokens(sparse):
             m.register_forward_hook(
                 lambda m, a, out, logits=logits: logits.append(a[0][0] @ m.gate.weight.T)
             )
-            for m in discriminator.sparse
+            for m in discriminator.sparse_mlps
         ]
         with torch.no_grad():
             discriminator(v.pack, v.views)
@@ -980,7 +980,7 @@ def test_dedicated_experts_serve_their_view_alone(dense):
     assert view_of_tokens(v.pack, v.views).tolist() == owner
     with torch.no_grad():
         discriminator(v.pack, v.views)
-    for block in discriminator.sparse:
+    for block in discriminator.sparse_mlps:
         taken = {
             view: {
                 e for o, chosen in zip(owner, block.chosen.tolist()) if o == view for e in chosen
@@ -1095,7 +1095,7 @@ def test_upcycled_without_noise_is_the_dense_model(dense):
             their_hidden(model, prompt, branch, processor), expected, atol=2e-5, rtol=1e-4
         )
         upcycle_changes = max(
-            float(m.probabilities.max()) for m in Discriminator(model.model, "learned").sparse
+            float(m.probabilities.max()) for m in Discriminator(model.model, "learned").sparse_mlps
         )
     assert upcycle_changes > 0.9  # the routers did have opinions
 
@@ -1140,7 +1140,7 @@ def test_round_trip_is_exact(dense, tmp_path, kind):
     save_discriminator(again, str(tmp_path / "two"))
     twice, _ = load_discriminator(str(tmp_path / "two"), seed=10)
     expected = discriminator.state_dict()
-    assert len(discriminator.sparse) == (0 if kind == "dense" else 2)
+    assert len(discriminator.sparse_mlps) == (0 if kind == "dense" else 2)
     for other in (again, twice):
         state = other.state_dict()
         assert other.kind == kind and state.keys() == expected.keys()

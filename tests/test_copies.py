@@ -286,7 +286,7 @@ def test_discriminator_with_its_losses(world, groups, tmp_path):
     (pack,) = make_packs(groups)
     scores = judge(pack, inputs["views"])
     loss = discriminator_loss(scores[1, inputs["pairs"]], 2)
-    sparse = judge.sparse
+    sparse = judge.sparse_mlps
     balance = balance_loss([m.probabilities for m in sparse], [m.chosen for m in sparse])
     out = [scores, loss, balance]
     """

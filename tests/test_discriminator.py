@@ -131,7 +131,7 @@ def both_scores(discriminator, processor, comparisons, max_tokens=None):
     packs = view_packs(comparisons, processor, max_tokens, discriminator.kind == "text")
     with torch.no_grad():
         for v in packs:
-            comparison, student = v.students.T
+            comparison, student = v.numbers.T
             scores = discriminator(v.pack, v.views)
             out[:, first[comparison] + student] = scores[:, v.pairs]
     return out, len(packs)
@@ -301,7 +301,7 @@ def alone(discriminator, prompt, view: torch.Tensor, which: int, processor) -> f
     elif prompt.pixel_values is not None:
         image = {"pixel_values": prompt.pixel_values, "image_grid_thw": prompt.image_grid_thw}
     both = torch.cat([ids, view])[None]
-    for block in discriminator.sparse if discriminator.kind == "dedicated" else []:
+    for block in discriminator.sparse_mlps if discriminator.kind == "dedicated" else []:
         block.allowed = torch.ones(both.shape[1], 4, dtype=torch.bool)
         block.allowed[len(ids) :] = torch.tensor([which == 0, which == 0, which == 1, which == 1])
     discriminator.model.set_attn_implementation({"text_config": "sdpa", "vision_config": "sdpa"})
@@ -317,7 +317,7 @@ def alone(discriminator, prompt, view: torch.Tensor, which: int, processor) -> f
         discriminator.model.set_attn_implementation(
             {"text_config": "layout", "vision_config": "sdpa"}
         )
-        for block in discriminator.sparse:
+        for block in discriminator.sparse_mlps:
             block.allowed = None
     return float(hidden @ discriminator.score.weight[which])
 
@@ -434,7 +434,7 @@ def test_what_keeps_ranks_in_step_reaches_no_loss(world, monkeypatch, kind):
         for judged in judgements
     )
     assert one.keys() == two.keys()
-    for name in ("discriminator_loss", *(("balance_loss",) if discriminator.sparse else ())):
+    for name in ("discriminator_loss", *(("balance_loss",) if discriminator.sparse_mlps else ())):
         assert two[name] == pytest.approx(one[name], rel=1e-5)
 
 
@@ -455,7 +455,7 @@ def test_dedicated_experts(world, prompts):
                 (segment.prompt, -1),
                 *((n, next(views)) for n in segment.branches),
             ]:
-                for block in discriminator.sparse:
+                for block in discriminator.sparse_mlps:
                     reached[view] |= set(block.chosen[at : at + length].flatten().tolist())
                 at += length
         assert at == v.pack.input_ids.shape[1]
@@ -464,13 +464,13 @@ def test_dedicated_experts(world, prompts):
 
 def test_dense_has_no_experts_and_upcycling_without_noise_is_dense(world, prompts):
     dense, processor = build(world, "dense")
-    assert dense.sparse == [] and not any(isinstance(m, SparseMLP) for m in dense.modules())
+    assert dense.sparse_mlps == [] and not any(isinstance(m, SparseMLP) for m in dense.modules())
     comparisons = [Comparison(p, TEACHER, [OTHER, LONG]) for p in prompts]
     (_, expected), _ = both_scores(dense, processor, comparisons)
     upcycle(dense.model.language_model.layers, torch.Generator(), noise_std=0.0, router_std=1.0)
-    assert len(dense.sparse) == 2
+    assert len(dense.sparse_mlps) == 2
     (_, scores), _ = both_scores(dense, processor, comparisons)
-    assert all(len(block.chosen.unique()) == 4 for block in dense.sparse)
+    assert all(len(block.chosen.unique()) == 4 for block in dense.sparse_mlps)
     torch.testing.assert_close(scores, expected, atol=1e-5, rtol=0)
     judged = judge(dense, comparisons, processor, 1000, backward=False)
     assert "balance_loss" in judged.metrics
@@ -964,7 +964,7 @@ def test_another_model_as_discriminator(world, other_model, tmp_path, kind):
     refused as a policy."""
     discriminator, processor = load_discriminator(other_model, kind)
     discriminator.eval()
-    assert len(discriminator.sparse) == (0 if kind == "dense" else 2)
+    assert len(discriminator.sparse_mlps) == (0 if kind == "dense" else 2)
     prompts = encode_prompts(processor, load_data(world["prompts"])[:2])
     whole = [Comparison(p, TEACHER, [OTHER, SHORT, None, TEACHER]) for p in prompts]
     judged = judge(discriminator, whole, processor, 4096, backward=True)
