@@ -145,9 +145,9 @@ def train() -> None:
     num_trials = int(all_sum([len(trials)])[0])
     if config.probe_steps and not num_trials:
         say(
-            "no probes: no row is known that the discriminator does not learn from. Point "
-            "--discriminator at its warm-up's directory, with that run's data at hand, or pass "
-            "--probe_steps 0"
+            "no probes: they need rows that the discriminator does not learn from, and none is "
+            "known. Point --discriminator at its warm-up's directory, with that run's data at "
+            "hand, or pass --probe_steps 0"
         )
     sampling = Sampling.of(config)
     # The ratio and the mean of (14) to (16) are by token, as in GRPO, without a dual clip.
@@ -159,8 +159,8 @@ def train() -> None:
     )
 
     def save(path: str) -> None:
-        save_policy(policy, path, examples.shared)
-        save_discriminator(discriminator, f"{path}/discriminator", examples.shared)
+        save_policy(policy, path, examples.for_next_stage)
+        save_discriminator(discriminator, f"{path}/discriminator", examples.for_next_stage)
 
     # Each step is one move of both players in the game (2).
     for step in run.steps(config.max_steps, modules, save):
@@ -240,8 +240,8 @@ def train() -> None:
             "learning_rate": rate,
             "d_learning_rate": d_rate,
         }
-        # At step 1 and every `probe_steps` steps, probe whether the discriminator is blind. It does
-        # not learn from the rows of the trials.
+        # At step 1 and every `probe_steps` steps, let `judge` score the trials, to see whether the
+        # discriminator is blind. It does not learn from their rows.
         due = num_trials and (step == 1 or step % config.probe_steps == 0)
         if due:
             with run.phase("probe"):

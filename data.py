@@ -106,7 +106,7 @@ class Group:
 
     prompt: Prompt
     branches: list[torch.Tensor]  # (T_i,) token ids of branch i
-    logprobs: list[torch.Tensor] = field(default_factory=list)  # (T_i,), where it was sampled
+    logprobs: list[torch.Tensor] = field(default_factory=list)  # (T_i,) each; [] if not sampled
 
     @property
     def num_tokens(self) -> int:
@@ -308,8 +308,8 @@ def load_examples(config, need: tuple, *checkpoints: str) -> Examples:
     where none is known, SYSTEM_PROMPT and the processor's own limit. A line is printed for each
     value that differs from a checkpoint's.
 
-    The rows' `.shared` holds both values, for a save to pass on. Its `system_prompt` is the system
-    turn that most rows have."""
+    The rows' `.for_next_stage` holds both values, for a save to pass on. Its `system_prompt` is the
+    system turn that most rows have."""
     before = read_shared(checkpoints[0])
     for name, default in {"system_prompt": SYSTEM_PROMPT, "max_pixels": None}.items():
         if getattr(config, name) is None:
@@ -323,7 +323,7 @@ def load_examples(config, need: tuple, *checkpoints: str) -> Examples:
                 also = " or change the rows' own system turns" * (name == "system_prompt")
                 said = f"{path} was trained with {name} {theirs!r}; this run uses {ours!r}"
                 say(f"{said}. To make them agree, set --{name}{also}")
-    examples.shared = shared
+    examples.for_next_stage = shared
     return examples
 
 
@@ -479,7 +479,7 @@ def make_packs(groups: list[Group], max_tokens: int | None = None, units=None) -
                 placed, added = None, unit_branches
                 cost = sum(len(group.branches[i]) for i in added) + len(group.prompt.input_ids)
             if placed is None:
-                placed, placed_units = [], []
+                placed, placed_units = [], []  # the pack's own lists, which grow below
                 parts_of[at].append((g, placed, placed_units))
             placed += added
             if unit:

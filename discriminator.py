@@ -605,7 +605,7 @@ def warm_up() -> None:
     modules = {"discriminator": (discriminator, optimizer)}
 
     def save(path: str) -> None:
-        save_discriminator(discriminator, path, examples.shared)
+        save_discriminator(discriminator, path, examples.for_next_stage)
 
     # A resumed run must sample from the same policy, which its checkpoints do not hold.
     if policy:

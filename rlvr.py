@@ -224,7 +224,7 @@ def train() -> None:
         )
 
     def save(path: str) -> None:
-        save_policy(policy, path, examples.shared)
+        save_policy(policy, path, examples.for_next_stage)
 
     for step in run.steps(config.max_steps, modules, save):
         # Draw prompts x, sample N rollouts y ~ pi(x) of each, and reward them (13). DAPO adds the

@@ -4,8 +4,8 @@
 
 M is the number of response tokens in the global batch, over all ranks and packs, so the loss does
 not depend on how the batch was cut. The loss counts the response and its end of sequence, never
-the prompt. A demonstration is a prompt with one branch (data.py); many of them stand in one pack,
-without padding.
+the prompt. A branch is a continuation of a prompt, and a demonstration is a prompt with one branch.
+A pack is one row of many of them, without padding (data.py).
 
 Deviations from the published run:
 D6  A row that is too long is left out whole, counted and named; the published run cuts sequences
@@ -64,6 +64,8 @@ def sft_loss(logp: torch.Tensor, num_tokens: float) -> torch.Tensor:
 def train() -> None:
     run = Run(SFTConfig)
     config = run.config
+    # Every row needs a `response`. The config gets the system prompt and the pixel limit that the
+    # model was trained with, where no flag has set them.
     examples = load_examples(config, ("response",), config.model)
     policy, processor = load_policy(config.model, run.device, config)
     policy.train()
@@ -71,23 +73,24 @@ def train() -> None:
     modules = {"policy": (policy, optimizer)}
 
     def encode(example, prompt) -> Group:
-        """A demonstration as a prompt with one branch."""
+        """A demonstration as a prompt with one branch. One that is `Unfit` is left out, but not
+        counted as bad."""
         response = encode_response(processor, example.response)
         length = len(prompt.input_ids) + len(response)
         if length > config.max_length:
             raise Unfit(f"{length} tokens are more than --max_length {config.max_length}")
         return Group(prompt, [response])
 
-    batch_size, total, max_steps = run_length(config, len(examples))
+    batch_size, total_rows, max_steps = run_length(config, len(examples))
     rows = Encoded(examples, processor, encode, max_pixels=config.max_pixels)
-    stream = run.batches(rows, batch_size, total)
+    stream = run.batches(rows, batch_size, total_rows)
 
     def save(path: str) -> None:
-        save_policy(policy, path, examples.shared)
+        save_policy(policy, path, examples.for_next_stage)
 
     for step in run.steps(max_steps, modules, save):
-        # Draw demonstrations (x, y), deal them to the ranks by length, and cut them into packs. The
-        # longest go first, since they leave least room.
+        # Draw demonstrations (x, y), deal them to the ranks by length, and cut them into packs.
+        # `dealt` puts the longest first, so that shorter ones fill the room that these leave.
         with run.phase("data"):
             groups = dealt(next(stream), size=lambda group: group.num_tokens)
             packs = rank_packs(groups, processor, config.max_tokens_per_pack)
@@ -116,10 +119,10 @@ def train() -> None:
         sizes = [pack.input_ids.numel() for pack in packs]
         paced = float(all_max([0, *sizes]).sum())
         metrics = {
-            "loss": Loss(loss, updates=1 if num_tokens else 0),
+            "loss": Loss(loss, updates=1 if num_tokens else 0),  # summed over ranks; no update: null
             "entropy": Mean(entropy, tokens),
             "response_length": Mean(tokens, len(groups)),
-            "padding_share": Mean(sum(sizes) - all_tokens, sum(sizes)),  # of blank images
+            "padding_share": Mean(sum(sizes) - all_tokens, sum(sizes)),  # blank images, else none
             "idle_share": Mean(paced - sum(sizes), paced),
             "packs": len(packs),
             "grad_norm": grad_norm,

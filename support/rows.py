@@ -68,7 +68,7 @@ class Examples(Sequence):
         self.need, self.defaults = need, (system_prompt, image_dir)
         self.tables = [_open_source(source) for source in sources]
         self.ends = list(itertools.accumulate(len(table) for _, table in self.tables))
-        self.shared: dict = {}  # what the next stage has to share, see data.load_examples
+        self.for_next_stage: dict = {}  # settings that it has to share, see data.load_examples
 
     def __len__(self) -> int:
         return self.ends[-1]

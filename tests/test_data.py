@@ -365,8 +365,8 @@ def asked(tmp_path, *checkpoints, own=(None,), **flags):
     examples = load_examples(config, ("answer",), *checkpoints)
     firsts = [example.messages[0] for example in examples]
     turns = [m["content"][0]["text"] if m["role"] == "system" else "" for m in firsts]
-    assert config.max_pixels == examples.shared["max_pixels"]
-    return turns, examples.shared
+    assert config.max_pixels == examples.for_next_stage["max_pixels"]
+    return turns, examples.for_next_stage
 
 
 def test_all_stages_ask_alike(tmp_path, capsys):
