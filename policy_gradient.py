@@ -3,7 +3,7 @@
     (10)  A_i  = (R_i - mean(R)) / (std(R) + 1e-6)            over the N rollouts of one prompt
     (14)  r    = exp(log pi(y) - log pi_old(y))               the importance ratio, its log clamped
                                                               to +-20
-    (15)  l    = max(-A r, -A clip(r, 1 - low, 1 + high)),    where A < 0 at most -A * dual_clip
+    (15)  l    = max(-A r, -A clip(r, 1 - low, 1 + high));   if A < 0, l is at most -A * dual_clip
     (16)  L    = the mean of l, as the algorithm takes it
     (17)  k3   = exp(d) - d - 1,  d = log pi_ref - log pi     KL(pi | pi_ref) of a token
 
@@ -149,9 +149,9 @@ def policy_backward(
     branches of the P groups. `reference` is the policy of the KL penalty, or None for no penalty.
     Every rank calls it."""
     device = next(policy.parameters()).device
-    recorded = [logp for group in groups for logp in group.logprobs]
+    lengths = [len(branch) for group in groups for branch in group.branches]
     # The denominators of (16), over all ranks. Gradients are summed over ranks (support/ranks.py).
-    num_tokens, num_sequences = all_sum([sum(map(len, recorded)), len(recorded)]).tolist()
+    num_tokens, num_sequences = all_sum([sum(lengths), len(lengths)]).tolist()
     counts = dict(num_tokens=max(num_tokens, 1), num_sequences=max(num_sequences, 1))
     loss_total = 0.0
     tokens = 0
@@ -161,14 +161,15 @@ def policy_backward(
         pack = pack.to(device)
         mask = pack.mask
         # Look up the advantage of each of the pack's B branches, and the log-probabilities of their
-        # K tokens from sampling. A pack may have no branch, so zeros(0) stands before them.
+        # K tokens that the groups hold: from sampling, or from `rescore`. A pack may have no
+        # branch, so zeros(0) stands before them.
         members = torch.tensor(pack.members, dtype=torch.long).view(-1, 2)
         branch_advantage = advantage[members[:, 0], members[:, 1]].to(device)
-        sampled = [groups[g].logprobs[i] for g, i in pack.members]
-        sampled = torch.cat([torch.zeros(0), *sampled]).to(device)
+        held = [groups[g].logprobs[i] for g, i in pack.members]
+        held = torch.cat([torch.zeros(0), *held]).to(device)
         # Compute the new log-probabilities, and choose the old ones.
         logp, entropy = token_logprobs(policy, pack, objective.temperature)
-        old_logp = logp.detach() if objective.on_policy else sampled
+        old_logp = logp.detach() if objective.on_policy else held
         new, old = pack.padded(logp), pack.padded(old_logp)
         # Compute this pack's part of the loss (14) to (16).
         loss = policy_loss(
@@ -201,7 +202,7 @@ def policy_backward(
             measured.add_ratios(new.detach(), old, branch_advantage, mask, objective)
             measured.kl_old += kl_k3(logp.detach(), old_logp).sum().item()
         if len(logp) and objective.on_policy:
-            gap = (logp.detach() - sampled).abs().max().item()
+            gap = (logp.detach() - held).abs().max().item()
             measured.sampled_scored_gap = max(measured.sampled_scored_gap, gap)
 
     metrics = {
