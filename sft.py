@@ -119,7 +119,7 @@ def train() -> None:
         sizes = [pack.input_ids.numel() for pack in packs]
         paced = float(all_max([0, *sizes]).sum())
         metrics = {
-            "loss": Loss(loss, updates=1 if num_tokens else 0),  # summed over ranks; no update: null
+            "loss": Loss(loss, updates=1 if num_tokens else 0),  # the sum over ranks
             "entropy": Mean(entropy, tokens),
             "response_length": Mean(tokens, len(groups)),
             "padding_share": Mean(sum(sizes) - all_tokens, sum(sizes)),  # blank images, else none
