@@ -172,11 +172,11 @@ def train() -> None:
         on_policy=config.num_minibatches * config.num_iterations == 1,
     )
 
-    def sample(batch: list, draw: int) -> list[Rollouts]:
-        """Rollouts y ~ pi(x) of one batch of prompts, and their rewards. `draw` keys the random
+    def sample(batch: list, key: int) -> list[Rollouts]:
+        """Rollouts y ~ pi(x) of one batch of prompts, and their rewards. `key` keys the random
         numbers: step * 1000 + the number of the batch in the step, so each batch has its own."""
         with run.phase("rollout"):
-            groups = generate(policy, [prompt for _, prompt in batch], sampling, step=draw)
+            groups = generate(policy, [prompt for _, prompt in batch], sampling, step=key)
         rollouts = []
         with run.phase("reward"):
             for (example, _), group in zip(batch, groups):
