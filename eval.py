@@ -134,6 +134,7 @@ def keep_other_results(config: EvalConfig, output_dir: str) -> None:
     except (OSError, ValueError, TypeError):  # there is none
         return
     names = ["data", "num_samples", "temperature", "untagged"]
+    # A result in the checkpoint's own directory is that checkpoint's, wherever it was moved to.
     names += [] if os.path.realpath(output_dir) == os.path.realpath(config.ckpt) else ["ckpt"]
     for name in names:
         mine = located(getattr(config, name))
@@ -185,8 +186,8 @@ def evaluate() -> None:
 
     batch_size = config.per_device_eval_batch_size * world_size()
     encoded = Encoded(examples, processor, encode, max_pixels=config.max_pixels)
-    share = rank(), world_size()
-    stream = batches(encoded, batch_size, seed=0, total=len(examples), share=share)
+    this_rank = rank(), world_size()
+    stream = batches(encoded, batch_size, seed=0, total=len(examples), share=this_rank)
     sampling = Sampling(
         num_generations=config.num_samples,
         max_completion_length=config.max_completion_length,
