@@ -108,12 +108,12 @@ def in_words(line: dict) -> str:
 
 
 def draw_trials(
-    rows: Sequence, processor, longest: int, max_image_size: int | None = None, learned=frozenset()
+    rows: Sequence, processor, limit: int, max_image_size: int | None = None, learned=frozenset()
 ) -> list[Trial]:
     """This rank's share of TRIALS trials on `rows`, the same trials on any number of ranks. Where
     rows are few, they are shuffled and paired again until there are enough trials. Left out are
     rows that cannot be read, rows whose response is not of the format, rows whose `where` is in
-    `learned`, and prompts that cannot be encoded or have more than `longest` tokens."""
+    `learned`, and prompts that cannot be encoded or have more than `limit` tokens."""
     shuffler = random.Random(0)
     twos = []  # (row, its partner)
     usable = first_usable(rows, learned)
@@ -127,7 +127,7 @@ def draw_trials(
         rng = random.Random(number)
         one, other = twos[number]
         for row, partner in ((one, other), (other, one)):
-            trial = make_trial(row, partner, processor, rng, longest, max_image_size)
+            trial = make_trial(row, partner, processor, rng, limit, max_image_size)
             if trial is not None:
                 trials.append(trial)
     return trials
@@ -150,7 +150,7 @@ def first_usable(rows: Sequence, learned) -> list[Example]:
 
 
 def make_trial(
-    row: Example, partner: Example, processor, rng, longest: int, max_image_size: int | None
+    row: Example, partner: Example, processor, rng, limit: int, max_image_size: int | None
 ) -> Trial | None:
     """The trial of one row, or None where its prompt cannot be used."""
     # The row as it is, with its partner's picture, and with its partner's question.
@@ -164,7 +164,7 @@ def make_trial(
     prompts = {}
     encoded = encode_prompts(processor, list(variants.values()), max_image_size)
     for name, prompt in zip(variants, encoded):
-        if isinstance(prompt, Prompt) and len(prompt.input_ids) <= longest:
+        if isinstance(prompt, Prompt) and len(prompt.input_ids) <= limit:
             prompts[name] = prompt
     own = prompts.get("prompt")
     if own is None:
@@ -228,7 +228,7 @@ def trials_beside_the_game(config, examples, processor) -> list[Trial]:
     return draw_trials(
         rows,
         processor,
-        longest=flags["max_length"],
+        limit=flags["max_length"],
         max_image_size=flags["max_image_size"],
         learned={examples.where(number) for number in order[:reached]},
     )

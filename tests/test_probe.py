@@ -80,7 +80,7 @@ def test_rows_without_pictures_digits_or_another_question(world, rows):
     assert "not measured against another picture" in probing.in_words(dict.fromkeys(NAMES))
     assert draw_trials(made[:1], processor, LONGEST) == []
     assert draw_trials(made, processor, LONGEST, learned={"2", "3"}) == []
-    assert draw_trials(made, processor, longest=3) == []
+    assert draw_trials(made, processor, limit=3) == []
 
 
 @pytest.mark.parametrize("kind", ["learned", "text"])
