@@ -88,7 +88,7 @@ class PackAttention:
         #   L,
         #   boolean (L, prompt + L): the keys that each token of a row sees, or None: a token sees
         #   its own row up to itself.
-        self.padded = []
+        self.blocks = []
         gather = []  # of each block, (N * L,) which token of the pack stands there, -1 for padding
         plain = []  # (start, length) of the sequences without a prompt before them
         for segment in pack.segments if self.ragged is None else []:
@@ -102,13 +102,13 @@ class PackAttention:
                 longest = rows[0][1]
                 visible = torch.ones(longest, prompt + longest, dtype=torch.bool)
                 visible = visible.tril(prompt).to(device)
-                self.padded.append((len(self.cuts) - 2, len(rows), longest, visible))
+                self.blocks.append((len(self.cuts) - 2, len(rows), longest, visible))
                 gather.append(_padded(rows))
         for rows in _alike(plain):
-            self.padded.append((None, len(rows), rows[0][1], None))
+            self.blocks.append((None, len(rows), rows[0][1], None))
             gather.append(_padded(rows))
         # `gather` picks the tokens of all blocks from the pack, `scatter` puts them back.
-        if self.padded:
+        if self.blocks:
             places = torch.cat(gather)
             self.sizes = [len(part) for part in gather]
             self.gather = places.clamp(min=0).to(device)
@@ -126,17 +126,17 @@ class PackAttention:
             # A branch's keys begin with a copy of its prompt's. To attend to the two apart and
             # merge would need the gradient of a logsumexp, which varlen_attn does not have. The
             # gradient of the copies is summed in float32.
-            index, *lengths = self.ragged
+            index, *bounds = self.ragged
             if index is not None:
                 tokens[1:] = (x.float().index_select(0, index).to(x.dtype) for x in tokens[1:])
             causal = dict(scale=scale, window_size=(-1, 0), enable_gqa=True)
-            return varlen_attn(*tokens, *lengths, **causal)[None]
+            return varlen_attn(*tokens, *bounds, **causal)[None]
         # Attend block by block, the rows of a block in one call.
         prompt_k, prompt_v = (x.split(self.cuts, 2) for x in (k, v))
-        blocks = [x[self.gather].split(self.sizes) for x in tokens]
+        qkv = [x[self.gather].split(self.sizes) for x in tokens]  # of each block
         options = dict(scale=scale, enable_gqa=q.shape[1] != k.shape[1])
         out = []
-        for (prompt, rows, length, visible), *block in zip(self.padded, *blocks):
+        for (prompt, rows, length, visible), *block in zip(self.blocks, *qkv):
             # A block as N rows of L tokens: (N, heads, L, D).
             qb, kb, vb = (x.unflatten(0, (rows, length)).transpose(1, 2) for x in block)
             # The prompt's keys and values stand before each row's own.
