@@ -63,8 +63,8 @@ class RowCache:
         self.length = torch.zeros(slots, dtype=torch.long, device=device)  # (S,) own tokens so far
         self.slots = torch.arange(slots, device=device)
         self.filled = 0  # a bound of the tokens in any slot, which a step raises by one
-        self.generation = 0  # how often tensors have moved or changed their shape
-        self.table = self.place = self.beyond = None
+        self.version = 0  # of the tensors: how often they have moved or changed their shape
+        self.table = self.place = self.prompt_bounds = None
 
     def enter(self, slots: torch.Tensor, prompt_of: torch.Tensor) -> None:
         """New rows, with no tokens of their own, take slots."""
@@ -88,15 +88,15 @@ class RowCache:
         self.length, self.prompt_of = self.length[order], self.prompt_of[order]
         self.slots = self.slots[:count]
         self.filled = int(self.length.max())
-        self.generation += 1
+        self.version += 1
         self._tabulate()
         return order
 
     def _tabulate(self) -> None:
         """Sorts the S rows by prompt, for each key-value head, into a flat table (P, K, width).
         `place` (S * K,): where each (row, head) stands in the table. `table`: which (row, head)
-        stands at each place, 0 where none does. `beyond`: keeps padding beyond each prompt's end
-        from being read, by `first_keys`."""
+        stands at each place, 0 where none does. `prompt_bounds`, of `first_keys`: attention reads
+        each prompt up to its end, and not the padding behind."""
         counts = torch.bincount(self.prompt_of, minlength=len(self.lengths))
         width = self.n if self.fixed else int(counts.max())
         order = self.prompt_of.argsort(stable=True)
@@ -109,9 +109,9 @@ class RowCache:
         table[place] = torch.arange(len(place), device=place.device)
         # A prompt without rows counts as one key long. Nobody asks for the result.
         read = torch.where(counts > 0, self.lengths, 1).repeat_interleave(self.kv_heads)
-        beyond = first_keys(read, width * self.group, self.prompts[0][0])
+        prompt_bounds = first_keys(read, width * self.group, self.prompts[0][0])
         # In place where the shape is the same, since a recorded step reads these very tensors.
-        for name, new in {"table": table, "place": place, "beyond": beyond}.items():
+        for name, new in {"table": table, "place": place, "prompt_bounds": prompt_bounds}.items():
             old = getattr(self, name)
             if old is not None and old.shape == new.shape:
                 old.copy_(new)
@@ -126,17 +126,17 @@ class RowCache:
             longer = min(self.limit, max(256, 2 * self.filled)) - room
             for layer, kv in enumerate(self.own):  # again never twice in memory
                 self.own[layer] = [F.pad(x[: len(self.length)], (0, 0, 0, longer)) for x in kv]
-            self.generation += 1
-        # How much of the room is handed to attention: all of it where shapes are fixed, or where
-        # ragged attention is told how much to read. There, less than all would be a copy.
+            self.version += 1
+        # How many places of a slot are handed to attention: all where shapes are fixed, or where
+        # ragged attention is told how many to read. There, less than all would be a copy.
         whole = self.fixed or has_varlen(self.slots)
-        self.seen = self.own[0][0].shape[2] if whole else self.filled
+        self.attended = self.own[0][0].shape[2] if whole else self.filled
 
     def begin_step(self) -> None:
-        """Is called before each forward of the S rows, one token a row. `unseen` keeps the tokens
-        that a slot does not hold from being read, by `first_keys`."""
+        """Is called before each forward of the S rows, one token a row. `own_bounds`, of
+        `first_keys`: attention reads the tokens that a slot holds, and not the room behind."""
         read = (self.length + 1).repeat_interleave(self.kv_heads)
-        self.unseen = first_keys(read, self.group, self.own[0][0][0, :, : self.seen])
+        self.own_bounds = first_keys(read, self.group, self.own[0][0][0, :, : self.attended])
 
     def attend(self, layer: int, q, k, v, scale: float) -> torch.Tensor:
         """q (S, H, 1, D), k and v (S, K, 1, D) -> (S, 1, H, D)."""
@@ -144,26 +144,26 @@ class RowCache:
         own = [x[: len(q)] for x in self.own[layer]]
         for kept, new in zip(own, (k, v)):
             kept[self.slots, :, self.length] = new[:, :, 0]
-        own = (x[:, :, : self.seen].flatten(0, 1) for x in own)
+        own = (x[:, :, : self.attended].flatten(0, 1) for x in own)
         # All rows of a prompt attend to its keys together, sorted by the table.
         prompts = self.prompts[layer]
         rows = q.view(len(q) * self.kv_heads, self.group, q.shape[3])
         asked = rows.index_select(0, self.table).view(len(prompts[0]), -1, q.shape[3])
-        answers = attend_first(self.beyond, asked, *prompts, scale)
+        answers = attend_first(self.prompt_bounds, asked, *prompts, scale)
         shared, prompt_lse = (
             x.view(len(self.table), self.group, -1).index_select(0, self.place) for x in answers
         )
         # Each row attends to its own keys.
-        alone, own_lse = attend_first(self.unseen, rows, *own, scale)
+        alone, own_lse = attend_first(self.own_bounds, rows, *own, scale)
         # One softmax over both: own keys weigh exp(own_lse) / (exp(own_lse) + exp(prompt_lse)).
         merged = shared.lerp(alone, (own_lse - prompt_lse).sigmoid().to(alone.dtype))
         return merged.view(len(q), 1, q.shape[1], q.shape[3])
 
 
 def first_keys(read: torch.Tensor, queries: int, keys: torch.Tensor) -> torch.Tensor:
-    """What lets `attend_first` read only the first `read` (n,) of L keys (.., L, D), for as many
-    queries each. With ragged attention (3, n + 1): where the queries of each begin, where its keys
-    do, and `read`. Else a bias (n, 1, L) that is -inf at the keys that are not read."""
+    """The bounds by which `attend_first` reads only the first `read` (n,) of L keys (.., L, D), for
+    `queries` queries each. With ragged attention (3, n + 1): where the queries of each begin, where
+    its keys do, and `read`. Else a bias (n, 1, L) that is -inf at the keys that are not read."""
     if has_varlen(keys):
         number = torch.arange(len(read) + 1, device=read.device)
         return torch.stack([number * queries, number * keys.shape[-2], F.pad(read, (0, 1))]).int()
@@ -172,16 +172,16 @@ def first_keys(read: torch.Tensor, queries: int, keys: torch.Tensor) -> torch.Te
     return bias.masked_fill_(hidden, -torch.inf)[:, None]
 
 
-def attend_first(first, q, k, v, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attention of queries (n, m, D) to the first of the keys and values (n, L, D). `first` is from
-    `first_keys`. -> output (n, m, D), logsumexp of the scores (n, m, 1) in float32."""
-    if first.ndim == 2:  # `has_varlen`, which torch.compile cannot look into without a warning
-        *starts, read = first
+def attend_first(bounds, q, k, v, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention of queries (n, m, D) to the first of the keys and values (n, L, D). `bounds` come
+    from `first_keys`. -> output (n, m, D), logsumexp of the scores (n, m, 1) in float32."""
+    if bounds.ndim == 2:  # `has_varlen`, which torch.compile cannot look into without a warning
+        *starts, read = bounds
         tokens = (x.flatten(0, 1)[:, None] for x in (q, k, v))
         options = dict(scale=scale, seqused_k=read[:-1], return_aux=AuxRequest(lse=True))
         output, logsumexp = varlen_attn(*tokens, *starts, q.shape[1], k.shape[1], **options)
         return output.view_as(q), logsumexp.view(*q.shape[:2], 1)
-    scores = torch.baddbmm(first, q, k.mT, alpha=scale)
+    scores = torch.baddbmm(bounds, q, k.mT, alpha=scale)
     logp = scores.log_softmax(-1, dtype=torch.float32)
     # The logsumexp is score - log softmax(score) at any key, here at the first.
     return torch.bmm(logp.exp().to(v.dtype), v), scores[..., :1] - logp[..., :1]
@@ -208,9 +208,9 @@ class Rows:
         # Of each slot: its row, or R, and the last token.
         self.row = torch.full_like(cache.length, self.nobody)
         self.token = torch.zeros_like(self.row)
-        # The graph; the cache's generation in the last step; its generation in the graph.
-        self.graph, self.warm, self.recorded = None, -1, -1
-        self.records = cache.fixed
+        # The graph; the cache's version in the last step; its version in the graph.
+        self.graph, self.last_version, self.graph_version = None, -1, -1
+        self.may_record = cache.fixed
 
     def idle(self) -> torch.Tensor:
         """The slots whose rows have ended. This waits for the device."""
@@ -230,16 +230,16 @@ class Rows:
     def step(self) -> None:
         """One more token for the row in every slot."""
         self.cache.reserve()
-        now = self.cache.generation
-        # The step before ran on these tensors (`warm`), and no graph of it is recorded yet.
-        if self.records and self.warm == now and self.recorded != now:
+        now = self.cache.version
+        # The step before ran on these tensors, and no graph of them is recorded yet.
+        if self.may_record and self.last_version == now and self.graph_version != now:
             self._record()
-        if self.recorded == now:
+        if self.graph_version == now:
             self.graph.replay()
         else:
             self.graph = None
             self._step()
-        self.warm = now
+        self.last_version = now
 
     def _record(self) -> None:
         try:
@@ -248,19 +248,19 @@ class Rows:
             with torch.cuda.stream(torch.cuda.current_stream()):
                 with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
                     self._step()
-            self.recorded = self.cache.generation
+            self.graph_version = self.cache.version
         except RuntimeError as error:
             # torch says only that an error ended the capture; its context is that error.
             why = error.__context__ or error
             said = f"this call of generate goes on without CUDA graphs: {why}"
             warnings.warn(said, stacklevel=2)
-            self.graph, self.records = None, False
+            self.graph, self.may_record = None, False
 
     def _step(self) -> None:
         cache = self.cache
         cache.begin_step()
-        place = (self.following[cache.prompt_of] + cache.length)[None, :, None].expand(3, -1, 1)
-        inputs = dict(input_ids=self.token[:, None], position_ids=positions(self.policy, place))
+        mrope = (self.following[cache.prompt_of] + cache.length)[None, :, None].expand(3, -1, 1)
+        inputs = dict(input_ids=self.token[:, None], position_ids=positions(self.policy, mrope))
         logits = decode_step(self.policy, cache, **inputs, use_cache=False).logits[:, 0]
         cache.length += self.row != self.nobody
         row, token = self._say(logits, self.row, cache.length)
