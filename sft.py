@@ -5,7 +5,7 @@
 M is the number of response tokens in the global batch, over all ranks and packs, so the loss does
 not depend on how the batch was cut. The loss counts the response and its end of sequence, never
 the prompt. A branch is a continuation of a prompt, and a demonstration is a prompt with one branch.
-A pack is one row of many of them, without padding (data.py).
+A pack is one row of many demonstrations, without padding (data.py).
 
 Deviations from the published run:
 D6  A row that is too long is left out whole, counted and named; the published run cuts sequences
