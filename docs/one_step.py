@@ -271,16 +271,16 @@ def the_prompt(m) -> str:
     return f"""
 # A step of the game with numbers
 
-Stage 2 is a game (2) of two models: `align.py`: `train`. The **policy** is the model to be
-trained. It sees a picture with a question and writes a response. The **discriminator** scores
-responses. It learns to score good ones above the policy's. The policy learns to write what scores
-higher.
+Stage 2 is a game of two models. The **policy** is the model to be trained. It sees a picture with
+a question and writes a response. The **discriminator** scores responses. It learns to score good
+ones above the policy's. The policy learns to write what scores higher.
+
+A number in parentheses is an [equation](paper-map.md#map). Beside it stand the file and the
+function that computes it. The game is (2), `align.py`: `train`.
 
 This page follows one prompt through one step. Step {m.step} of `{m.path}` has the earliest
 recorded prompt whose rollouts show {", ".join(m.shown) or "a whole format"}.
-`python -m docs.one_step {m.path}` writes the page from that run.
-
-A number in parentheses is an [equation](paper-map.md#map), beside the function that computes it.
+`python -m docs.one_step {m.path}` plays that run again up to the step, and overwrites this page.
 Values are rounded when they are shown, not before.
 
 ## The prompt
@@ -385,7 +385,7 @@ def the_reward(m) -> str:
         lowest = min(m.scores["perception"][i] for i in m.whole)
         filled = number(m.replaced["perception"][m.broken[0]])
         told = f"For {named(m, *m.broken)} and perception: `{number(lowest)} - 1 = {filled}`."
-    betas = f"{m.config.length_beta_perception:g} and {m.config.length_beta_reasoning:g}"
+    betas = [f"{getattr(m.config, f'length_beta_{view}'):g} for {view}" for view in VIEWS]
     return f"""
 ## The policy's reward
 
@@ -395,7 +395,8 @@ Scores become advantages in three moves:
 {told}
 
 - (10), `policy_gradient.py`: `group_advantage`: each score, less the group's mean, is divided by
-the group's standard deviation. So a score counts only against the other rollouts'.
+the group's standard deviation. So only its distance from the group's mean
+counts.
 
 - (11), `align.py`: `alignment_advantage`: perception times alpha = {alpha}, plus reasoning times
 1 - alpha, less {penalty} where the format is broken.
@@ -406,8 +407,8 @@ the group's standard deviation. So a score counts only against the other rollout
 
 - Lowest advantage, {extreme(m.low)}
 
-Before (9), `align.py`: `debias` can take a cost of length from the scores (12). Its weights are
-{betas} here.
+Before (9), `align.py`: `debias` can take a cost of length from the scores (12). The weight of
+that cost is {" and ".join(betas)} here.
 """
 
 
@@ -434,8 +435,8 @@ def the_policys_loss(m) -> str:
 The ratio (14), `policy_gradient.py`: `importance_ratio`, tells how much likelier a token has become
 since it was sampled. It is 1, as nothing has been learned since. So the clip (15),
 `policy_gradient.py`: `policy_loss`, does not act, and every token of a rollout has the loss -A,
-where A is its advantage. (16), `policy_gradient.py`: `aggregate`, averages over all tokens, T in
-each rollout:
+where A is its advantage. (16), `policy_gradient.py`: `aggregate`, averages over all tokens of the
+batch. Over this prompt's rollouts alone, with T tokens in each, the average is:
 
 `loss = -sum(A * T) / sum(T) = {number(m.policy_loss, 4)}`
 
@@ -487,7 +488,7 @@ def the_discriminators_loss(m) -> str:
     return f"""
 ## The discriminator's loss
 
-The supervision response and one whole rollout are a pair. The pair loss (6),
+The supervision response and a rollout whose format is not broken are a pair. The pair loss (6),
 `discriminator.py`: `pair_loss`, of the gap between their scores is `-log sigmoid(gap)`. A gap of 0
 costs log 2 = 0.693, a wide gap next to nothing. Equal texts have a gap of 0 whatever the
 discriminator learns.
@@ -498,7 +499,8 @@ The loss (7), `discriminator.py`: `discriminator_loss`, adds two small terms:
 
 {table(["term", "value"], terms)}
 
-{told}Training puts a dropout before the scores of this loss, which this page leaves out.
+{told}In training a dropout stands before the scores of this loss. This page computes the scores
+without it.
 
 The step moved the mean gap of these pairs {" and ".join(moved)}.
 """
