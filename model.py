@@ -21,7 +21,7 @@ from functools import lru_cache
 import torch
 import torch.nn.functional as F
 from torch.nn.attention.varlen import varlen_attn
-from transformers import AttentionInterface, AttentionMaskInterface
+from transformers import AttentionInterface
 
 from data import Pack, blank_group, make_packs
 from support.errors import UserError
@@ -256,8 +256,9 @@ def prepare_for_packs(model, where: str = "the model"):
     support.fit.check_layers."""
     check_layers(model.config, where)
     text = model.config.get_text_config()
+    # No mask is registered for it, so transformers makes none. To make one it would wait for the
+    # values of positions, and a step that waits cannot be recorded as a CUDA graph.
     AttentionInterface.register("layout", _attention)
-    AttentionMaskInterface.register("layout", lambda *args, **kwargs: None)
     model.set_attn_implementation({"text_config": "layout", "vision_config": "sdpa"})
     # A module of another class keeps its parameters, with their names and places.
     for module in model.modules():

@@ -3,6 +3,7 @@ give the same branches."""
 
 import contextlib
 import copy
+import warnings
 import weakref
 from dataclasses import replace
 
@@ -19,6 +20,7 @@ from sampler import RowCache, Sampling, generate, uniforms
 from support.errors import UserError
 from support.rows import load_data
 from tests.conftest import as_on_a_gpu, same_samples, varlen_by_mask
+from tests.test_discriminator import llava, qwen2_5_vl
 from tests.test_model import devices, example, on
 
 
@@ -100,6 +102,8 @@ class Recorded(TorchDispatchMode):
         if op._schema.is_mutable:
             self.before.append((args[0], args[0].clone()))
         out = op(*args, **(kwargs or {}))
+        if any(not isinstance(x, torch.Tensor) for x in tree_leaves(out)):
+            raise RuntimeError(f"{op} gives a value: not permitted while a stream is recorded")
         self.made_here |= {id(x) for x in tree_leaves(out)}
         alias = lambda x: x.detach() if isinstance(x, torch.Tensor) else x
         args, kwargs = tree_map(alias, (args, kwargs or {}))
@@ -169,6 +173,22 @@ def test_fixed_shapes_and_recorded_steps(
     monkeypatch.undo()
     tokens = sum(lengths)
     assert same_samples(policy, plain, fixed, temperature, seed=5, step=2) > tokens / 2
+
+
+@pytest.mark.parametrize("family", [qwen2_5_vl, llava])
+def test_recorded_steps_of_other_families(world, tmp_path, recorded, family, monkeypatch):
+    torch.manual_seed(0)
+    family(world, tmp_path / "model")
+    policy, processor = load_policy(str(tmp_path / "model"))
+    prompts = encode_prompts(processor, load_data(world["validation"])[:3])
+    sampling = Sampling(4, 40, temperature=1.3, seed=5)
+    plain = generate(policy, prompts, sampling)
+    as_on_a_gpu(monkeypatch)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        fixed = generate(policy, prompts, replace(sampling, fixed=True))
+    assert recorded.replays > 30
+    assert same_samples(policy, plain, fixed, 1.3, seed=5) > 200
 
 
 def test_a_step_that_cannot_be_recorded(world, trained, recorded):
