@@ -49,6 +49,9 @@ def join_ranks(timeout: datetime.timedelta | None = None) -> torch.device:
             )
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+        # torch prefers cuDNN's attention on an H100. That makes a plan for every length that it has
+        # not seen, so each new size of an image would take longer than a step.
+        torch.backends.cuda.enable_cudnn_sdp(False)
         if not dist.is_initialized():
             alone = dict(store=dist.HashStore(), rank=0, world_size=1)
             alone = {} if "RANK" in os.environ else alone
