@@ -76,12 +76,14 @@ def make(shape: str, device, seed: int = 0):
     return policy
 
 
-def trained(module, device):
-    """As a stage has it: checkpointed, sharded, with an optimiser. -> (module, optimiser, name)"""
+def trained(module, device, beside=None):
+    """As a stage has it: checkpointed, sharded, with an optimiser. `beside` is another module whose
+    weights and gradients have to fit as well. -> (module, optimiser, name)"""
     flags = argparse.Namespace(activation_checkpointing=True)
     module = shard(module, device, flags).train()
-    size = sum(p.numel() for p in module.parameters())
-    if device.type == "cuda" and 16 * size > 0.55 * torch.cuda.mem_get_info()[1]:
+    size = lambda part: sum(p.numel() for p in part.parameters()) if part else 0
+    taken = 16 * size(module) + 8 * size(beside)
+    if device.type == "cuda" and taken > 0.55 * torch.cuda.mem_get_info()[1]:
         return module, torch.optim.SGD(module.parameters(), lr=1e-6, foreach=True), "SGD"
     return module, torch.optim.AdamW(module.parameters(), lr=1e-6, fused=True), "AdamW"
 
@@ -220,14 +222,15 @@ def comparisons(vocab: int, views: int = 60) -> list[Comparison]:
 def rl_step(shape, clock, device, processor, judged_by=None) -> None:
     """A step of stage 3 or, with the shape of a discriminator, of stage 2."""
     vocab, limit = SHAPES[shape][6], 8 if shape == "tiny" else 256
-    policy, optimizer, name = trained(make(shape, device), device)
-    parts, peaks = {}, []
+    parts, peaks, judging = {}, [], None
     if judged_by:
         backbone = make(judged_by, device, seed=1).base_model
         upcycle(backbone.language_model.layers, torch.Generator())
         with torch.device(device):
             judging = Discriminator(backbone, "learned")
-        found = trained(judging, device)
+    policy, optimizer, name = trained(make(shape, device), device, beside=judging)
+    if judged_by:
+        found = trained(judging, device, beside=policy)
         discriminator, d_optimizer, name = *found[:2], f"{name}, {found[2]}"
     batch = comparisons(vocab)
     for repeat in range(2):  # the first warms up

@@ -36,6 +36,8 @@ from support.ranks import shard
 from tests.conftest import ROOT
 
 GPU = torch.device("cuda", 0)
+# A step that cannot be recorded is no more than a warning to a run.
+pytestmark = pytest.mark.filterwarnings("error:.*without CUDA graphs")
 
 
 class FakeGPU(FakeTensorMode):
@@ -160,6 +162,15 @@ def test_a_step_of_sft(gpu, monkeypatch, capsys, optimizer):
     assert optimizer in capsys.readouterr().out
 
 
+def test_two_models_on_one_gpu(gpu, monkeypatch):
+    """Each alone has room for AdamW's moments, and both have not."""
+    policy, judge = (torch.nn.Linear(100, 100, bias=False, device=GPU) for _ in range(2))
+    room = 1.1 * 16 * 100 * 100 / 0.55
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (room, room))
+    named = [gpu.trained(policy, GPU)[2], gpu.trained(judge, GPU, beside=policy)[2]]
+    assert named == ["AdamW", "SGD"]
+
+
 @pytest.mark.parametrize("varlen", [True, False])
 def test_decoding(gpu, monkeypatch, varlen):
     """Also as on a GPU that has no ragged attention."""
@@ -230,6 +241,17 @@ def test_logits_are_not_rounded(gpu):
 
 def test_the_machine(gpu):
     gpu.machine(Clock(), GPU)
+
+
+def test_a_new_size_of_an_image_makes_no_plan(gpu, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda number: None)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: GPU.index)
+    before = torch.backends.cuda.cudnn_sdp_enabled()
+    try:
+        assert ranks.join_ranks() == GPU and not torch.backends.cuda.cudnn_sdp_enabled()
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(before)
 
 
 def test_ratios_in_bfloat16(monkeypatch):
