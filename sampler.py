@@ -85,6 +85,9 @@ class RowCache:
         for kv in self.own:
             for x in kv:
                 x[holes, :, : self.filled] = x[movers, :, : self.filled]
+        # From here on without the slots behind. A compiled layer that writes to a part of a tensor
+        # would copy that part, and back.
+        self.own = [[x[:count] for x in kv] for kv in self.own]
         self.length, self.prompt_of = self.length[order], self.prompt_of[order]
         self.slots = self.slots[:count]
         self.filled = int(self.length.max())
@@ -125,7 +128,7 @@ class RowCache:
         if self.filled > room:
             longer = min(self.limit, max(256, 2 * self.filled)) - room
             for layer, kv in enumerate(self.own):  # again never twice in memory
-                self.own[layer] = [F.pad(x[: len(self.length)], (0, 0, 0, longer)) for x in kv]
+                self.own[layer] = [F.pad(x, (0, 0, 0, longer)) for x in kv]
             self.version += 1
         # How many places of a slot are handed to attention: all where shapes are fixed, or where
         # ragged attention is told how many to read. There, less than all would be a copy.
@@ -141,10 +144,9 @@ class RowCache:
     def attend(self, layer: int, q, k, v, scale: float) -> torch.Tensor:
         """q (S, H, 1, D), k and v (S, K, 1, D) -> (S, 1, H, D)."""
         # Put each row's new key and value into its slot.
-        own = [x[: len(q)] for x in self.own[layer]]
-        for kept, new in zip(own, (k, v)):
+        for kept, new in zip(self.own[layer], (k, v)):
             kept[self.slots, :, self.length] = new[:, :, 0]
-        own = (x[:, :, : self.attended].flatten(0, 1) for x in own)
+        own = (x[:, :, : self.attended].flatten(0, 1) for x in self.own[layer])
         # All rows of a prompt attend to its keys together, sorted by the table.
         prompts = self.prompts[layer]
         rows = q.view(len(q) * self.kv_heads, self.group, q.shape[3])

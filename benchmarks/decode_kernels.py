@@ -9,6 +9,7 @@ those it calls. Both count an attention or a matrix product as one kernel, thoug
 """
 
 import contextlib
+from unittest.mock import patch
 
 import torch
 from gpu import SHAPES, SMALL, make
@@ -47,48 +48,60 @@ def norm(self, x):
 
 
 class Counted(Exception):
-    """Raised by the scheduler in place of writing the kernels."""
-
-    kernels = 0
+    """Raised by the scheduler in place of writing the kernels; its argument is their number."""
 
 
 def count_scheduled(graph: GraphLowering) -> None:
     graph.init_wrapper_code()
     graph._update_scheduler()
+    kernels = 0
     for node in graph.scheduler.nodes:
         kinds = {type(node).__name__, *(type(part.node).__name__ for part in node.get_nodes())}
-        Counted.kernels += not kinds & {"NopKernelSchedulerNode", "MultiOutput"}
-    raise Counted
+        kernels += not kinds & {"NopKernelSchedulerNode", "MultiOutput"}
+    raise Counted(kernels)
 
 
-def main() -> None:
-    for module in (model, sampler):
-        module.has_varlen = lambda tensor: True
-    SHAPES["a layer of 4B"] = SHAPES["4B"][:2] + (1,) + SHAPES["4B"][3:6] + (2048, SMALL)
-    policy = make("a layer of 4B", "meta").eval().bfloat16().to_empty(device="cpu")
+def count(ended: int = 0) -> tuple[int, int]:
+    """-> kernels of a layer of 4B as it is, and compiled, in a step of ROWS rows without those that
+    have `ended` and left."""
+    shape = SHAPES["4B"][:2] + (1,) + SHAPES["4B"][3:6] + (2048, SMALL)
+    with patch.dict(SHAPES, {"a layer of 4B": shape}):
+        policy = make("a layer of 4B", "meta").eval().bfloat16().to_empty(device="cpu")
     (layer,) = policy.model.language_model.layers
     attention = layer.self_attn
     dim, half = attention.head_dim, torch.bfloat16
     heads, kv_heads = (len(p.weight) // dim for p in (attention.q_proj, attention.k_proj))
-    with torch.inference_mode():
+    with contextlib.ExitStack() as stack:
+        for module in (model, sampler):
+            stack.enter_context(patch.object(module, "has_varlen", lambda tensor: True))
+        stack.enter_context(torch.inference_mode())
         collected = [(torch.zeros(kv_heads, PROMPTS * PROMPT, dim, dtype=half),) * 2]
         lengths, rows = [PROMPT] * PROMPTS, ROWS // PROMPTS
         cache = RowCache(collected, lengths, heads, n=rows, slots=ROWS, limit=LIMIT, fixed=True)
         cache.enter(cache.slots, cache.slots // rows)
         cache.reserve()
+        cache.compact(torch.arange(ended))
         cache.begin_step()
-        hidden = torch.zeros(ROWS, 1, layer.hidden_size, dtype=half)
-        given = dict(layout=cache, position_embeddings=(torch.zeros(ROWS, 1, dim, dtype=half),) * 2)
-        plain_norm, model.Norm.forward = model.Norm.forward, norm
-        with FakeTensorMode(allow_non_fake_inputs=True), Kernels() as plain:
+        hidden = torch.zeros(ROWS - ended, 1, layer.hidden_size, dtype=half)
+        turns = (torch.zeros(ROWS - ended, 1, dim, dtype=half),) * 2
+        given = dict(layout=cache, position_embeddings=turns)
+        fake = FakeTensorMode(allow_non_fake_inputs=True)
+        with patch.object(model.Norm, "forward", norm), fake, Kernels() as plain:
             layer(hidden, **given)
-        model.Norm.forward = plain_norm
-        GraphLowering.codegen = count_scheduled
-        with config.patch(cpu_backend="triton"), decode.compiled(policy):
-            with contextlib.suppress(InductorError):
-                layer(hidden, **given)
+        stack.enter_context(patch.object(GraphLowering, "codegen", count_scheduled))
+        stack.enter_context(config.patch(cpu_backend="triton"))
+        stack.enter_context(decode.compiled(policy))
+        torch._dynamo.reset()  # each count is of fixed sizes
+        try:
+            layer(hidden, **given)
+        except InductorError as error:
+            return plain.count, error.inner_exception.args[0]
+
+
+def main() -> None:
     print(f"kernels of a layer of 4B, {ROWS} rows of {PROMPTS} prompts:")
-    print(f"as it is {plain.count}, compiled {Counted.kernels}")
+    for ended in (0, 40):
+        print("as it is {}, compiled {}".format(*count(ended)), f"({ended} rows have ended)")
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from model import load_policy
 from sampler import Sampling, generate
 from support import decode
 from support.rows import load_data
-from tests.conftest import same_samples
+from tests.conftest import ROOT, same_samples
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*without CUDA graphs")
 here = os.environ.get("CXX", "g++")
@@ -94,6 +94,17 @@ def test_layers_are_compiled_for_more_sizes_than_torch_would(
     for some in (prompts, prompts[:1], prompts):
         generate(policy, some, Sampling(3, 12, temperature=1.3, fixed=True))
     assert compilations() > 1 and not decode.failed
+
+
+def test_kernels_of_a_layer(monkeypatch):
+    """As the page says, also where rows have left: nothing of the cache is copied."""
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    import decode_kernels
+
+    plain, compiled = decode_kernels.count(ended=40)
+    torch._dynamo.reset()
+    said = (ROOT / "docs" / "performance.md").read_text()
+    assert f"{plain} kernels as it is" in said and f"and {compiled} compiled" in said
 
 
 def test_sampling_goes_on_where_layers_cannot_be_compiled(policy_and_prompts, compiling, capsys):
