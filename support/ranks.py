@@ -29,9 +29,10 @@ KEEP = 0.5  # of a GPU's memory: where less is taken, activations are kept, see 
 # Processes
 
 
-def join_ranks(timeout: datetime.timedelta | None = None) -> torch.device:
+def join_ranks(timeout=datetime.timedelta(minutes=30)) -> torch.device:
     """Joins the processes that torchrun started (gloo on a CPU, nccl on a GPU). A bare `python` is
-    one process. A collective that takes longer than `timeout` fails. -> the device of this rank.
+    one process. A collective that takes longer than `timeout` fails; nccl's own limit, ten minutes,
+    is short for ranks that answer rows of unlike lengths. -> the device of this rank.
     UserError where the environment has only a part of what torchrun sets."""
     if "RANK" in os.environ:
         ranks = _number("WORLD_SIZE")

@@ -30,6 +30,7 @@ from model import rank_packs, token_logprobs
 from policy_gradient import Objective, policy_backward, rescore
 from sampler import Rows, Sampling, generate
 from support import decode, ranks
+from support.flags import RunConfig
 from support.huggingface import load_processor
 from support.optimizer import adamw, optimizer_step
 from support.ranks import shard
@@ -252,6 +253,18 @@ def test_a_new_size_of_an_image_makes_no_plan(gpu, monkeypatch):
         assert ranks.join_ranks() == GPU and not torch.backends.cuda.cudnn_sdp_enabled()
     finally:
         torch.backends.cuda.enable_cudnn_sdp(before)
+
+
+def test_ranks_wait_for_each_other_as_long_on_a_gpu(monkeypatch):
+    """Also in eval.py, which has no --timeout."""
+    given = {}
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda number: None)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.backends.cuda, "enable_cudnn_sdp", lambda enabled: None)
+    monkeypatch.setattr(dist, "init_process_group", lambda *args, **more: given.update(more))
+    ranks.join_ranks()
+    assert given["timeout"].total_seconds() == 60 * RunConfig.timeout
 
 
 def test_ratios_in_bfloat16(monkeypatch):
