@@ -55,7 +55,7 @@ class AlignConfig(RunConfig):
     data: list[str] = field(  # prompts with a supervision response; paper: 5.9K
         default_factory=lambda: ["hf://datasets/prism-vlm/rl_dataset/rl_training_data_5.9k.parquet"]
     )
-    discriminator: str = "prism-vlm/Qwen3-VL-2B-4X-Moe-warmup-120k"  # the warm-up's, or a dense one
+    discriminator: str = "prism-vlm/Qwen3-VL-2B-4X-Moe-warmup-120k"  # the result of the warm-up
     output_dir: str = "out/align"  # directory of the run and of the aligned policy
     learning_rate: NonNegative = 1e-6  # the policy's; paper: 1e-6
     discriminator_learning_rate: NonNegative = 1e-6  # the discriminator's; paper: 1e-6
@@ -63,7 +63,7 @@ class AlignConfig(RunConfig):
     warmup_steps: NonNegative = 0.0  # warm-up steps; below 1: a share of the run; paper: none
     weight_decay: NonNegative = 0.01  # AdamW's weight decay, both models; paper: 0.01
     max_steps: Count = 500  # steps of the run; paper: 500 (its released code also has 1500)
-    prompts_per_step: Count = 4  # over all ranks; ranks beyond this number only wait; paper: 4
+    prompts_per_step: Count = 4  # prompts in a step, over all ranks (more ranks idle); paper: 4
     num_generations: Count = 16  # rollouts per prompt; paper: 16
     temperature: Positive = 1.0  # sampling temperature; paper: 1.0
     max_prompt_length: Count = 2048  # longest prompt in tokens; paper: 2048
@@ -72,7 +72,7 @@ class AlignConfig(RunConfig):
     format_penalty: NonNegative = 1.5  # subtracted for a broken format (11); paper: 1.5
     epsilon: Share = 0.2  # clip range; without effect, as the ratio is 1; paper: 0.2
     score_l2: NonNegative = 0.001  # weight of the squared scores (7); paper: 0.001
-    router_aux_loss_coef: NonNegative = 0.01  # load balancing (8); paper: 0.01, in the warm-up (D4)
+    router_aux_loss_coef: NonNegative = 0.01  # weight of load balance (8); paper: warm-up only (D4)
     length_beta_perception: NonNegative = 0.0  # length debiasing (12), captions; paper: off
     length_beta_reasoning: NonNegative = 0.0  # length debiasing (12), reasoning; paper: off
     max_grad_norm: Positive = 1.0  # gradients are clipped to this norm; paper: not stated

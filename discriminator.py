@@ -77,7 +77,7 @@ class DiscriminatorConfig(RunConfig):
     )
     policy: str | None = None  # policy that samples the student responses; none: --data has them
     output_dir: str = "out/discriminator"  # directory of the run and of the discriminator
-    experts: Kind = "learned"  # learned (paper), dense, text (no image), dedicated (half per view)
+    experts: Kind = "learned"  # learned router (paper); dedicated: 2 a view; dense; text: no image
     dropout: Share = 0.1  # dropout before the score head; paper: 0.1
     learning_rate: NonNegative = 1e-5  # peak learning rate; paper: 1e-5
     lr_scheduler_type: Schedule = "cosine"  # schedule of the learning rate; paper: cosine
@@ -88,7 +88,7 @@ class DiscriminatorConfig(RunConfig):
     per_device_train_batch_size: Count = 2  # pairs per rank; paper: 4 single views, so 2 pairs
     gradient_accumulation_steps: Count = 4  # batches of each rank in one step; paper: 4
     max_grad_norm: Positive = 1.0  # gradients are clipped to this norm; paper: 1.0
-    max_length: Count = 8192  # prompt + caption, or prompt + rest; longer is left out; paper: 8192
+    max_length: Count = 8192  # tokens of prompt + caption or reasoning; more: left out; paper: 8192
     max_image_size: Count = 560  # longer side of an image, at most, in pixels; paper: 560
     max_completion_length: Count = 6144  # longest response of --policy, in tokens
     max_rollout_rows: Count | None = 32  # responses that a rank samples at a time

@@ -59,15 +59,15 @@ class RunConfig:
     system_prompt: str | None = None  # for rows without one: text or file; see docs/data.md
     max_pixels: Count | None = None  # most pixels per image; none: the checkpoint's (docs/data.md)
     max_bad_fraction: Share = 0.01  # stop when at least 3 rows and more than this share are bad
-    max_tokens_per_pack: Count = 16384  # tokens in a forward pass; one longer response has its own
+    max_tokens_per_pack: Count = 16384  # most tokens of a micro-batch; a longer row gets its own
     activation_checkpointing: bool | None = None  # recompute activations; none: on a GPU only
     freeze_vision: bool = False  # do not train the vision tower
-    lora_rank: Natural = 0  # train a policy by LoRA of this rank, at 10 x the default rate; 0: off
+    lora_rank: Natural = 0  # LoRA of this rank, at 10 x the default learning rate; 0: off
     hsdp: bool = False  # shard within a node, replicate across nodes
     dry_run: Natural = 0  # print memory and hours on N GPUs, for the paper's row counts, then stop
     dataloader_num_workers: Natural = 1  # worker processes per rank that encode rows ahead
     save_steps: Count = 100  # steps between checkpoints, each of 12 bytes per parameter
-    save_hf_steps: Natural = 0  # steps between checkpoints that also hold a Hugging Face directory
+    save_hf_steps: Natural = 0  # steps between checkpoints with a Hugging Face directory; 0: none
     save_total_limit: Count = 2  # checkpoints to keep; the Hugging Face files of older ones go too
     timeout: Minutes = 30.0  # minutes to wait for another rank or a worker before giving up
     max_skipped: Count = 5  # stop after so many steps in a row with a NaN or infinite gradient
@@ -108,7 +108,10 @@ def parse(config_class):
     if getattr(config, "lora_rank", 0) and "learning_rate" not in given:
         config.learning_rate *= OF_ADAPTERS
         rate = config.learning_rate
-        say(f"--lora_rank: takes {OF_ADAPTERS} times the default --learning_rate, {rate:g}")
+        say(
+            f"--lora_rank: trains at --learning_rate {rate:g}, {OF_ADAPTERS} times the default; "
+            f"give --learning_rate to choose another"
+        )
     if rank() == 0:
         for name in ("model", "ckpt", "policy", "discriminator", "data"):
             value = getattr(config, name, None) or []
@@ -127,11 +130,12 @@ def _parser(config_class) -> HfArgumentParser:
         description=about,
         allow_abbrev=False,
         formatter_class=argparse.HelpFormatter,
-        epilog="Without --data and without a model (--model or --ckpt), the command runs on the "
-        "built-in digits. Their own model and settings then replace the defaults above; --dry_run "
-        "counts the defaults. On 8 GPUs: torchrun --nproc_per_node=8 FILE.py --flag value. --data "
-        "takes files or hub data sets; docs/data.md has their fields. Numbers (1) to (19) are "
-        "equations at the top of the files; D1 to D22 are in docs/deviations.md.",
+        epilog="--data takes files or hub data sets; docs/data.md has their fields. The command "
+        "runs on the built-in digits with --data digits, or with neither --data nor a model "
+        "(--model or --ckpt). The digits have models and settings of their own, which then replace "
+        "the defaults above. --dry_run counts the defaults above and the flags given, never the "
+        "digits. On 8 GPUs: torchrun --nproc_per_node=8 FILE.py --flag value. Numbers (1) to (19) "
+        "are equations at the top of the files; D1 to D22 are in docs/deviations.md.",
     )
 
     def refuse(message: str) -> None:

@@ -213,7 +213,7 @@ def test_adapters_learn_at_ten_times_the_rate(world, monkeypatch, capsys):
     config = read(AlignConfig, "--ckpt", world["init"], *data, *own, "--lora_rank", 8)
     assert config.learning_rate == pytest.approx(10 * AlignConfig.learning_rate)
     assert config.discriminator_learning_rate == AlignConfig.discriminator_learning_rate
-    assert "--lora_rank: takes 10 times the default --learning_rate" in capsys.readouterr().err
+    assert "--lora_rank: trains at --learning_rate 1e-05, 10 times" in capsys.readouterr().err
     sft = ("--model", world["init"], *data)
     assert read(SFTConfig, *sft, "--lora_rank", 8).learning_rate == pytest.approx(1e-4)
     given = ("--lora_rank", 8, "--learning_rate", 3e-4)
