@@ -298,8 +298,8 @@ def parse_row(row: dict, index: int, where: str, system_prompt=None, image_dir=N
         where=where,
         messages=messages,
         images=[_image_source(image, folders) for image in ordered],
-        response=_text(response or row.get("response") or _side(row, "teacher")),
-        student=_text(_side(row, "student")),
+        response=_text(response or row.get("response"), "response") or _side(row, "teacher"),
+        student=_side(row, "student"),
         answer=answers or None,
         captions=_accepted(row.get("caption")),
         source=_text(str(row.get("source") or row.get("data_source") or "data")),
@@ -339,7 +339,8 @@ def _pictures(row: dict) -> dict[int, object]:
             continue
         if numbered := re.fullmatch(r"(?:image|img)_?(\d+)", name):
             if found.setdefault(int(numbered[1]), value) != value:
-                raise RowError(f"`{name}` and another field are images of one number; rename one")
+                number = numbered[1]
+                raise RowError(f"`{name}` and another field both give image {number}; rename one")
             continue
         another = re.search("(image|img|pic|photo|figure)(?!.*id$)", name)  # no image_id
         if _is_picture(value) and (another or not found):
@@ -380,7 +381,7 @@ def _in_order(turns: list, pictures: dict[int, object]) -> tuple[list, list]:
     if set(found) != pictures.keys():
         shown, held = sorted(set(found)), sorted(pictures)
         raise RowError(
-            f"its text has places for images {shown}, and it holds {held}; make them equal"
+            f"the text has places for images {shown}, but the row holds {held}; make them equal"
         )
     return turns, [pictures[number] for number in found]
 
@@ -430,7 +431,10 @@ def _chosen(answers: list[str], options: list[str]) -> list[str]:
     for answer in answers if options else ():
         letters = [x for x, text in zip(LETTERS, options) if text == answer or x == answer]
         if len(letters) > 1 or not letters and re.fullmatch(r"\d+|[A-Z]", answer):
-            raise RowError(f"the answer {answer} does not name one of its {len(options)} options")
+            raise RowError(
+                f"it is not clear which of the row's {len(options)} options the answer {answer} "
+                f"means; give the option's text or its letter"
+            )
         for letter in letters:
             found += [letter, options[LETTERS.index(letter)]]
     return list(dict.fromkeys(found))
@@ -482,8 +486,8 @@ def _written(content) -> str:
 
 
 def _accepted(value) -> list[str]:
-    """A ground truth -> the answers that it accepts. A list holds several, also as JSON in a
-    string where all of its members are strings; the release writes __EMPTY__ for none."""
+    """A ground truth -> the answers that it accepts. A list of several may also stand as JSON in a
+    string, if all its members are strings. The release writes __EMPTY__ for no answer."""
     if isinstance(value, str) and value.startswith('["'):
         try:
             members = json.loads(value)
@@ -500,23 +504,29 @@ def _accepted(value) -> list[str]:
 def check_truth(answers: list[str]) -> None:
     """RowError where no answer can match any of these, so that no response could be right."""
     if not any(verify(answer, answer) for answer in answers):
-        raise RowError(f"the ground truth {answers} is one that no answer can match")
+        raise RowError(
+            f"the verifier accepts no answer for the ground truth {answers}, not even itself; "
+            f"rewrite it"
+        )
 
 
 def _side(row: dict, side: str) -> str | None:
     """A pair's response: `<side>_response`, or `<side>_caption` and `<side>_cot` put together."""
     if row.get(f"{side}_response"):
-        return row[f"{side}_response"]
-    caption, cot = (_text(row.get(f"{side}_{part}")) for part in ("caption", "cot"))
+        return _text(row[f"{side}_response"], f"{side}_response")
+    names = (f"{side}_caption", f"{side}_cot")
+    caption, cot = (_text(row.get(name), name) for name in names)
     if not caption or not cot:
         return None
     caption = caption.strip() if "<caption>" in caption else f"<caption>{caption.strip()}</caption>"
     return f"{caption}\n{cot.strip()}"
 
 
-def _text(value) -> str | None:
+def _text(value, name: str = "") -> str | None:
+    """A value that has to be text. `name` is the row's field, where it may hold something else."""
     if value is not None and not isinstance(value, str):
-        raise RowError(f"expected text, found {type(value).__name__}: {str(value)[:80]}")
+        found = f"{type(value).__name__}: {str(value)[:80]}"
+        raise RowError(f"expected text in `{name}`, found {found}; write text there")
     if value is not None and not value.isascii() and re.search("[\ud800-\udfff]", value):
         raise RowError("a text holds half of a surrogate pair, which no tokenizer can encode")
     return value
