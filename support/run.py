@@ -54,8 +54,8 @@ MENDABLE |= {errno.ENAMETOOLONG}
 
 
 def main(stage: Callable) -> None:
-    """Runs `stage()`. What the user can mend, a full disk and a rank that is gone end in one line
-    (exit code 2; 1 for the rank), and the other ranks are not waited for."""
+    """Runs `stage()`. An error that the user can mend, such as a full disk, ends the run in one
+    line with exit code 2. So does a lost rank, with exit code 1. No rank waits for the others."""
     code = 0
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # until there is a run, Ctrl-C ends at once
     try:
@@ -76,8 +76,8 @@ def main(stage: Callable) -> None:
         _die(f"{where or 'a file'}: {error.strerror}; mend the cause, then {again}", 2)
     except torch.OutOfMemoryError as error:
         why = str(error).splitlines()[0][:120]
-        less = "lower --max_tokens_per_pack or --max_rollout_rows; --dry_run N counts what fits"
-        _die(f"out of GPU memory ({why}); {less}", 2)
+        less = " or ".join(_flags_of_memory())
+        _die(f"out of GPU memory ({why}); lower {less}; --dry_run N counts what fits", 2)
     except RuntimeError as error:
         if not of_another_rank(error):
             _crash()
@@ -96,6 +96,14 @@ def main(stage: Callable) -> None:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)  # the interpreter's own end may abort on threads that collectives have left
+
+
+def _flags_of_memory() -> list[str]:
+    """The flags of this stage that lower the memory it needs."""
+    if not Run.current:  # eval.py
+        return ["--max_rollout_rows"]
+    names = ("max_tokens_per_pack", "max_rollout_rows")
+    return [f"--{name}" for name in names if hasattr(Run.current.config, name)]
 
 
 def _die(message: str, code: int) -> None:
@@ -194,7 +202,7 @@ class Run:
             self.progress |= self.checkpoints.progress(self.step)
         elif config.resume:
             say(f"--resume: no undamaged checkpoint in {self.path}, starting from step 1")
-        self.drawn = self.progress["position"]  # rows that this rank knows of, none of them twice
+        self.drawn = self.progress["position"]  # how many rows this rank knows to be drawn
 
     def _ask_to_stop(self, number: int, frame) -> None:
         """Schedulers and torchrun send SIGTERM more than once; a second Ctrl-C ends at once."""
@@ -217,8 +225,8 @@ class Run:
         if not held_out and before != batch_size:
             raise UserError(
                 f"--resume: a step had {before} rows over all ranks and would now have "
-                f"{batch_size}; give the batch flags that run.json has; where they count per rank, "
-                f"also the old number of ranks"
+                f"{batch_size}; give the batch sizes that {self.path}/run.json has, and as many "
+                f"ranks as before if they are per rank"
             )
         count = self.progress.setdefault("rows", len(rows))
         if not held_out and count != len(rows):
@@ -261,9 +269,9 @@ class Run:
         if bad and len(self.bad) > most:
             raise UserError(
                 f"{len(self.bad)} of {self.drawn} rows are bad, over --max_bad_fraction "
-                f"{self.config.max_bad_fraction}, as far as rank {rank()} knows; the last is "
-                f"{where}: {error}; mend the rows that {self.path}/left_out.jsonl names, or raise "
-                f"the flag, then go on with --resume"
+                f"{self.config.max_bad_fraction} (counted on rank {rank()}); the last is {where}: "
+                f"{error}; mend the rows that {self.path}/left_out.jsonl names, or raise the flag, "
+                f"then go on with --resume"
             )
 
     # ----------------------------------------------------------------------------------------------
@@ -306,7 +314,8 @@ class Run:
         if self.progress.setdefault("start", mine) != mine:
             raise UserError(
                 f"--resume: the run in {self.path} started from other weights than "
-                f"{policy.source.path} holds; put those back, or name another --output_dir"
+                f"{policy.source.path} holds; put the old weights back there, or name another "
+                f"--output_dir"
             )
 
     def _measured(self, save: Callable, modules: dict) -> Callable:

@@ -1420,10 +1420,13 @@ def test_inputs_that_are_broken_in_every_way(world, tmp_path):
 
 NO_ROOM = """
 import torch
-from support.run import main
+from rlvr import RLVRConfig
+from sft import SFTConfig
+from support.run import Run, main
 
 
 def stage():
+    {starts}
     raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.\\nMore of it")
 
 
@@ -1431,11 +1434,21 @@ main(stage)
 """
 
 
-def test_a_full_gpu_is_one_line(nursery, tmp_path):
-    """It says how much was asked for, and which flags lower it."""
-    (tmp_path / "stage.py").write_text(NO_ROOM)
-    started = nursery.start(tmp_path / "stage.py", log=tmp_path / "log")
+@pytest.mark.parametrize(
+    "starts, flags",
+    [
+        ("Run(SFTConfig)", "--max_tokens_per_pack"),
+        ("Run(RLVRConfig)", "--max_tokens_per_pack or --max_rollout_rows"),
+        ("pass  # as eval.py, which has no Run", "--max_rollout_rows"),
+    ],
+)
+def test_a_full_gpu_is_one_line(nursery, tmp_path, starts, flags):
+    """It says how much was asked for, and which flags of the stage lower it."""
+    (tmp_path / "stage.py").write_text(NO_ROOM.format(starts=starts))
+    model = "--model" if "SFT" in starts else "--ckpt"
+    words = (model, tmp_path, "--data", tmp_path / "none.jsonl", "--output_dir", tmp_path / "out")
+    started = nursery.start(tmp_path / "stage.py", *words, log=tmp_path / "log")
     assert started.wait(60) == [2]
     (line,) = started.errors
     assert line.startswith("error: out of GPU memory (CUDA out of memory. Tried to allocate 20.00")
-    assert "--max_tokens_per_pack" in line and "Traceback" not in started.said
+    assert f"; lower {flags}; --dry_run" in line and "Traceback" not in started.said
