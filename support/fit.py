@@ -2,9 +2,9 @@
 one of N GPUs, and the seconds of a step (`seconds`).
 
 Only the model's config.json is read. States and weights are counted from the parameters of an empty
-model (P in all, R of them outside the blocks, B in the largest block), which N GPUs, or with --hsdp
-those of one node, share as ranks.shard does. S is the number of GPUs that share. What they cannot
-share equally is counted on the GPU that holds most, see `share`.
+model: P in all, R of them outside the blocks, B in the largest block. S GPUs share them as
+ranks.shard does: all N, or with --hsdp those of one node. What they cannot share equally is counted
+on the GPU that holds most, see `share`.
 
     weights        4 P / S        float32
     optimiser      8 P / S        two moments of what is trained
@@ -12,17 +12,17 @@ share equally is counted on the GPU that holds most, see `share`.
                                   or, at the end, 6 R of the root (bfloat16 and float32)
     gathered       2 R + 4 B      bfloat16: the root, a block, and the buffer of the next one; 2 P
                                   while sampling
-    activations                   what backward needs of a pack of --max_tokens_per_pack tokens: of
-                                  each layer all (see `layer`); with --activation_checkpointing, of
-                                  the layers after half of the GPU's memory is taken, input and
-                                  attention's output, and all of the one in work
+    activations                   what backward needs of a pack of --max_tokens_per_pack tokens, all
+                                  of each layer (see `layer`). With --activation_checkpointing, once
+                                  half of the GPU's memory is taken, a layer keeps its input and its
+                                  attention's output, and all only while it is computed again
     head           6 V (1024 + h) log-probabilities, V words, h wide: a chunk of logits in float32
                                   and bfloat16, the head's gradient likewise
     cache          4 k            for each layer and token while sampling, k values of a key; a
                                   prompt stands once, a rollout has --max_completion_length
 
 A phase is counted at the moment that needs most. Not counted is what CUDA, NCCL and the gaps of the
-allocator take: of the 79 GiB or so of an 80 GB card only 80e9 bytes, 74.5 GiB, are given out here.
+allocator take. For them 5 GiB are set aside, so an 80 GB card counts as 80e9 bytes, 74.5 GiB.
 """
 
 import math
@@ -101,8 +101,8 @@ def check_layers(config, where: str) -> None:
     kinds = set(getattr(text, "layer_types", None) or ["full_attention"])
     if kinds != {"full_attention"}:
         raise UserError(
-            f"{where}: the layers of {config.model_type} have {', '.join(sorted(kinds))}; packs "
-            f"need full_attention in all of them: choose another model"
+            f"{where}: the layers of {config.model_type} have {', '.join(sorted(kinds))}; only "
+            f"full_attention in every layer is supported: choose another model"
         )
 
 
@@ -164,9 +164,9 @@ def layer(m: Model, tokens: int, keys: int) -> int:
 
 
 def activations(m: Model, tokens: int, keys: int, room: float, images=IMAGES):
-    """-> (bytes at the end of forward, those that one layer's backward adds). A layer that starts
-    with less than `room` bytes, with what the later ones must keep, keeps all. Each other one keeps
-    what it needs to compute that again."""
+    """-> (bytes at the end of forward, those that one layer's backward adds). A layer keeps all if
+    what is taken when it starts, plus what the later layers must keep, is less than `room` bytes.
+    Each other layer keeps what it needs to compute that again."""
     v, patches, kept = m.vision, images * tokens * m.vision.patches, 0
     if m.trained == m.whole:
         kept = patches * (v.mergers * 6 * v.h + 2 * v.pixels)
@@ -399,7 +399,7 @@ def answer(config) -> str:
     """What --dry_run prints."""
     said = table(config)
     if hasattr(config, "max_steps"):
-        said += "\n\nBy count for H100s, from responses of {} to {} tokens in the mean"
+        said += "\n\nEstimated for H100s; each range is for mean responses of {} to {} tokens"
         said = said.format(*MEAN_RESPONSES) + "; epochs are over the paper's rows:\n"
         said += hours({config.stage: config}, config.dry_run, Speed())
     return said

@@ -60,7 +60,7 @@ def read_config(path: str):
     except Exception as error:
         raise UserError(
             f"{path}: no Hugging Face directory or hub id that can be loaded "
-            f"({_first_line(error)}); check the name"
+            f"({_first_line(error)}); check the name, and for a hub id the connection"
         ) from None
 
 
@@ -118,8 +118,8 @@ def load_pretrained(path: str, config, unused: str = "$^", hollow: bool = False)
     if missing or unexpected:
         raise UserError(
             f"{path}: its weights do not match the model: {len(missing)} missing "
-            f"{missing[:3]}, {len(unexpected)} unexpected {unexpected[:3]}; rename them as "
-            f"{type(model).__name__} names its own"
+            f"{missing[:3]}, {len(unexpected)} unexpected {unexpected[:3]}; give a checkpoint with "
+            f"the names and shapes of {type(model).__name__}"
         )
     return model, processor
 
@@ -166,8 +166,8 @@ def fill(module, path: str, device: torch.device, prefix: str = ""):
 
 
 def _shapes(path: str) -> dict[str, torch.Size]:
-    """Of each tensor in the files of a directory or hub id its shape; none of one that stands in
-    several files."""
+    """Name -> shape of each tensor in the files of a directory or hub id. A tensor that is split
+    over several files gets the empty shape, which matches none."""
     stored = HuggingFaceStorageReader(_folder(path)).read_metadata().state_dict_metadata
     return {n: t.size if len(t.chunks) == 1 else torch.Size() for n, t in stored.items()}
 
@@ -496,8 +496,8 @@ PROCESSOR_FILES = (
 
 
 class ImageTextProcessor(Qwen3VLProcessor):
-    """Qwen3VLProcessor without its video processor: transformers reads the parts that it requires
-    off this signature."""
+    """Qwen3VLProcessor without its video processor. The signature of __init__ tells transformers
+    which parts a processor needs."""
 
     def __init__(self, image_processor=None, tokenizer=None, chat_template=None, **kwargs):
         super().__init__(image_processor, tokenizer, None, chat_template=chat_template, **kwargs)
@@ -545,7 +545,7 @@ def _chat_form(processor) -> Callable:
         chat = form(list(turns))
         return processor.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
 
-    why = "it drops one of them, or writes it as code"
+    why = "it drops one of them, or shows it as a Python list"
     forms = [
         partial(_formed, system=system_as, assistant=reply_as)
         for system_as in ("parts", "text", "user")

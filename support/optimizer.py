@@ -29,7 +29,10 @@ def learning_rate_at(step: int, max_steps: int, config, peak: float | None = Non
         holder = torch.optim.SGD([torch.zeros(1)], peak)
         schedule = get_scheduler(with_warmup, holder, warmup, max_steps).lr_lambdas[0]
     except ValueError as error:
-        raise UserError(f"--lr_scheduler_type {name}: {error}") from None
+        raise UserError(
+            f"--lr_scheduler_type {name}: {error}; raise the learning rate or choose another "
+            f"schedule"
+        ) from None
     if step <= warmup:  # some schedules divide by the steps after it, of which there may be none
         return peak * step / warmup
     return peak * schedule(step - 1)

@@ -482,7 +482,7 @@ def test_what_a_stage_refuses_has_no_count(tmp_path):
     Blip2Config().save_pretrained(tmp_path / "blip")
     said = fails("sft.py", "--model", tmp_path / "gemma", "--dry_run", 8)
     expected = f"{tmp_path / 'gemma'}: the layers of gemma3 have full_attention, sliding_attention;"
-    assert said.startswith(f"error: {expected} packs need")
+    assert said.startswith(f"error: {expected} only full_attention")
     with torch.device("meta"), pytest.raises(UserError, match="have full_attention, sliding"):
         prepare_for_packs(AutoModelForImageTextToText.from_config(Gemma3Config()))
     said = fails("sft.py", "--model", tmp_path / "blip", "--dry_run", 8)
