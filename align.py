@@ -134,7 +134,10 @@ def train() -> None:
         """A row as (row, prompt x, supervision response y+)."""
         teacher = parse_response(example.response)
         if teacher is None:
-            raise RowError("the supervision response is not of the format caption, think, answer")
+            raise RowError(
+                "the supervision response is not of the format <caption>, <think>, <answer>; "
+                "rewrite it"
+            )
         return example, prompt, teacher
 
     limits = dict(max_prompt_length=config.max_prompt_length, max_pixels=config.max_pixels)

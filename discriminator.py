@@ -565,9 +565,12 @@ def warm_up() -> None:
         teacher = parse_response(example.response)
         students = [] if policy else [parse_response(example.student)]
         if teacher is None:
-            raise RowError("the supervision response is not of the format caption, think, answer")
+            raise RowError(
+                "the supervision response is not of the format <caption>, <think>, <answer>; "
+                "rewrite it"
+            )
         if None in students:
-            raise Unfit("the student's response is not of the format caption, think, answer")
+            raise Unfit("the student's response is not of the format <caption>, <think>, <answer>")
         views = [view for side in (teacher, *students) for view in encode_views(processor, side)]
         length = len(prompt.input_ids) + max(map(len, views))
         if length > config.max_length:

@@ -248,8 +248,8 @@ def evaluate() -> None:
     if unread:
         say(
             f"--untagged {config.untagged}: {len(unread)} responses would take over "
-            f"{MATCH_LIMIT:g} s each to match and count as wrong, the first to {unread[0]}; give a "
-            f"pattern that backtracks less"
+            f"{MATCH_LIMIT:g} s each to match and count as wrong, the first to row {unread[0]}; "
+            f"give a pattern that backtracks less"
         )
     if not responses:
         raise UserError(f"--data: none of {len(examples)} rows can be used; {left_out[0]}")
@@ -282,8 +282,8 @@ def evaluate() -> None:
         say(f"{config.ckpt}: {', '.join(shown)} on {result['rows']} rows; {where}")
         if not result["format_valid"] and config.untagged is None:
             say(
-                "no response has the format caption, think, answer, so all count as wrong; give "
-                "a policy that SFT has taught it, or say by --untagged how to read responses"
+                "no response has the format <caption>, <think>, <answer>, so all count as wrong; "
+                "give a policy that SFT has taught it, or say by --untagged how to read responses"
             )
 
 

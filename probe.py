@@ -97,7 +97,8 @@ def in_words(line: dict) -> str:
     found = [line[f"probe_{kind}"] for kind in KINDS]
     picture, digit, question, answer = ("not measured" if x is None else f"{x:.2f}" for x in found)
     return (
-        f"probe, comparisons won (0.5 is blind): perception {picture} against another picture, "
+        f"probe, comparisons won by the unchanged supervision (0.5 is blind): "
+        f"perception {picture} against another picture, "
         f"{digit} against another digit; reasoning {question} against another question, {answer} "
         f"against another answer"
     )
