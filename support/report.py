@@ -339,7 +339,7 @@ def data_row(where: str, run: dict) -> dict:
         return {}
     except OSError as error:
         told = "is gone" if isinstance(error, FileNotFoundError) else f"is {error}"
-        note = f"{path} {told}: wrong answers have no question and image"
+        note = f"wrong answers are shown without question and image: {path} {told}"
         run["notes"] += [note] if note not in run["notes"] else []
         return {}
 

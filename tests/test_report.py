@@ -249,7 +249,7 @@ def test_alignment_page(tmp_path, run):
     assert (line["x"], line["y"]) == ([1, 50], [0.5, 0.75]) and not probe["lines"]
     assert line["mode"] == "lines" and probe["layout"]["yaxis"]["range"] == [-0.02, 1.02]
     assert "Experts at step 50" in page.text and "perception, layer 1" in page.text
-    assert "even would be 0.250" in page.text and "alignment, 50 steps" in page.text
+    assert "even routing would be 0.250" in page.text and "alignment, 50 steps" in page.text
     routing = page.figure("Routing in the perception view, mean over layers")["lines"]
     assert routing["perception: expert 0"]["y"][7] == pytest.approx(0.2)
     seconds = page.figure("Seconds, by phase")
