@@ -74,8 +74,8 @@ def compiled_layer(**options):
 
 
 class OneLayer:
-    """What a `RowCache` holds for one layer, which is number 0 here. Told the number of a layer,
-    torch would compile each layer anew."""
+    """What a `RowCache` holds for one layer, which is number 0 here. If each layer came with
+    its own number, torch would compile each one anew."""
 
     def __init__(self, cache, number: int):
         self.__dict__.update(vars(cache))

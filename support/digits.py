@@ -24,10 +24,11 @@ What lies where, under `out`:
 
     pretrain.jsonl      responses in the base's own words, many
     prompts.jsonl       for the alignment; `response` is the supervision y+
-    questions.jsonl     for RLVR, without a response, as are
+    questions.jsonl     for RLVR, without a response
     validation.jsonl, test.jsonl
-                        all five: question, answer, image, system, caption (the accepted texts),
-                        source (the kind of question)
+                        for evaluation, without a response
+                        Fields of these five files: question, answer, image, system, caption (the
+                        accepted texts), source (the kind of question)
 
     public.jsonl, curated.jsonl, sft.jsonl
                         the demonstrations, and both mixed: messages, images, source, kind

@@ -56,7 +56,7 @@ def hold_out(examples: Sequence, share: float, seed: int) -> tuple[Sequence, Seq
 
 
 def keyed(seed: int, number: int) -> int:
-    """The seed of step or epoch `number`. Runs with neighbouring seeds share none."""
+    """The seed of step or epoch `number`. Runs with neighbouring --seed share no seed."""
     return seed * 1_000_003 + number
 
 
@@ -105,7 +105,7 @@ def dealt(items: list, size: Callable) -> list:
     """The items of all ranks, dealt anew so that each rank has about as much. -> this rank's, the
     largest first. Every rank calls it, with its own items; `size` measures an item.
 
-    A rank can measure its rows when it has encoded them, so those that it does not keep travel."""
+    The size of a row is known only once it is encoded. So encoded rows travel between ranks."""
     largest_first = lambda items: sorted(items, key=lambda item: -size(item))
     if world_size() == 1:
         return largest_first(items)
@@ -120,7 +120,7 @@ def dealt(items: list, size: Callable) -> list:
 
 def _owners(sizes: list[list[int]]) -> list[list[int]]:
     """Sizes of each rank's items -> the ranks that they go to. The largest comes first, and each
-    goes to the rank that has least so far: rather its own, where several have as little."""
+    goes to the rank that has least so far. Among equals its own rank comes first."""
     places = [(of, i) for of, own in enumerate(sizes) for i in range(len(own))]
     held, owners = [0] * len(sizes), [[0] * len(own) for own in sizes]
     for of, i in sorted(places, key=lambda place: -sizes[place[0]][place[1]]):

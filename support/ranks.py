@@ -23,7 +23,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from support.errors import UserError, printable
 
-KEEP = 0.5  # of a GPU's memory: where less is taken, activations are kept, see `recompute`
+KEEP = 0.5  # share of a GPU's memory; blocks keep their activations up to it, see `recompute`
 
 # --------------------------------------------------------------------------------------------------
 # Processes
@@ -129,11 +129,11 @@ def vision_tower(module: torch.nn.Module) -> torch.nn.Module:
 
 def shard(module, device: torch.device, config=None, prepare=lambda block: None):
     """Shards a module by FSDP2 over all ranks and returns it. Every transformer block is a unit;
-    the rest belongs to the root. `prepare` is called with each block right before it is sharded:
-    what it makes of the block is whole for that moment only.
+    the rest belongs to the root. `prepare` is called with each block right before it is sharded, so
+    no more than one block is unsharded at a time.
 
     Of the flags in `config`, `freeze_vision` keeps the vision tower as it is, and
-    `activation_checkpointing` is `recompute`, with KEEP of a GPU's memory to keep activations in.
+    `activation_checkpointing` calls `recompute` with the share KEEP of a GPU's memory as its room.
     With `hsdp` the ranks of a node share the parameters and each node has all of them, so that only
     gradients go from node to node."""
     if getattr(config, "freeze_vision", False):
@@ -162,7 +162,7 @@ def shard(module, device: torch.device, config=None, prepare=lambda block: None)
     for part in module.modules():
         if isinstance(part, FSDPModule):
             part.set_gradient_divide_factor(1.0)
-            part.set_force_sum_reduction_for_comms(True)  # gloo can only sum, nccl may
+            part.set_force_sum_reduction_for_comms(True)  # gloo cannot average
     return module
 
 
@@ -189,8 +189,8 @@ def sharded_dimension(shape, count: int) -> int:
 
 def recompute(model, room: float = 0) -> None:
     """Activation checkpointing: a block keeps its input and the output of its attention. The rest
-    is computed again in the backward pass. A block keeps all that it computes where less than
-    `room` bytes of the GPU's memory are taken when it starts, with what the later blocks must keep.
+    is computed again in the backward pass. A block keeps all that it computes if the memory taken
+    when it starts, plus what the later blocks must keep, is less than `room` bytes.
 
     Ranks may differ in that: the hooks of FSDP stand outside of what is computed again."""
     attentions = [
