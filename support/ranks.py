@@ -39,7 +39,7 @@ def join_ranks(timeout=datetime.timedelta(minutes=30)) -> torch.device:
         sound = {
             "RANK": _number("RANK") in range(ranks if ranks > 0 else sys.maxsize),
             "WORLD_SIZE": ranks > 0,
-            "MASTER_PORT": _number("MASTER_PORT") in range(2**16),
+            "MASTER_PORT": _number("MASTER_PORT") in range(1, 2**16),
             "MASTER_ADDR": bool(os.environ.get("MASTER_ADDR")),
         }
         wrong = [name for name, is_sound in sound.items() if not is_sound]
