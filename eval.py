@@ -33,7 +33,7 @@ from tqdm import tqdm
 from data import BLOCKS, TAGS, Encoded, Response, decode, load_examples, parse_response
 from model import load_policy
 from sampler import Sampling, generate
-from support.errors import RowError, UserError
+from support.errors import RowError, UserError, counted
 from support.flags import Count, Natural, NonNegative, parse
 from support.loader import batches
 from support.ranks import join_ranks, rank, world_size, say
@@ -247,12 +247,14 @@ def evaluate() -> None:
         )
     if unread:
         say(
-            f"--untagged {config.untagged}: {len(unread)} responses would take over "
-            f"{MATCH_LIMIT:g} s each to match and count as wrong, the first to row {unread[0]}; "
+            f"--untagged {config.untagged}: {counted(len(unread), 'response')} would take over "
+            f"{MATCH_LIMIT:g} s each to match, counted as wrong, the first to row {unread[0]}; "
             f"give a pattern that backtracks less"
         )
     if not responses:
-        raise UserError(f"--data: none of {len(examples)} rows can be used; {left_out[0]}")
+        raise UserError(
+            f"--data: of {counted(len(examples), 'row')} none can be used; {left_out[0]}"
+        )
 
     # Write both files, and tell the user the result.
     if rank() == 0:
@@ -279,7 +281,7 @@ def evaluate() -> None:
         names = ("accuracy", "pass_at_k", "caption_accuracy", "format_valid")
         shown = [f"{name} {result[name]:.3f}" for name in names if result.get(name) is not None]
         where = f"written to {output_dir}/eval.json"
-        say(f"{config.ckpt}: {', '.join(shown)} on {result['rows']} rows; {where}")
+        say(f"{config.ckpt}: {', '.join(shown)} on {counted(result['rows'], 'row')}; {where}")
         if not result["format_valid"] and config.untagged is None:
             say(
                 "no response has the format <caption>, <think>, <answer>, so all count as wrong; "

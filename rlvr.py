@@ -28,7 +28,7 @@ from data import Encoded, Group, decode, load_examples, parse_response
 from model import load_policy, rank_packs
 from policy_gradient import ALGORITHMS, Objective, group_advantage, policy_backward, rescore
 from sampler import Sampling, generate
-from support.errors import UserError
+from support.errors import UserError, counted
 from support.flags import Count, Natural, NonNegative, Positive, RunConfig, Schedule, Share
 from support.huggingface import save_policy
 from support.loader import keyed
@@ -310,8 +310,9 @@ def settle_algorithm(config: RLVRConfig) -> None:
     prompts = max(config.prompts_per_step // world_size(), 1)  # of a rank in a step
     if config.num_minibatches > prompts:
         raise UserError(
-            f"--num_minibatches {config.num_minibatches}: a rank has {prompts} prompts in a step; "
-            f"give at most {prompts}, or raise --prompts_per_step"
+            f"--num_minibatches {config.num_minibatches}: a rank has "
+            f"{counted(prompts, 'prompt')} in a step; give at most {prompts}, or raise "
+            f"--prompts_per_step"
         )
     if config.algorithm == "dapo" and config.overlong_buffer >= config.max_completion_length:
         raise UserError(

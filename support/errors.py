@@ -20,6 +20,11 @@ class Ended(Exception):
     """Ends the run, by a signal or because it had finished before: (message, exit code)."""
 
 
+def counted(number: int, noun: str) -> str:
+    """A number of things in words: "1 row", "2 rows"."""
+    return f"{number} {noun}" + "s" * (number != 1)
+
+
 def printable(text: str) -> str:
     """The text with control characters written out. Text from data could otherwise move the
     cursor of a terminal, or change what stands on it."""

@@ -32,7 +32,7 @@ from dataclasses import dataclass
 import torch
 from transformers import AutoModelForImageTextToText
 
-from support.errors import UserError
+from support.errors import UserError, counted
 from support.huggingface import read_config
 from support.ranks import KEEP, blocks, sharded_dimension, vision_tower
 
@@ -376,7 +376,7 @@ def seconds(config, policy, judge, gpus: int, response: int, speed: Speed) -> di
 def hours(configs: dict, gpus: int, speed: Speed) -> str:
     """A table of the stages that `configs` names: what each takes, from the smaller to the larger
     of MEAN_RESPONSES. A stage of epochs is as long as on the published data."""
-    lines = [f"| stage | steps | seconds a step | hours on {gpus} GPUs | GPU-hours |"]
+    lines = [f"| stage | steps | seconds a step | hours on {counted(gpus, 'GPU')} | GPU-hours |"]
     lines.append("|---" * 5 + "|")
     for name, config in configs.items():
         steps, (policy, judge) = config.max_steps, models(config)

@@ -25,7 +25,7 @@ from typing import BinaryIO, NoReturn
 import torch
 import torch.distributed as dist
 
-from support.errors import UserError
+from support.errors import UserError, counted
 from support.ranks import rank, world_size
 
 
@@ -49,7 +49,8 @@ def hold_out(examples: Sequence, share: float, seed: int) -> tuple[Sequence, Seq
     count = math.ceil(share * len(examples))
     if count == len(examples):
         raise UserError(
-            f"--data: all {count} pairs are held out; lower --validation_share or add pairs"
+            f"--data: of {counted(count, 'pair')} all would be held out; lower "
+            f"--validation_share or add pairs"
         )
     subset = torch.utils.data.Subset
     return subset(examples, order[count:]), subset(examples, order[:count])

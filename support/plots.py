@@ -7,6 +7,8 @@ import html
 import itertools
 import math
 
+from support.errors import counted
+
 VIEWS = ("perception", "reasoning")
 PROBES = ("picture", "digit", "question", "answer")
 # Title, unit of the vertical axis, metrics. A metric that is in no group has a plot of its own.
@@ -144,7 +146,7 @@ def curves(run: dict) -> tuple[list[dict], str]:
     grouped = [*GROUPS, ("Seconds, by phase", "seconds", times)]
     rest = [name for name in columns if not any(name in group for _, _, group in grouped)]
     if more := len(rest[MOST_PLOTS:]):
-        run["notes"].append(f"{more} further metrics have no plot")
+        run["notes"].append(f"{counted(more, 'further metric')} without a plot")
         del rest[MOST_PLOTS:]
     still = [k for k in columns if k in rest or k.startswith(("ratio", "clipped"))]
     still = [k for k in still if len(columns[k]) > 1 and len({y for _, y in columns[k]}) == 1]

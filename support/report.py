@@ -34,7 +34,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 from PIL import Image
 
-from support.errors import UserError
+from support.errors import UserError, counted
 from support.plots import VIEWS, curves, expert_shares, experts, figure, number, overlay, show
 from support.rows import IMAGE_FORMATS
 
@@ -85,7 +85,7 @@ def read_lines(path: Path, notes: list[str]):
     if bad and not good:
         raise UserError(f"{path}:{bad[0]}: not JSON; remove the file, or run the stage again")
     if bad:
-        told = f"{len(bad)} broken lines were left out, the first is line {bad[0]}"
+        told = f"{counted(len(bad), 'broken line')} left out, the first is line {bad[0]}"
         notes.append(f"{path.name}: {told}")
 
 
@@ -117,7 +117,7 @@ def read_run(path: str, data: list[str] = ()) -> dict:
     trained = [line for line in lines if "validation_pairs" not in line]
     steps = {number(line.get("step")): line for line in trained}  # of a repeated step, the last
     if odd := sum(number(line.get("step")) is None for line in trained):
-        notes.append(f"metrics.jsonl: {odd} lines without a step were left out")
+        notes.append(f"metrics.jsonl: {counted(odd, 'line')} without a step left out")
     times = [time for line in lines if (time := number(line.get("time/step"))) is not None]
     name, command = os.path.basename(os.path.abspath(path)), settings.get("command") or ""
     parts = result.get("by_source") if isinstance(result.get("by_source"), dict) else {}
@@ -309,12 +309,14 @@ def shelve(run: dict, name: str, rows, budget: float, pictures: Pictures) -> dic
     names = sorted(names, key=lambda name: order.get(name, len(order)))
     count["values"] += len(names[COLUMNS:])
     told = {
-        "rows": "lines without a step or a response were left out",
-        "values": "values of a wrong type, or too many to show, were left out",
-        "texts": f"texts were cut after {LONGEST} characters",
-        "dropped": "rollouts are not on this page, which would be too large with them",
+        "rows": ("line", "without a step or a response left out"),
+        "values": ("value", "of a wrong type, or too many to show, left out"),
+        "texts": ("text", f"cut after {LONGEST} characters"),
+        "dropped": ("rollout", "not on this page, which would be too large with all"),
     }
-    run["notes"] += [f"{name}: {count[kind]} {told[kind]}" for kind in told if count[kind]]
+    for kind, (noun, what) in told.items():
+        if count[kind]:
+            run["notes"].append(f"{name}: {counted(count[kind], noun)} {what}")
     shelf = []
     for group in sorted(groups.values(), key=lambda group: group["prompt"]["step"]):
         images = [pictures.place(image) for image in group["prompt"]["images"]]
@@ -371,8 +373,8 @@ def run_page(run: dict, compared: bool = False) -> None:
     told = lambda name: name.startswith(("validation_", "probe_"))
     wrong = wrong_answers(run, pictures)
     if pictures.dropped:
-        missing = f"{pictures.dropped} of {len(pictures.places)} images are not on this page"
-        notes.append(f"{missing}, which would be too large with them")
+        missing = f"of {counted(len(pictures.places), 'image')} {pictures.dropped} not on this page"
+        notes.append(f"{missing}, which would be too large with all")
     write_page(
         path / "report.html",
         f"{run['name']}: {run['stage']}",

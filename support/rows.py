@@ -28,7 +28,7 @@ import numpy as np
 from huggingface_hub import hf_hub_download, snapshot_download
 from PIL import Image, ImageOps
 
-from support.errors import RowError, UserError
+from support.errors import RowError, UserError, counted
 from support.verifier import read_list, verify
 
 
@@ -286,7 +286,8 @@ def parse_row(row: dict, index: int, where: str, system_prompt=None, image_dir=N
     left = len(list(pending))
     if left:
         raise RowError(
-            f"{len(images) - left} <image> placeholders for {len(images)} images; make them equal"
+            f"{len(images) - left} <image> placeholders for "
+            f"{counted(len(images), 'image')}; make them equal"
         )
     folders = [os.path.dirname(where), image_dir]
     truth = row.get("reward_model") or {}

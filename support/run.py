@@ -36,7 +36,7 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from support import verifier
-from support.errors import Ended, RowError, Unfit, UserError, printable
+from support.errors import Ended, RowError, Unfit, UserError, counted, printable
 from support.flags import parse
 from support.huggingface import rounding_loss, starting_weights
 from support.loader import batches, keyed
@@ -359,8 +359,8 @@ class Run:
         if not self.progress["rows_used"]:
             raise UserError(
                 f"not one row could be used, so nothing was learned and nothing is saved "
-                f"({self.progress['skipped']} steps were skipped); mend what left_out.jsonl and "
-                f"skipped.jsonl in {self.path} name, then start with another --output_dir"
+                f"({counted(self.progress['skipped'], 'step')} skipped); mend what left_out.jsonl "
+                f"and skipped.jsonl in {self.path} name, then start with another --output_dir"
             )
         check_weights(modules, self.step)
         beside = os.path.join(self.path, "result.incomplete")
@@ -445,9 +445,10 @@ class Run:
         say(f"step {step}: skipped, its gradient is not finite; its rows are in skipped.jsonl")
         if count["skipped_in_a_row"] >= self.config.max_skipped:
             raise UserError(
-                f"{self.config.max_skipped} steps in a row up to step {step} (--max_skipped) had a "
-                f"gradient that is not finite: the weights or the data hold NaN or infinity, or "
-                f"--learning_rate is too high; mend the cause, then go on with --resume"
+                f"{counted(self.config.max_skipped, 'step')} in a row up to step {step} "
+                f"(--max_skipped) had a gradient that is not finite: the weights or the data hold "
+                f"NaN or infinity, or --learning_rate is too high; mend the cause, then go on with "
+                f"--resume"
             )
 
     def log_rollouts(self, step: int, example, texts: list[str], **columns) -> None:

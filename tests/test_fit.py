@@ -437,6 +437,7 @@ def test_the_hours_of_the_docs(published, monkeypatch):
         said = f"{size} takes {low:.0f} to {high:.0f} GPU-hours"
         assert said in " ".join((ROOT / "docs/gpus.md").read_text().split()), said
     align = {"align 4B": four["align 4B"]}
+    assert "| hours on 1 GPU |" in fit.hours(align, 1, fit.Speed())
     half, whole = (fit.hours(align, gpus, fit.Speed()).splitlines()[2] for gpus in (4, 8))
     assert half.split(" | ")[:4] == whole.split(" | ")[:4]
 

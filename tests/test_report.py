@@ -378,10 +378,10 @@ def test_wrong_types_are_survived_and_counted(tmp_path, run):
     _, err = run(tmp_path)
     page = Page(tmp_path / "report.html")
     for told in (err, page.text):
-        assert "metrics.jsonl: 3 broken lines were left out, the first is line 2" in told
-        assert "metrics.jsonl: 1 lines without a step were left out" in told
-        assert "rollouts.jsonl: 1 broken lines were left out, the first is line 3" in told
-        assert "rollouts.jsonl: 2 lines without a step or a response were left out" in told
+        assert "metrics.jsonl: 3 broken lines left out, the first is line 2" in told
+        assert "metrics.jsonl: 1 line without a step left out" in told
+        assert "rollouts.jsonl: 1 broken line left out, the first is line 3" in told
+        assert "rollouts.jsonl: 2 lines without a step or a response left out" in told
         assert "rollouts.jsonl: 9 values of a wrong type" in told
         assert "generations.jsonl: 2 lines without a step or a response" in told
     loss = page.figure("Loss")["lines"]["loss"]
@@ -436,11 +436,11 @@ def test_what_is_too_large_is_counted(tmp_path, run, monkeypatch):
     _, err = run(tmp_path)
     page = Page(tmp_path / "report.html")
     shelf, wrong = page.shelves
-    assert "generations.jsonl: 7 rollouts are not on this page" in page.text
+    assert "generations.jsonl: 7 rollouts not on this page" in page.text
     assert sum(len(group["branches"]) for group in wrong["groups"]) == 5
     (tmp_path / "generations.jsonl").unlink()
     shown = [branch for group in shelf["groups"] for branch in group["branches"]]
-    assert f"rollouts.jsonl: {len(rows) - len(shown)} rollouts are not on this page" in page.text
+    assert f"rollouts.jsonl: {len(rows) - len(shown)} rollouts not on this page" in page.text
     assert 0 < len(shown) and len(json.dumps(shelf)) < 30_000
     monkeypatch.setattr(report, "TEXT_BYTES", 200_000)
     _, err = run(tmp_path)
@@ -449,7 +449,7 @@ def test_what_is_too_large_is_counted(tmp_path, run, monkeypatch):
     places = [group["step"] for group in shelf["groups"]]
     assert places == list(range(1, 41, places[1] - 1)) and len(places) > 4  # spread evenly
     assert f"Rollouts, of one logged step in {places[1] - 1}" in page.text
-    assert "rollouts.jsonl: 1 texts were cut after 100000 characters" in page.text
+    assert "rollouts.jsonl: 1 text cut after 100000 characters" in page.text
     assert "huge.png, 1000 x 100 pixels are too many" in shelf["groups"][0]["images"][0]
     dropped = {
         image
@@ -458,7 +458,7 @@ def test_what_is_too_large_is_counted(tmp_path, run, monkeypatch):
         if str(image).endswith("budget for images is spent")
     }
     assert dropped and page.images and sum(len(uri) for uri, *_ in page.images) < 100_000
-    assert f"{len(dropped)} of {len(page.images) + len(dropped) + 1} images are not" in page.text
+    assert f"of {len(page.images) + len(dropped) + 1} images {len(dropped)} not on" in page.text
 
 
 def test_wrong_answers_with_question_and_image(tmp_path, run):
@@ -712,7 +712,7 @@ def test_killed_run(tmp_path, run):
     with open(tmp_path / "metrics.jsonl", "a") as file:  # resumed behind half a line
         file.write('\n\n{"step": 3, "loss": 1.5}\n{"step": 4, "loss": 0.5}\n')
     _, err = run(tmp_path)
-    assert "metrics.jsonl: 1 broken lines were left out, the first is line 4" in err
+    assert "metrics.jsonl: 1 broken line left out, the first is line 4" in err
     loss = Page(tmp_path / "report.html").figure("Loss")["lines"]["loss"]
     assert (loss["x"], loss["y"]) == ([1, 2, 3, 4], [3, 2, 1.5, 0.5])
     for text in ("", '{"step": 1, "lo'):  # killed before the first step, or while it was written

@@ -589,7 +589,7 @@ def asked(content) -> dict:
         ([{"image": "a.png", "answer": "1"}], ["data.jsonl:1", "question"]),
         (
             [{"messages": [{"role": "user", "content": "q"}], "images": ["a.png"], "answer": "1"}],
-            ["0 <image> placeholders for 1 images"],
+            ["0 <image> placeholders for 1 image;"],
         ),
         (
             [{"messages": [{"role": "dog", "content": "q"}], "answer": "1"}],
