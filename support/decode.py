@@ -9,6 +9,8 @@ TORCH_COMPILE_DISABLE=1 in the environment switches it off.
 import contextlib
 from functools import lru_cache
 
+import torch
+
 from support.ranks import say
 
 failed = False  # whether compiling has failed in this process
@@ -24,6 +26,8 @@ def decode_step(policy, layout, **inputs):
         try:
             with compiled(policy):
                 return policy(layout=layout, **inputs)
+        except torch.OutOfMemoryError:  # the layers as they are need as much
+            raise
         except Exception as error:
             failed = True
             why = f"{type(error).__name__}: {error}".partition("\n")[0]

@@ -120,3 +120,19 @@ def test_sampling_goes_on_where_layers_cannot_be_compiled(policy_and_prompts, co
         assert same_samples(policy, plain, compiled, 1.3) > 0
     (said,) = [line for line in capsys.readouterr().err.splitlines() if "compiled" in line]
     assert decode.failed and said.startswith("sampling goes on without compiled layers")
+
+
+def test_a_gpu_that_is_full_is_no_failure_to_compile(policy_and_prompts, compiling, capsys):
+    """The run ends, with the line that says which flags need less memory."""
+    policy, prompts = policy_and_prompts
+    first = policy.model.language_model.layers[0]
+
+    def full(head, given):
+        if "forward" in vars(first):  # while layers are compiled
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    policy.lm_head.register_forward_pre_hook(full)
+    compiling(backend="aot_eager")
+    with pytest.raises(torch.OutOfMemoryError):
+        generate(policy, prompts, Sampling(3, 20, temperature=1.3, fixed=True))
+    assert "compiled" not in capsys.readouterr().err and not decode.failed
