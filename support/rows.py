@@ -51,7 +51,8 @@ class Example:
 FIELDS = {
     "response": "a last assistant turn, `response`, `teacher_response`, or `teacher_caption` and "
     "`teacher_cot`",
-    "student": "`student_response`, or `student_caption` and `student_cot`",
+    "student": "`student_response`, or `student_caption` and `student_cot`, or no student in any "
+    "row and a --policy that makes them",
     "answer": "`answer`, or `reward_model` with `ground_truth`",
 }
 
