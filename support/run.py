@@ -452,7 +452,8 @@ class Run:
             )
 
     def log_rollouts(self, step: int, example, texts: list[str], **columns) -> None:
-        """Writes the rollouts of one prompt, with a value of each column for each of them."""
+        """Writes the rollouts of one prompt, with a value of each column for each of them;
+        null where that is NaN, as a view that was not scored."""
         if rank() != 0:
             return
         users = (m for m in example.messages if m["role"] == "user")

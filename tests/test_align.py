@@ -261,10 +261,15 @@ def test_a_run_rewards_as_its_flags_say(world, trained, tmp_path, flags):
         responses = [parse_response(row["response"]) for row in group]
         valid = [response is not None for response in responses]
         assert len(group) == 6 and [row["valid"] for row in group] == valid
+        assert [row["perception"] is not None for row in group] == valid
         seen |= set(valid)
         sizes = [encode_views(processor, r) if r else ([], []) for r in responses]
         views = [
-            [row[name] - beta * math.log(1 + len(size[view])) for row, size in zip(group, sizes)]
+            [
+                # A rollout of broken format has no score.
+                row[name] - beta * math.log(1 + len(size[view])) if ok else 0.0
+                for row, size, ok in zip(group, sizes, valid, strict=True)
+            ]
             for view, (name, beta) in enumerate(zip(VIEWS, betas))
         ]
         expected = reference_advantage(*([view] for view in views), [valid], alpha, penalty)

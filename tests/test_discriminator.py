@@ -685,8 +685,9 @@ def test_align_counts_prompts_without_a_valid_rollout(world, tmp_path):
             assert step[name] is None, name  # nothing stands in for what was not measured
     rollouts = lines(out / "rollouts.jsonl")
     assert len(rollouts) == 2 * 3 and {row["advantage"] for row in rollouts} == {-1.5}
-    for name in ("valid", "perception", "reasoning", "teacher_perception", "teacher_reasoning"):
-        assert all(row[name] == 0 for row in rollouts), name
+    assert all(row["valid"] == 0 for row in rollouts)
+    for name in ("perception", "reasoning", "teacher_perception", "teacher_reasoning"):
+        assert all(row[name] is None for row in rollouts), name
 
 
 # --------------------------------------------------------------------------------------------------
