@@ -27,7 +27,8 @@ allocator take. For them 5 GiB are set aside, so an 80 GB card counts as 80e9 by
 
 import math
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import lru_cache
 
 import torch
 from transformers import AutoModelForImageTextToText
@@ -106,6 +107,7 @@ def check_layers(config, where: str) -> None:
         )
 
 
+@lru_cache  # both tables are of the same models
 def read_model(path: str, experts: int = 0, head=True, frozen=False) -> Model:
     """The model of a Hugging Face directory or hub id, as a policy or, without its head, as a
     discriminator: a dense one is given `experts` (0: stays dense)."""
@@ -216,8 +218,8 @@ def models(config) -> tuple[Model | None, Model | None]:
     policy = read_model(get(flag), frozen=frozen) if get(flag) else None
     if get("lora_rank"):  # seven layers a block; activations and gradients are over-counted
         sizes = 7 * policy.h + 2 * policy.q + 2 * policy.k + 3 * policy.i
-        policy.trained = config.lora_rank * policy.layers * sizes
-        policy.whole += policy.trained
+        trained = config.lora_rank * policy.layers * sizes
+        policy = replace(policy, trained=trained, whole=policy.whole + trained)
     judge = None
     if stage in ("discriminator", "align"):
         source = "model" if stage == "discriminator" else "discriminator"

@@ -477,6 +477,17 @@ def test_other_families(tmp_path):
             assert "| yes |" in fit.table(config)
 
 
+def test_a_model_is_built_once_for_both_tables(small, monkeypatch):
+    path, *_ = small
+    built, build = [], AutoModelForImageTextToText.from_config
+    monkeypatch.setattr(
+        AutoModelForImageTextToText, "from_config", lambda c: built.append(c) or build(c)
+    )
+    fit.read_model.cache_clear()
+    fit.answer(AlignConfig(ckpt=str(path), discriminator=str(path), dry_run=2, lora_rank=4))
+    assert len(built) == 2
+
+
 def test_what_a_stage_refuses_has_no_count(tmp_path):
     """The line is that of the stage. What cannot be counted is one line as well."""
     Gemma3Config().save_pretrained(tmp_path / "gemma")
