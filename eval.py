@@ -1,8 +1,8 @@
 """Accuracy of a checkpoint on a data set, by source. The sampler of the stages answers the rows,
 greedily or with several samples a row, and the verifier of stage 3 judges the answers (D21).
 
-output_dir/generations.jsonl gets every response with its judgement. output_dir/eval.json gets these
-values, all but the last two also `by_source`:
+output_dir/generations.jsonl gets every response with its judgement. output_dir/eval.json gets the
+flags on which numbers depend, and these values, all but the last two also `by_source`:
 
     accuracy              share of responses with a right answer
     pass_at_k             with k samples a row: share of rows with any right answer
@@ -23,7 +23,7 @@ import math
 import os
 import re
 import time
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import ClassVar
 
 import regex
@@ -125,21 +125,29 @@ def summarise(responses: list[dict]) -> dict:
     }
 
 
+# The flags on which no number depends.
+FREE = ("output_dir", "per_device_eval_batch_size", "max_rollout_rows", "dry_run")
+
+
+def settings_of(config: EvalConfig) -> dict:
+    """The flags on which the numbers depend, as eval.json has them."""
+    fields = asdict(config).items()
+    return {name: located(value) for name, value in fields if name not in FREE}
+
+
 def keep_other_results(config: EvalConfig, output_dir: str) -> None:
     """UserError where the directory holds the result of another evaluation, which this one would
-    overwrite."""
+    overwrite. A checkpoint's own directory may have been moved."""
     try:
         with open(os.path.join(output_dir, "eval.json")) as file:
             before = dict(json.load(file))
     except (OSError, ValueError, TypeError):  # there is none
         return
-    names = ["data", "num_samples", "temperature", "untagged"]
     # A result in the checkpoint's own directory is that checkpoint's, wherever it was moved to.
-    names += [] if os.path.realpath(output_dir) == os.path.realpath(config.ckpt) else ["ckpt"]
-    for name in names:
-        mine = located(getattr(config, name))
+    moved = os.path.realpath(output_dir) == os.path.realpath(config.ckpt)
+    for name, mine in settings_of(config).items():
         theirs = located(before.get(name, mine))
-        if theirs != mine:
+        if theirs != mine and not (name == "ckpt" and moved):
             raise UserError(
                 f"{output_dir}/eval.json: holds a result of --{name} {as_typed(theirs)}, not "
                 f"of {as_typed(mine)}; name another --output_dir, or remove the file"
@@ -155,8 +163,8 @@ def located(value):
 
 
 def as_typed(value) -> str:
-    """A flag's value as on the command line."""
-    return " ".join(map(str, value)) if isinstance(value, list) else str(value)
+    """A flag's value as on the command line; of a long one the beginning."""
+    return (" ".join(map(str, value)) if isinstance(value, list) else str(value))[:300]
 
 
 def evaluate() -> None:
@@ -173,10 +181,10 @@ def evaluate() -> None:
         raise UserError(f"--output_dir {config.output_dir} is a file; name a directory")
     default_dir = config.ckpt if os.path.isdir(config.ckpt) else "out/eval"
     output_dir = config.output_dir or default_dir
-    keep_other_results(config, output_dir)
     start_verifier()
     # Every row needs an `answer`, the ground truth.
     examples = load_examples(config, ("answer",), config.ckpt)
+    keep_other_results(config, output_dir)
     policy, processor = load_policy(config.ckpt, device)
 
     def encode(example, prompt):
@@ -263,11 +271,7 @@ def evaluate() -> None:
         for response in responses:
             by_source[response["source"]].append(response)
         result = {
-            "ckpt": located(config.ckpt),
-            "data": located(config.data),
-            "num_samples": config.num_samples,
-            "temperature": config.temperature,
-            "untagged": config.untagged,
+            **settings_of(config),
             **summarise(responses),
             "rows_left_out": len(left_out),
             "responses_unread": len(unread),

@@ -12,7 +12,7 @@ import subprocess
 import sys
 import threading
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -22,7 +22,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer
 from align import AlignConfig
 from data import SYSTEM_PROMPT, TAGS, Response, encode_prompts
 from discriminator import DiscriminatorConfig
-from eval import EvalConfig, read_response
+from eval import EvalConfig, keep_other_results, read_response
 from rlvr import RLVRConfig
 from sft import SFTConfig
 from support import digits
@@ -804,6 +804,14 @@ def test_the_same_name_in_another_folder_is_another_benchmark(world, tmp_path):
     assert done.returncode == 2 and "holds a result of --untagged None" in done.stderr
     done = subprocess.run(start, cwd=tmp_path / "a", **pipes)
     assert "no response has the format" in done.stderr and "--untagged" in done.stderr
+    # So does all else on which a number depends.
+    stored = json.loads((tmp_path / "out/eval.json").read_text())
+    flags = {name: stored[name] for name in EvalConfig.__dataclass_fields__ if name in stored}
+    same = EvalConfig(**flags, per_device_eval_batch_size=3, max_rollout_rows=2)
+    keep_other_results(same, str(tmp_path / "out"))
+    for name, value in dict(max_completion_length=9, system_prompt="?", max_pixels=99).items():
+        with pytest.raises(UserError, match=f"holds a result of --{name} .*, not of"):
+            keep_other_results(replace(same, **{name: value}), str(tmp_path / "out"))
 
 
 @pytest.mark.parametrize("script", ["align.py", "rlvr.py"])
