@@ -1,5 +1,15 @@
 """What a user can mend: errors that end a run in one line, and rows that are left out."""
 
+import sys
+
+if sys.flags.optimize > 1:  # every file comes here before it imports models of transformers
+    print(
+        "error: python -OO (PYTHONOPTIMIZE=2) leaves out the docstrings, which transformers reads; "
+        "start without it",
+        file=sys.stderr,
+    )
+    sys.exit(2)
+
 
 class UserError(Exception):
     """Something the user can mend. Its text is one line that names the thing and the remedy."""

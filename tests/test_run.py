@@ -1359,6 +1359,17 @@ def test_what_torchrun_would_never_set(nursery, short, tmp_path, name, value):
     refused(started, f"RANK is set, but {name} is not as torchrun sets it")
 
 
+@pytest.mark.parametrize("script", ["sft", "discriminator", "eval"])
+def test_without_docstrings_transformers_cannot_be_imported(script):
+    words = [sys.executable, "-OO", "-c", f"import {script}"]
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2 and not done.stdout
+    assert done.stderr == (
+        "error: python -OO (PYTHONOPTIMIZE=2) leaves out the docstrings, which transformers "
+        "reads; start without it\n"
+    )
+
+
 def test_wandb_without_a_login_leaves_nothing_behind(nursery, short, tmp_path):
     """So the same command works once there is one, or without it."""
     script, out = tmp_path / "stage.py", tmp_path / "out"
