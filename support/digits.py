@@ -39,6 +39,7 @@ What lies where, under `out`:
 import contextlib
 import fcntl
 import json
+import math
 import os
 import random
 import shutil
@@ -367,9 +368,26 @@ def _write_rows(path: Path, rows: list[dict]) -> None:
 # The whole
 
 
+def check_ranges(world: World) -> None:
+    """UserError for a number of which no world can be built. Which numbers go together, as of the
+    heads, is not looked at."""
+    for name, value in asdict(world).items():
+        low, high = 1, math.inf
+        if isinstance(value, float) or name.endswith(("rows", "seed", "misread_digits", "merges")):
+            low = 0
+        if name.endswith(("share", "rate", "first")):
+            high = 1
+        elif name.endswith("misread_digits"):
+            high = len(CONFUSIONS)
+        if isinstance(value, int | float) and not low <= value <= high:
+            most = "" if high == math.inf else f" and at most {high}"
+            raise UserError(f"--{name} {value}: must be at least {low}{most}")
+
+
 def build(out: str | Path = "out/digits", world: World = World()) -> dict[str, str]:
     """Name -> path of all parts, built unless `out` holds this world already. Many processes may
     call it at once."""
+    check_ranges(world)
     out = Path(out)
     names = "pretrain public curated sft prompts questions validation test".split()
     paths = {name: str(out / f"{name}.jsonl") for name in names} | {"init": str(out / "init")}

@@ -1,6 +1,7 @@
 """The embedded world: what its rows say, and what no stage may see of another's."""
 
 import errno
+import math
 import random
 import re
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 from data import parse_response
 from eval import read_response
 from support import digits
+from support.errors import UserError
 from support.verifier import verify
 from tests.conftest import WORLD, launch, lines
 
@@ -146,3 +148,14 @@ def test_a_world_is_built_where_there_are_no_locks(monkeypatch, capsys, tmp_path
     paths = digits.build(tmp_path / "world", digits.World(**WORLD))
     assert all(Path(path).exists() for path in paths.values())
     assert "no locks on this disk; start one process at a time" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "name, value",
+    [("digits", 0), ("noise", -1.0), ("train_share", 1.5), ("slip_rate", math.nan), ("heads", 0)],
+)
+def test_numbers_of_which_no_world_can_be_built(name, value, tmp_path):
+    """One line names the flag and its range, before a file is written."""
+    with pytest.raises(UserError, match=f"--{name} {value}: must be at least"):
+        digits.build(tmp_path / "world", digits.World(**{name: value}))
+    assert not any(tmp_path.iterdir())
