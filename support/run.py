@@ -198,6 +198,7 @@ class Run:
         self.step = self.checkpoints.newest() if config.resume else 0  # the last that is done
         # What a checkpoint keeps besides tensors. `position`: how many rows all ranks have drawn.
         self.progress = {"position": 0, "skipped": 0, "skipped_in_a_row": 0, "rows_used": 0}
+        self.progress["any_valid"] = False  # whether any rollout has had the format
         if self.step:
             self.progress |= self.checkpoints.progress(self.step)
         elif config.resume:
@@ -407,6 +408,8 @@ class Run:
             metrics |= {"tokens": Sum(tokens)}
         line = {"step": step} | across_ranks(metrics | {"peak_memory_gb": Max(self._peak())})
         self._count_skipped(step, line, grad_norms)
+        if line.get("format_valid") is not None:
+            self._look_at_format(step, line["format_valid"])
         now = time.perf_counter()
         line["time/step"] = now - self.last
         line |= {f"time/{name}": seconds for name, seconds in self.seconds.items()}
@@ -450,6 +453,21 @@ class Run:
                 f"NaN or infinity, or --learning_rate is too high; mend the cause, then go on with "
                 f"--resume"
             )
+
+    def _look_at_format(self, step: int, share: float) -> None:
+        """Says after ten steps, and at the end, that no rollout has had the format: such a run
+        looks like any other, and learns nothing."""
+        self.progress["any_valid"] |= bool(share)
+        last = self.bar.total
+        if self.progress["any_valid"] or step not in (min(10, last), last):
+            return
+        rollouts = f"{self.path}/rollouts.jsonl"
+        there = f"read {rollouts}, then " if hasattr(self.config, "num_generations") else ""
+        say(
+            f"step {step}: not one response so far has the format caption, think, answer, without "
+            f"which (11) and (13) tell none from another; {there}start from a policy that SFT has "
+            f"taught the format, or raise --max_completion_length"
+        )
 
     def log_rollouts(self, step: int, example, texts: list[str], **columns) -> None:
         """Writes the rollouts of one prompt, with a value of each column for each of them;
