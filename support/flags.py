@@ -6,6 +6,7 @@ flag is explained in one place.
 
 import argparse
 import dataclasses
+import difflib
 import math
 import os
 import re
@@ -99,6 +100,7 @@ def parse(config_class):
     _read_system_prompt(config)
     if config.stage == "discriminator" and config.lora_rank:
         raise UserError("--lora_rank: only policies take adapters; leave it out of the warm-up")
+    check_directories(config)
     if config.dry_run:
         if rank() == 0:
             print(fit.answer(config))
@@ -113,7 +115,7 @@ def parse(config_class):
             f"give --learning_rate to choose another"
         )
     if rank() == 0:
-        for name in ("model", "ckpt", "policy", "discriminator", "data"):
+        for name in (*MODELS, "data"):
             value = getattr(config, name, None) or []
             for source in [value] if isinstance(value, str) else value:
                 announce(name, source)
@@ -186,6 +188,49 @@ def _read_system_prompt(config) -> None:
             raise UserError(f"--system_prompt {name}: is not UTF-8; convert the file") from None
 
 
+MODELS = ("model", "ckpt", "policy", "discriminator")
+# Which stage makes what a stage's flag names.
+MAKERS = {
+    ("discriminator", "policy"): "sft.py",
+    ("align", "ckpt"): "sft.py",
+    ("align", "discriminator"): "discriminator.py",
+    ("rlvr", "ckpt"): "align.py",
+    ("eval", "ckpt"): "rlvr.py",
+}
+
+
+def check_directories(config) -> None:
+    """UserError for a model that is not there and that no hub id can name: such an id is
+    OWNER/NAME. The hub is not asked."""
+    for name in MODELS:
+        source = getattr(config, name, None)
+        if not source or os.path.exists(source):
+            continue
+        if re.fullmatch(r"\w[\w.-]*/[\w.-]+", source) and source not in digits.MADE_BY:
+            continue
+        near, maker = _nearest(source, "config.json"), MAKERS.get((config.stage, name))
+        if near:
+            remedy = f"did you mean {near}?"
+        elif source in digits.MADE_BY or maker:
+            own = f"python {maker} --output_dir {source}"
+            remedy = f"make it with: {digits.MADE_BY.get(source, own)}"
+        else:
+            remedy = "name a directory that is, or a hub id OWNER/NAME"
+        raise UserError(f"--{name} {source}: there is no such directory; {remedy}")
+
+
+def _nearest(source: str, inside: str = "") -> str:
+    """What lies beside a path and is called much the same; "" for nothing. `inside` names what a
+    directory must hold to be meant."""
+    folder, name = os.path.split(source.rstrip("/"))
+    there = os.listdir(folder or ".") if os.path.isdir(folder or ".") else []
+    there = [
+        one for one in there if not inside or os.path.exists(os.path.join(folder, one, inside))
+    ]
+    near = difflib.get_close_matches(name, there, n=1, cutoff=0.7)
+    return os.path.join(folder, near[0]) if near else ""
+
+
 def announce(name: str, source: str) -> None:
     """Says what will be read from the hub and how large it is, before anything is downloaded.
     UserError where it is neither on this machine nor within reach."""
@@ -204,6 +249,13 @@ def announce(name: str, source: str) -> None:
             snapshot_download(repo[1], repo_type=kind, local_files_only=True)
             say(f"--{name}: reads {source} from the hub's cache on this machine")
         except Exception:
+            folder, near = os.path.dirname(source), _nearest(source)
+            if os.path.isdir(folder):
+                remedy = f"did you mean {near}?" if near else "check the name"
+                raise UserError(
+                    f"--{name} {source}: neither in {folder} nor to be read from the hub "
+                    f"({type(error).__name__}); {remedy}"
+                ) from None
             raise UserError(
                 f"--{name} {source}: not on this machine, and cannot be read from the hub "
                 f"({type(error).__name__}); check the name, or download it elsewhere (hf download "

@@ -540,7 +540,7 @@ def test_bad_input_is_one_line(world, trained, tmp_path):
     (full / "mine.txt").write_text("keep")
     ok = ("--data", world["prompts"], "--output_dir", tmp_path / "o")
     said = fails("align.py", "--ckpt", "/no/such", "--discriminator", trained, *ok)
-    assert said.startswith("error: /no/such: no Hugging Face directory or hub id")
+    assert said.startswith("error: --ckpt /no/such: there is no such directory; make it with: ")
     said = fails("sft.py", "--model", full, *ok)
     assert said.startswith(f"error: {full}: no config.json")
     assert "holds no rows" in fails(
@@ -1142,3 +1142,29 @@ def test_published_data_offline_is_one_line(trained, tmp_path):
     assert "rl_training_data_filtered_2k.parquet: not on this machine" in said
     assert "hf download prism-vlm/rl_dataset" in said and "--data PATH" in said
     assert not (tmp_path / "o").exists()
+
+
+def test_a_model_that_is_not_there_is_named_at_once(command_line, world, monkeypatch, tmp_path):
+    """Before the hub or the data is looked at: the command that makes it, or what it may mean."""
+    made(world, tmp_path / "here/out/demo/base")
+    monkeypatch.chdir(tmp_path / "here")
+    os.makedirs("rows")
+    shutil.copy(world["test"], "rows/mine.jsonl")
+    with pytest.raises(UserError, match=r"neither in rows nor .* did you mean rows/mine.jsonl\?"):
+        command_line(EvalConfig, "--ckpt", world["init"], "--data", "rows/mine.jsnl")
+    monkeypatch.setattr("support.flags.HfApi", None)
+    told = {
+        (RLVRConfig, "--ckpt", "align_out"): "make it with: python align.py --output_dir align_out",
+        (AlignConfig, "--discriminator", "d_out"): "python discriminator.py --output_dir d_out",
+        (DiscriminatorConfig, "--policy", "./sft_out"): "python sft.py --output_dir ./sft_out",
+        (EvalConfig, "--ckpt", "out/sft"): "make it with: python sft.py",
+        (SFTConfig, "--model", "out/demo/bsae"): "did you mean out/demo/base?",
+        (SFTConfig, "--model", "gpt2"): "name a directory that is, or a hub id OWNER/NAME",
+    }
+    for (stage, flag, source), remedy in told.items():
+        for more in ("--dry_run", 8), ("--data", "nothing.jsonl"):
+            with pytest.raises(UserError) as error:
+                command_line(stage, flag, source, *more)
+            said = str(error.value)
+            assert said.startswith(f"{flag} {source}: there is no such directory; ")
+            assert said.endswith(remedy)
