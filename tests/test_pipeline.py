@@ -810,7 +810,7 @@ def test_the_same_name_in_another_folder_is_another_benchmark(world, tmp_path):
     same = EvalConfig(**flags, per_device_eval_batch_size=3, max_rollout_rows=2)
     keep_other_results(same, str(tmp_path / "out"))
     for name, value in dict(max_completion_length=9, system_prompt="?", max_pixels=99).items():
-        with pytest.raises(UserError, match=f"holds a result of --{name} .*, not of"):
+        with pytest.raises(UserError, match=f"(?s)holds a result of --{name} .*, not of"):
             keep_other_results(replace(same, **{name: value}), str(tmp_path / "out"))
 
 
