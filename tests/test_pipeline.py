@@ -730,7 +730,7 @@ def test_too_many_bad_rows_end_the_run(world, trained, tmp_path):
 )
 def test_eval_refuses_a_pattern_before_it_answers(world, tmp_path, pattern, said):
     """And before it opens the rows and the checkpoint."""
-    flags = ("--ckpt", tmp_path / "none", "--data", world["test"], "--untagged", pattern)
+    flags = ("--ckpt", tmp_path, "--data", world["test"], "--untagged", pattern)
     assert fails("eval.py", *flags).startswith(f"error: --untagged {pattern}: {said}")
 
 
