@@ -217,10 +217,12 @@ def train() -> None:
             count += kept_of_batch
             if count == wanted:
                 return kept, sampled, number + 1
+        remedy = "take easier or harder data, or raise --max_gen_batches"
+        if not all_sum([float(column(sampled, "valid").sum())])[0]:
+            remedy = "no rollout has the format; start from a policy that SFT has taught it"
         raise UserError(
-            f"--algorithm dapo: {config.max_gen_batches} batches of {batch_size} prompts gave "
-            f"{count} prompts whose rollouts differ in accuracy, {wanted} are needed; take easier "
-            f"or harder data, or raise --max_gen_batches"
+            f"--algorithm dapo: {config.max_gen_batches} x {batch_size} prompts gave "
+            f"{count} prompts whose rollouts differ in accuracy, {wanted} are needed; {remedy}"
         )
 
     def save(path: str) -> None:

@@ -1168,3 +1168,13 @@ def test_a_model_that_is_not_there_is_named_at_once(command_line, world, monkeyp
             said = str(error.value)
             assert said.startswith(f"{flag} {source}: there is no such directory; ")
             assert said.endswith(remedy)
+
+
+def test_dapo_names_a_policy_that_never_has_the_format(world, tmp_path):
+    """Other data would not help such a policy."""
+    words = ("--algorithm", "dapo", "--max_gen_batches", 1, "--prompts_per_step", 1)
+    words += ("--num_generations", 2, "--overlong_buffer", 2, "--max_completion_length", 8)
+    where = ("--data", world["questions"], "--output_dir", tmp_path / "out")
+    said = fails("rlvr.py", "--ckpt", world["init"], *where, *words)
+    assert said.startswith("error: --algorithm dapo: 1 x 3 prompts gave 0 prompts")
+    assert said.endswith("no rollout has the format; start from a policy that SFT has taught it")
