@@ -309,9 +309,9 @@ def parse_row(row: dict, index: int, where: str, system_prompt=None, image_dir=N
 
 
 def _first(fields: dict, *names: str):
-    """The first of some fields that holds something: a table has null or "" in the columns that a
-    row of another schema does not use."""
-    return next((fields[name] for name in names if fields.get(name) not in (None, "")), None)
+    """The first of some fields that holds something: a table has null, "" or [] in the columns that
+    a row of another schema does not use."""
+    return next((fields[name] for name in names if fields.get(name) not in (None, "", [])), None)
 
 
 def _turn(turn: dict) -> tuple[str, object]:
@@ -327,6 +327,7 @@ def _turn(turn: dict) -> tuple[str, object]:
 # Fields that hold a row's images, the most trusted first; texts, which may end like a file name.
 PICTURES = "decoded_image images image image_path image_paths image_file image_url img img_path"
 TEXTS = "question prompt system response answer caption teacher_response student_response"
+TEXTS += " messages conversations reward_model"
 
 
 def _pictures(row: dict) -> dict[int, object]:
@@ -355,11 +356,12 @@ def _is_picture(value) -> bool:
     if isinstance(value, list):
         return any(map(_is_picture, value))
     if isinstance(value, dict):
-        return bool(value.get("bytes")) or _is_picture(value.get("path"))
+        return bool(value.get("bytes")) or any(map(_is_picture, value.values()))
     if not isinstance(value, str):
         return isinstance(value, bytes)
-    suffixes = "png|jpe?g|webp|gif|bmp|tiff?"
-    return bool(re.match(rf"data:image/|\S{{1,500}}\.(?:{suffixes})$", value, re.IGNORECASE))
+    encoded = "iVBORw0KGgo|/9j/|UklGR|R0lGOD"  # PNG, JPEG, WEBP and GIF in base64
+    suffixes = r"\.(?i:png|jpe?g|webp|gif|bmp|tiff?)"
+    return bool(re.match(rf"data:image/|(?:{encoded})\S{{40}}|\S{{1,500}}{suffixes}$", value))
 
 
 def _in_order(turns: list, pictures: dict[int, object]) -> tuple[list, list]:
@@ -392,10 +394,17 @@ LETTERS = string.ascii_uppercase
 
 
 def _options(row: dict) -> list[str]:
-    """The choices that a row offers, without letters: a list, also as text, or columns A, B ..."""
+    """The choices that a row offers, without letters: a list, also as text, or columns A, B ...,
+    which may be called a or option_A as well."""
     value = _first(row, "options", "choices", "option")
-    if value is None and None not in (row.get("A"), row.get("B")):
-        value = [row[x] for x in itertools.takewhile(lambda x: row.get(x) is not None, LETTERS)]
+    if value is None:
+        columns = {re.sub("^OPTION[ _]?", "", name.upper()): row[name] for name in row}
+        filled = itertools.takewhile(lambda x: columns.get(x) not in (None, ""), LETTERS)
+        value = [columns[x] for x in filled]
+        for name in row if len(value) < 2 else ():
+            if re.search("(?i)option|choice", name) and isinstance(row[name], list) and row[name]:
+                raise RowError(f"`{name}` names options, and no stage reads it; call it `options`")
+        value = value if len(value) > 1 else None
     if isinstance(value, str):
         value = value.strip()
         if not value.startswith("["):
@@ -428,17 +437,20 @@ def _with_options(turns: list, options: list[str]) -> list:
 
 def _chosen(answers: list[str], options: list[str]) -> list[str]:
     """The answers, with an option's text for its letter, and its letter for its text. RowError
-    where it is not clear which one is meant: a number may count them from 0 or from 1."""
-    found = list(answers)
+    where it is not clear which one is meant: a number may count them from 0 or from 1. A text that
+    is the letter of another option is not accepted."""
+    found, letters = list(answers), LETTERS[: len(options)]
     for answer in answers if options else ():
-        letters = [x for x, text in zip(LETTERS, options) if text == answer or x == answer]
-        if len(letters) > 1 or not letters and re.fullmatch(r"\d+|[A-Z]", answer):
+        named = [x for x, text in zip(letters, options) if text == answer or x == answer]
+        named = named or [x for x in letters if x == answer.strip("(). ").upper()]  # b, (B)
+        if len(named) > 1 or not named and re.fullmatch(r"\d+|[A-Z]", answer):
             raise RowError(
                 f"it is not clear which of the row's {len(options)} options the answer {answer} "
                 f"means; give the option's text or its letter"
             )
-        for letter in letters:
-            found += [letter, options[LETTERS.index(letter)]]
+        for letter in named:
+            text = options[letters.index(letter)]
+            found += [letter] if text in letters else [letter, text]
     return list(dict.fromkeys(found))
 
 
@@ -500,7 +512,8 @@ def _accepted(value) -> list[str]:
         return [answer for member in value for answer in _accepted(member)]
     if value is not None and not isinstance(value, (str, int, float)):
         raise RowError(f"an answer must be text or a number, found {type(value).__name__}")
-    return [] if value is None or value in ("", "__EMPTY__") else [_text(str(value))]
+    said = "" if value is None else _text(str(value))
+    return [] if said.strip() in ("", "__EMPTY__") else [said]
 
 
 def check_truth(answers: list[str]) -> None:
@@ -556,7 +569,7 @@ def _image_source(image, folders: list[str | None]) -> str | bytes:
         if path.startswith(os.path.join(folder, "")) and os.path.isfile(path):
             return path
     raise RowError(
-        f"image {image} is not below the data file's folder or --image_dir; set --image_dir"
+        f"image {image[:200]} is not below the data file's folder or --image_dir; set --image_dir"
     )
 
 
