@@ -420,7 +420,7 @@ def compare(path: Path, children: list[str], data: list[str]) -> None:
     lines = [[show(cell, ".3f") for cell in line] for line in ([head, *rows] if rows else [])]
     wide = [max(map(len, column)) for column in zip(*lines)]
     for first, *others in lines:
-        print("  ".join([first.ljust(wide[0]), *map(str.rjust, others, wide[1:])]))
+        print(printable("  ".join([first.ljust(wide[0]), *map(str.rjust, others, wide[1:])])))
     bars = []
     for name in SHARES:
         values = [(run["label"], measured(run["eval"], name)) for run in judged]
@@ -463,7 +463,7 @@ def report() -> None:
         else:
             told = "neither a run (metrics.jsonl or eval.json) nor a directory of runs"
             raise UserError(f"{path}: {told}; name an --output_dir")
-        print(f"written to {path / 'report.html'}")
+        print(printable(f"written to {path / 'report.html'}"))
 
 
 if __name__ == "__main__":

@@ -615,6 +615,12 @@ def test_terminal_codes_of_a_log_are_not_printed(tmp_path, run):
     assert "?[31m/x.jsonl is gone" in err and "\x1b" not in err
 
 
+def test_terminal_codes_of_a_folder_are_not_printed(tmp_path, run):
+    make(tmp_path / "\x1b[31mred", [], RESULT)
+    out, err = run(tmp_path)
+    assert "?[31mred" in out and "\x1b" not in out + err
+
+
 def test_comparison(tmp_path, run):
     make(
         tmp_path / "align_grpo",
