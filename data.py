@@ -176,7 +176,7 @@ def _encode_prompts(processor, examples, max_image_size) -> list[Prompt]:
                 image.thumbnail((max_image_size, max_image_size))
         # The tokenizer adds its begin-of-sequence token, unless the template has written it.
         begin = processor.tokenizer.bos_token
-        adding = not (begin and texts[0].startswith(begin))
+        adding = not (begin and begin in texts[0])
         pictures = images if any(images) else None
         inputs = processor(text=texts, images=pictures, add_special_tokens=adding)
     except Exception as error:  # processors raise many kinds, MemoryError among them

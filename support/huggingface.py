@@ -520,13 +520,20 @@ def load_processor(path: str | Path):
 
 def write_chats(processor, chats: list[list[dict]]) -> list[str]:
     """Chats, their turns in parts, as the model's chat template writes them, up to where the
-    response begins. RowError where it refuses one of them, UserError where it cannot write any."""
+    response begins. RowError where it refuses one of them or drops what a user says, UserError
+    where it cannot write any."""
     form = _chat_form(processor)
-    chats = [form(chat) for chat in chats]
+    formed = [form(chat) for chat in chats]
     try:
-        return processor.apply_chat_template(chats, add_generation_prompt=True, tokenize=False)
+        written = processor.apply_chat_template(formed, add_generation_prompt=True, tokenize=False)
     except Exception as error:  # a template raises whatever its author chose
         raise RowError(f"the chat template refuses the row ({_first_line(error)})") from None
+    for chat, text in zip(chats, written):
+        said = (turn["content"] for turn in chat if turn["role"] != "assistant")  # may lose <think>
+        for part in itertools.chain.from_iterable(said):
+            if part.get("text", "").strip() not in text:
+                raise RowError(f"the chat template drops {part['text'][:80]!r} from the row")
+    return written
 
 
 @lru_cache(maxsize=4)
@@ -539,7 +546,10 @@ def _chat_form(processor) -> Callable:
     system = {"role": "system", "content": [text(prompt)]}
     picture = {"role": "user", "content": [{"type": "image"}, text(question)]}
     no_picture = {"role": "user", "content": [text(question)]}
-    more = [{"role": "assistant", "content": [text(reply)]}, no_picture]
+    more = [
+        {"role": "assistant", "content": [text(reply)]},
+        {"role": "user", "content": [text("And elsewhere?")]},
+    ]
 
     def write(form, *turns) -> str:
         chat = form(list(turns))

@@ -158,6 +158,7 @@ def test_decode_drops_the_token_that_ended_a_branch(processor):
 def test_a_prompt_begins_once(world):
     """Where the tokenizer adds a beginning of sequence, and the template writes one as well."""
     writes, silent = with_template(world, "{{ bos_token }}" + TURNS), with_template(world, TURNS)
+    later = with_template(world, "{%- set a = 1 %} {{ bos_token }}" + TURNS)
     plain = encode_prompts(silent, [Example(0, "f", MORE, [])])[0].input_ids
     begin = writes.tokenizer.convert_tokens_to_ids("<|endoftext|>")
     adds = processors.TemplateProcessing(
@@ -170,6 +171,10 @@ def test_a_prompt_begins_once(world):
         assert prompt.input_ids.tolist() == [begin, *plain.tolist()]
         chat = dict(conversation=MORE, add_generation_prompt=True, tokenize=True)
         assert processor.apply_chat_template(**chat, return_dict=False)[0] == [begin, *plain]
+    later.tokenizer.bos_token = "<|endoftext|>"
+    later.tokenizer.backend_tokenizer.post_processor = adds
+    (prompt,) = encode_prompts(later, [Example(0, "f", MORE, [])])
+    assert prompt.input_ids.tolist().count(begin) == 1
 
 
 def test_a_written_processor_has_the_published_files(world, processor):
@@ -250,6 +255,8 @@ SYSTEM_AS_TEXT = TURNS.replace(
 USER_ONLY_IN_PARTS = SYSTEM_AS_TEXT.replace("== 'system'", "!= 'user'")
 TEXT_ONLY = "{%- for m in messages %}<{{ m.role }}>{{ m.content }}{%- endfor %}<assistant>"
 NO_IMAGE = TURNS.replace("[image]", "")
+NO_QUESTION = TURNS.replace(PARTS, "{{ m.content[0].text or '[image]' }}")
+LAST_ONLY = "{%- set m = messages[-1] %}<{{ m.role }}>" + PARTS + "<assistant>"
 ASKED = [
     {"role": "system", "content": [{"type": "text", "text": "Be brief."}]},
     {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "How many?"}]},
@@ -295,6 +302,7 @@ def test_a_prompt_comes_through_every_chat_template(world, template, written):
         (TEXT_ONLY, "drops one of them"),
         (TEXT_ONLY.replace("{{ m.content }}", "{{ 'x' + m.content }}"), "concatenate"),
         (NO_IMAGE, "drops one of them"),
+        (NO_QUESTION, "drops one of them"),
     ],
 )
 def test_a_chat_template_that_is_of_no_use_is_one_line_at_the_start(world, template, why):
@@ -303,6 +311,14 @@ def test_a_chat_template_that_is_of_no_use_is_one_line_at_the_start(world, templ
         Encoded([], processor, None)
     assert f"{world['init']}: its chat template cannot" in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_a_chat_template_that_writes_one_question_only(world):
+    processor = with_template(world, LAST_ONLY)
+    assert write_chats(processor, [ASKED]) == ["<user>Be brief.\n\n[image]How many?<assistant>"]
+    said = {"role": "assistant", "content": [{"type": "text", "text": "Two."}]}
+    with pytest.raises(RowError, match="drops 'Be brief.' from the row"):
+        write_chats(processor, [[*ASKED, said, *MORE]])
 
 
 def test_a_row_that_the_chat_template_refuses_is_a_bad_row(world):
