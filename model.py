@@ -46,13 +46,14 @@ def load_policy(path: str, device=CPU, config=None):
     # A response may end with the tokenizer's end of sequence or with any that the model names.
     named = policy.generation_config.eos_token_id
     ends = [processor.tokenizer.eos_token_id, *(named if isinstance(named, list) else [named])]
-    try:
-        policy.stop_ids = torch.tensor(sorted({int(end) for end in ends if end is not None}))
-    except (TypeError, ValueError, RuntimeError):
+    ends = [end for end in ends if end is not None]
+    words = its_config.get_text_config().vocab_size
+    if not all(str(end).isdecimal() and int(end) < words for end in ends):
         raise UserError(
             f"{path}/generation_config.json: eos_token_id is {named}; give the number of a token, "
             f"or a list of such"
-        ) from None
+        )
+    policy.stop_ids = torch.tensor(sorted({int(end) for end in ends}))
     if getattr(config, "lora_rank", 0):
         torch.manual_seed(config.seed)  # the adapters of every rank are the same
         add_adapters(policy, config.lora_rank)

@@ -48,9 +48,10 @@ from support.resuming import checksum_of, files_below, force, of_another_rank, r
 # --------------------------------------------------------------------------------------------------
 # The end of a run, whatever it is
 
-# What a user can mend: no space, quota, read-only, permission, broken disk, no folder, long name.
+# What a user can mend: no space, quota, read-only, permission, broken disk, no folder, long name,
+# a limit on the size of files.
 MENDABLE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EIO, errno.ENOTDIR}
-MENDABLE |= {errno.ENAMETOOLONG}
+MENDABLE |= {errno.ENAMETOOLONG, errno.EFBIG}
 
 
 def main(stage: Callable) -> None:
@@ -112,7 +113,8 @@ def _die(message: str, code: int) -> None:
     if _speaks_first():
         if run and run.bar:
             run.bar.close()
-        print(f"error: {' '.join(printable(message).split())}", file=sys.stderr)
+        behind = "\n" if rank() else ""  # the progress bar of rank 0 may stand on this line
+        print(f"{behind}error: {' '.join(printable(message).split())}", file=sys.stderr)
     sys.stdout.flush()
     sys.stderr.flush()
     if code == 2 and run:

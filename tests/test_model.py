@@ -555,7 +555,7 @@ def test_a_tokenizer_without_an_end_is_refused(trained, tmp_path):
 
 
 ENDS = [([5, None], [5, 397]), (None, [397]), ("5", [5, 397])]
-NO_ENDS = ["<|im_end|>", [[5]], {"id": 5}, 10**30]
+NO_ENDS = ["<|im_end|>", [[5]], {"id": 5}, 10**30, 10**6, -1, [0.5], True]
 
 
 @pytest.mark.parametrize("named, stops", [*ENDS, *((named, None) for named in NO_ENDS)])

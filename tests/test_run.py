@@ -826,6 +826,27 @@ def test_a_full_disk_is_one_line(nursery, whole, small_disk, tmp_path, ranks):
     assert differences(expected, out) == []
 
 
+SMALL_FILES = '''"""Stage 1 where no file may have more than 6,000 bytes."""
+
+import resource
+
+import sft
+from support.run import main
+
+resource.setrlimit(resource.RLIMIT_FSIZE, (6000, 6000))
+main(sft.train)
+'''
+
+
+def test_a_log_that_cannot_grow_is_one_line(short, tmp_path):
+    script, out = tmp_path / "stage.py", tmp_path / "out"
+    script.write_text(SMALL_FILES)
+    done = launch(script, *short("sft.py")[1:], "--max_steps", 40, "--output_dir", out, check=False)
+    assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
+    (line,) = (line for line in done.stderr.splitlines() if line.startswith("error: "))
+    assert str(out) in line and "File too large" in line and "--resume" in line, line
+
+
 KILLED_BEFORE_THE_WEIGHTS = '''"""Stage 1, killed before its result has weights."""
 
 import os
@@ -1004,18 +1025,21 @@ main(sft.train)
 '''
 
 
-@pytest.mark.parametrize("fault", ["typo", "model", "one rank"])
+@pytest.mark.parametrize("fault", ["typo", "model", "one rank", "behind the bar"])
 def test_what_fails_on_all_ranks_is_said_once(short, tmp_path, fault):
-    """Before there is a directory, under torchrun; and what fails on one alone is said as well."""
+    """Before there is a directory, under torchrun; and what fails on one alone is said as well, on
+    a line of its own."""
     script, *base = short("sft.py")
     more = {"typo": ("--lr_scheduler_type", "linaer"), "model": ("--model", tmp_path)}
-    if fault == "one rank":
-        script = tmp_path / "stage.py"
-        script.write_text(ONE_FAILS)
+    if fault in ("one rank", "behind the bar"):
+        script, where = tmp_path / "stage.py", "load_examples"
+        where = where if fault == "one rank" else "sft_loss"
+        script.write_text(ONE_FAILS.replace("load_examples", where))
     words = (script, *base, "--output_dir", tmp_path / "out", *more.get(fault, ()))
     done = launch(*words, ranks=2, check=False)
     said = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     wanted = {"typo": "linaer", "model": "no config.json", "one rank": "this node has no such file"}
+    wanted["behind the bar"] = wanted["one rank"]
     assert done.returncode and len(said) == 1 and wanted[fault] in said[0], done.stderr
 
 
