@@ -209,13 +209,17 @@ def _checksum(path: str) -> int:
 
 
 def _is_whole(path: str) -> bool:
-    """Whether this rank's share of a checkpoint's files has the checksums of the save."""
+    """Whether this rank's share of a checkpoint's files has the checksums of the save, and every
+    shard has one."""
     try:
         with open(os.path.join(path, CHECKSUMS)) as file:
             expected = json.load(file)
         mine = sorted(expected)[rank() :: world_size()]
-        return bool(expected) and all(
-            _checksum(os.path.join(path, name)) == expected[name] for name in mine
+        shards = {name for name in files_below(path) if name.endswith(".distcp")}
+        return (
+            bool(expected)
+            and shards <= set(expected)
+            and all(_checksum(os.path.join(path, name)) == expected[name] for name in mine)
         )
     except (OSError, ValueError, TypeError):
         return False

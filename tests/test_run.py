@@ -564,6 +564,11 @@ def test_a_checkpoint_is_whole_with_every_file_of_its_own(nursery, short, tmp_pa
         assert Checkpoints(str(out), keep=2).newest() == older or before == other, path
         path.write_bytes(before)
     assert Checkpoints(str(out), keep=2).newest() == newest
+    sums = json.loads((mine / "checksums.json").read_text())
+    lacking = {name: total for name, total in sums.items() if "__1_0" not in name}
+    assert len(lacking) < len(sums)
+    (mine / "checksums.json").write_text(json.dumps(lacking))
+    assert Checkpoints(str(out), keep=2).newest() == older  # without those of the second rank
 
 
 KILLED_IN_A_REMOVAL = '''"""Stage 1, killed when it has removed one file of an old checkpoint."""
