@@ -393,18 +393,27 @@ def _in_order(turns: list, pictures: dict[int, object]) -> tuple[list, list]:
 LETTERS = string.ascii_uppercase
 
 
+def _option_columns(row: dict) -> list | None:
+    """The choices of a row that has them in columns A, B ..., which may be called a or option_A."""
+    columns = {re.sub("^OPTION[ _]?", "", name.upper()): row[name] for name in row}
+    choices = []
+    for letter in LETTERS:
+        if columns.get(letter) in (None, ""):
+            break
+        choices.append(columns[letter])
+    if len(choices) > 1:
+        return choices
+    for name, value in row.items():
+        if re.search("(?i)option|choice", name) and isinstance(value, list) and value:
+            raise RowError(f"`{name}` names options, and no stage reads it; call it `options`")
+    return None
+
+
 def _options(row: dict) -> list[str]:
-    """The choices that a row offers, without letters: a list, also as text, or columns A, B ...,
-    which may be called a or option_A as well."""
+    """The choices that a row offers, without letters: a list, also as text, or columns."""
     value = _first(row, "options", "choices", "option")
     if value is None:
-        columns = {re.sub("^OPTION[ _]?", "", name.upper()): row[name] for name in row}
-        filled = itertools.takewhile(lambda x: columns.get(x) not in (None, ""), LETTERS)
-        value = [columns[x] for x in filled]
-        for name in row if len(value) < 2 else ():
-            if re.search("(?i)option|choice", name) and isinstance(row[name], list) and row[name]:
-                raise RowError(f"`{name}` names options, and no stage reads it; call it `options`")
-        value = value if len(value) > 1 else None
+        value = _option_columns(row)
     if isinstance(value, str):
         value = value.strip()
         if not value.startswith("["):
