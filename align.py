@@ -257,20 +257,16 @@ def train() -> None:
             say(f"step {step}:", in_words(line))
         if batch:
             example, _, _ = batch[0]
-
-            def scored(values: torch.Tensor) -> torch.Tensor:
-                """The first prompt's scores: NaN where the format is broken, logged as null."""
-                return values[0].masked_fill(~judged.valid[0], torch.nan)
-
+            broken = ~judged.valid[0]  # such a rollout has no scores; the log says null for NaN
             run.log_rollouts(
                 step,
                 example,
                 texts[0],
-                perception=scored(judged.perception),
-                reasoning=scored(judged.reasoning),
+                perception=judged.perception[0].masked_fill(broken, torch.nan),
+                reasoning=judged.reasoning[0].masked_fill(broken, torch.nan),
                 valid=judged.valid[0],
-                teacher_perception=scored(judged.teacher_perception),
-                teacher_reasoning=scored(judged.teacher_reasoning),
+                teacher_perception=judged.teacher_perception[0].masked_fill(broken, torch.nan),
+                teacher_reasoning=judged.teacher_reasoning[0].masked_fill(broken, torch.nan),
                 advantage=advantage[0],
                 length=lengths[: len(texts[0])],
             )
