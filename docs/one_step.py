@@ -470,7 +470,7 @@ def the_discriminators_loss(m) -> str:
     pair = pair_loss(scores[:, :2], scores[:, 2:], m.pairs).item()
     penalty = discriminator_loss(scores, m.pairs, m.config.score_l2).item() - pair
     terms = [
-        ["pair loss (6): the two means", number(pair, 4)],
+        ["pair loss (6): the sum of the two means", number(pair, 4)],
         [f"{m.config.score_l2:g} * the mean of the squared scores", number(penalty, 4)],
     ]
     told, balance = "", m.judged.metrics.get("balance_loss")
