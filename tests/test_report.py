@@ -487,7 +487,7 @@ def test_wrong_answers_with_question_and_image(tmp_path, run):
     data.unlink()
     _, err = run(tmp_path / "run")
     assert "test.jsonl is gone" in err
-    assert "is gone: wrong answers" in Page(tmp_path / "run" / "report.html").text
+    assert "test.jsonl is gone" in Page(tmp_path / "run" / "report.html").text
 
 
 def private(folder: Path) -> list[Path]:
