@@ -143,7 +143,8 @@ def train() -> None:
     limits = dict(max_prompt_length=config.max_prompt_length, max_pixels=config.max_pixels)
     rows = Encoded(examples, processor, encode, **limits)
     stream = run.batches(rows, config.prompts_per_step)
-    # Trials are altered copies of y+, on which the discriminator is probed (probe.py).
+    # In a trial the discriminator compares a row with an altered copy: of its picture, its question
+    # or its y+ (probe.py).
     trials = trials_beside_the_game(config, examples, processor) if config.probe_steps else []
     num_trials = int(all_sum([len(trials)])[0])
     if config.probe_steps and not num_trials:
@@ -224,8 +225,8 @@ def train() -> None:
             rate = learning_rate_at(step, config.max_steps, config)
             grad_norm = optimizer_step(policy, optimizer, rate, config.max_grad_norm)
 
-        # Log the step, and the rollouts of the first prompt. The clip never acts, so what it did is
-        # left out.
+        # Log the step, and the rollouts of the first prompt. The clip never acts, so its metrics
+        # are left out.
         lengths = [len(branch) for group in groups for branch in group.branches]
         prompts_without_valid = int((~judged.valid.any(1)).sum())
         no_valid_at_all = len(groups) > 0 and prompts_without_valid == len(groups)
