@@ -10,12 +10,14 @@ warm-up on pairs, which is what running this file does (PRISM, the MoE discrimin
     (8)  L_balance = E * sum_e f_e P_e        f_e: share of tokens that chose e (they sum to top_k),
                                              P_e: mean router probability
 
-h is a token's vector before the MLP of a layer, and W the layer's router. z is the last layer's
-output at the last token of the view, and w_k the score vector of view k. Rewards are read without
-dropout. In names, teacher is the supervision response y+ and student the response y compared with
-it. In the game the students are the policy's own rollouts. In the warm-up each prompt has one
-student, which stands in the data or, with `--policy`, is sampled from that policy. A student of
-broken format has no views, so it enters no loss.
+h is a token's vector before the MLP of a layer, and W the layer's router. z is the backbone's last
+hidden state, behind the final norm, at the last token of the view. w_k is the score vector of view
+k. Rewards are read without dropout.
+
+In names, teacher is the supervision response y+ and student the response y compared with it. In the
+game the students are the policy's own rollouts. In the warm-up each prompt has one student, which
+stands in the data or, with `--policy`, is sampled from that policy. A student of broken format has
+no views, so it enters no loss.
 
 A prompt stands in a pack once, behind it the views of its rollouts and of its supervision response.
 So prompt and image are computed once for all views in the pack. Views that do not fit into one pack
@@ -31,8 +33,8 @@ D3  Prompt tokens are computed once a pack, so they enter (8) once a pack and no
     cut into packs. Dropout's masks do too, and so do the expert shares in the log.
 D4  The clamp of (5), the score penalty of (7) and the balance loss (8) act in warm-up and game; the
     release clamps and penalises in the game only, and balances in the warm-up only.
-D5  A step of the warm-up takes both views of 64 pairs; a step of the release takes 128 single views
-    from a shuffle, so the two views of a pair may fall into different steps.
+D5  A step of the warm-up takes 64 pairs, each compared in both views: 128 comparisons. A step of
+    the release takes 128 from a shuffle, so the two of a pair may fall into different steps.
 D13 A twentieth of the pairs is held out, so the warm-up has 1,782 steps and not 1,875.
 
     torchrun --nproc_per_node=8 discriminator.py --model Qwen/Qwen3-VL-2B-Instruct
@@ -85,7 +87,7 @@ class DiscriminatorConfig(RunConfig):
     weight_decay: NonNegative = 0.01  # AdamW's weight decay; paper: 0.01
     num_train_epochs: Positive = 1.0  # passes over the data; paper: 1
     max_steps: Steps = -1  # steps of the run; -1: as many as the epochs have
-    per_device_train_batch_size: Count = 2  # pairs per rank; paper: 4 single views, so 2 pairs
+    per_device_train_batch_size: Count = 2  # pairs per rank; paper: 4 one-view comparisons, so 2
     gradient_accumulation_steps: Count = 4  # batches of each rank in one step; paper: 4
     max_grad_norm: Positive = 1.0  # gradients are clipped to this norm; paper: 1.0
     max_length: Count = 8192  # tokens of prompt + caption or reasoning; more: left out; paper: 8192
@@ -163,8 +165,8 @@ class SparseMLP(torch.nn.Module):
 
 
 def grouped(rows: torch.Tensor, weight: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
-    """rows (R, i) in E blocks, which end at `ends` (E,); weight (E, o, i) -> (R, o): the rows of
-    block e times weight[e], transposed."""
+    """rows (R, in) in E blocks, which end at `ends` (E,); weight (E, out, in) -> (R, out): the rows
+    of block e times weight[e], transposed."""
     if rows.is_cuda:
         return F.grouped_mm(rows, weight.mT, offs=ends)
     blocks = rows.tensor_split(ends[:-1].long())
@@ -319,8 +321,8 @@ class ViewPack:
 
 
 def view_packs(comparisons, processor, max_tokens=None, text_only=False) -> list[ViewPack]:
-    """All views of all comparisons in packs of at most `max_tokens` tokens, as many packs on every
-    rank. The four views of a pair stand in one pack. Every rank calls it."""
+    """All views of all comparisons in packs of at most `max_tokens` tokens. All ranks get the same
+    number of packs. The four views of a pair stand in one pack. Every rank calls it."""
     groups: list[Group] = []  # a prompt with all its views
     pairs_of, numbers_of = [], []  # of each group, in the order of its pairs
     views_of = []  # of each group, in the order of its branches
@@ -407,7 +409,8 @@ def judge(
     device = next(discriminator.parameters()).device
     text_only = discriminator.kind == "text"
     packs = view_packs(comparisons, processor, max_tokens, text_only=text_only)
-    # The denominators over all ranks: pairs of (7), and for (8) all tokens but blank images'.
+    # The denominators over all ranks: the pairs for (7), the real tokens for (8). Tokens of a blank
+    # image are not real. `rank_packs` adds such images, so that sharded ranks stay in step.
     pairs = sum(len(view_pack.pairs) for view_pack in packs)
     tokens = sum(len(view_pack.pack.real_tokens) for view_pack in packs)
     num_pairs, num_tokens = all_sum([pairs, tokens]).tolist()
@@ -503,7 +506,7 @@ def load_discriminator(
             layer.mlp = SparseMLP(Router(parts["gate"]), experts, saved.top_k)
     torch.manual_seed(seed)  # of a new score head
     discriminator = Discriminator(backbone, kind, dropout)
-    discriminator.source = saved.model.source
+    discriminator.source = saved.model.source  # what a save copies besides the weights
     drawn = discriminator.score.weight
     if saved.head is None and saved.kind:
         raise UserError(f"{path}: has no tensor score.weight; save the discriminator again")
@@ -520,7 +523,7 @@ def load_discriminator(
 
     def prepare(block) -> None:
         """Reads and upcycles a dense layer right before it is sharded, so that no more than one
-        layer is whole at a time."""
+        layer is whole at a time. A model is loaded hollow: its weights are still to be read."""
         if block in layers and kind != "dense" and not saved.experts:
             prefix = f"model.language_model.layers.{layers.index(block)}.mlp."
             fill(block.mlp, path, device, prefix)
@@ -530,6 +533,7 @@ def load_discriminator(
                 raise UserError(f"{path}: {error}") from None
 
     discriminator = shard(discriminator, device, config, prepare)
+    # Read all that is still hollow. Upcycled experts and the score head stay as they are.
     return fill(discriminator, path, device), saved.processor
 
 
