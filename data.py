@@ -389,8 +389,8 @@ class Segment:
     """A prompt and its branches inside a pack."""
 
     start: int  # where the prompt starts
-    prompt: int  # its length
-    branches: list[int]  # the branches' lengths
+    prompt_length: int  # tokens
+    branch_lengths: list[int]
 
 
 @dataclass
@@ -412,7 +412,7 @@ class Pack:
     @property
     def lengths(self) -> list[int]:
         """(B,) tokens of each branch."""
-        return [length for segment in self.segments for length in segment.branches]
+        return [length for segment in self.segments for length in segment.branch_lengths]
 
     @property
     def real_tokens(self) -> torch.Tensor:
@@ -420,8 +420,8 @@ class Pack:
         blank image: it keeps ranks in step and must reach no loss."""
         out = [torch.zeros(0, dtype=torch.long)]
         for segment in self.segments:
-            if segment.branches:
-                end = segment.start + segment.prompt + sum(segment.branches)
+            if segment.branch_lengths:
+                end = segment.start + segment.prompt_length + sum(segment.branch_lengths)
                 out.append(torch.arange(segment.start, end))
         return torch.cat(out).to(self.input_ids.device)
 

@@ -278,8 +278,8 @@ def view_of_tokens(pack: Pack, views: torch.Tensor) -> torch.Tensor:
     out = []
     views = iter(views.tolist())
     for segment in pack.segments:
-        out.append(torch.full((segment.prompt,), -1))
-        out += [torch.full((length,), next(views)) for length in segment.branches]
+        out.append(torch.full((segment.prompt_length,), -1))
+        out += [torch.full((length,), next(views)) for length in segment.branch_lengths]
     return torch.cat(out).to(pack.input_ids.device)
 
 

@@ -170,9 +170,9 @@ def _is_ampere(device) -> bool:
 def _sequences(segment) -> tuple[int, list[int]]:
     """The length of a prompt, and of each branch that reads it. A prompt and its only branch are
     one sequence, so they count as a prompt without a branch."""
-    if len(segment.branches) == 1:
-        return segment.prompt + segment.branches[0], []
-    return segment.prompt, segment.branches
+    if len(segment.branch_lengths) == 1:
+        return segment.prompt_length + segment.branch_lengths[0], []
+    return segment.prompt_length, segment.branch_lengths
 
 
 def _alike(sequences) -> Iterator[list[tuple[int, int]]]:

@@ -368,7 +368,7 @@ def _generate(policy, prompts: list[Prompt], sampling: Sampling, step: int) -> l
     fixed = device.type == "cuda" if sampling.fixed is None else sampling.fixed
     # Compute the prompts, once each: their keys and values, and the logits of the first tokens.
     pack = make_packs([Group(prompt, []) for prompt in prompts])[0].to(device)
-    lengths = [segment.prompt for segment in pack.segments]
+    lengths = [segment.prompt_length for segment in pack.segments]
     collected = []
     lasts = torch.tensor(lengths, device=device).cumsum(0) - 1
     first = policy(**model_inputs(policy, pack, collected), logits_to_keep=lasts).logits[0]

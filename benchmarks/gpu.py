@@ -157,7 +157,7 @@ def sft_step(shape, clock, device, peak) -> dict:
         optimizer_step(policy, optimizer, 1e-6, 1.0)
 
     seconds = clock.median(step)
-    squares = sum((s.prompt + sum(s.branches)) ** 2 for s in pack.segments)
+    squares = sum((s.prompt_length + sum(s.branch_lengths)) ** 2 for s in pack.segments)
     work = fit.operations(size, tokens, squares / 2, targets)
     share = f"{work / seconds / peak:.2f} of the peak"
     images = len(pack.segments) * 196 / tokens

@@ -621,12 +621,12 @@ def sequences(packed, groups_of_pack):
     """For every branch of a pack: (prompt, branch tokens, slice of the prompt, slice of the
     branch)."""
     for segment, prompt in zip(packed.segments, groups_of_pack):
-        at = segment.start + segment.prompt
-        for length in segment.branches:
+        at = segment.start + segment.prompt_length
+        for length in segment.branch_lengths:
             yield (
                 prompt,
                 packed.input_ids[0, at : at + length],
-                slice(segment.start, segment.start + segment.prompt),
+                slice(segment.start, segment.start + segment.prompt_length),
                 slice(at, at + length),
             )
             at += length
@@ -646,7 +646,7 @@ def test_backbone_is_transformers_mixture_of_experts(sparse, reference):
                 torch.cat([ours[before], ours[own]]), theirs, atol=1e-4, rtol=1e-4
             )
             compared += 1
-    assert compared == sum(map(len, (s.branches for s in pack.segments))) > 8
+    assert compared == sum(map(len, (s.branch_lengths for s in pack.segments))) > 8
     used = torch.cat([m.chosen for m in discriminator.sparse_mlps]).unique()
     assert len(used) == 4 and ours.std() > 0.1  # all experts are asked
 
@@ -979,8 +979,8 @@ def test_dedicated_experts_serve_their_view_alone(dense):
     owner = []
     views = iter(v.views.tolist())
     for segment in v.pack.segments:
-        owner += [-1] * segment.prompt
-        for length in segment.branches:
+        owner += [-1] * segment.prompt_length
+        for length in segment.branch_lengths:
             owner += [next(views)] * length
     assert view_of_tokens(v.pack, v.views).tolist() == owner
     with torch.no_grad():

@@ -666,18 +666,15 @@ def test_packs_hold_every_branch_once_within_the_budget(seed, budget):
         for segment in (
             pack.segments
         ):  # a branch's first token is predicted by the prompt's last, and it goes on from there
-            following = (
-                int(pack.position_ids[:, 0, segment.start : segment.start + segment.prompt].max())
-                + 1
-            )
-            at = segment.start + segment.prompt
-            for length in segment.branches:
+            at = segment.start + segment.prompt_length
+            following = int(pack.position_ids[:, 0, segment.start : at].max()) + 1
+            for length in segment.branch_lengths:
                 assert pack.position_ids[0, 0, at : at + length].tolist() == list(
                     range(following, following + length)
                 )
                 at += length
         at = 0
         for segment in pack.segments:
-            for length in segment.branches:
-                assert int(pack.predictors[at]) == segment.start + segment.prompt - 1
+            for length in segment.branch_lengths:
+                assert int(pack.predictors[at]) == segment.start + segment.prompt_length - 1
                 at += length

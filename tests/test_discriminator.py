@@ -452,8 +452,8 @@ def test_dedicated_experts(world, prompts):
         at, views = 0, iter(v.views.tolist())
         for segment in v.pack.segments:
             for length, view in [
-                (segment.prompt, -1),
-                *((n, next(views)) for n in segment.branches),
+                (segment.prompt_length, -1),
+                *((n, next(views)) for n in segment.branch_lengths),
             ]:
                 for block in discriminator.sparse_mlps:
                     reached[view] |= set(block.chosen[at : at + length].flatten().tolist())
@@ -738,7 +738,7 @@ def test_units_stand_whole_in_one_pack(case, max_tokens):
             )
             here.append(g)
             expected = groups[g].prompt.input_ids.tolist()
-            for length in segment.branches:
+            for length in segment.branch_lengths:
                 owner, i = next(members)
                 assert owner == g and length == len(groups[g].branches[i])
                 expected += groups[g].branches[i].tolist()

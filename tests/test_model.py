@@ -116,7 +116,7 @@ def test_demonstrations_as_on_a_gpu(world, policy_processor, ragged):
     groups = [Group(g.prompt, g.branches[:1]) for g in mixed_groups(policy_processor[1])]
     (pack,) = make_packs(groups)
     index, queries, keys, *longest = _ragged(pack)
-    whole = [s.prompt + s.branches[0] for s in pack.segments]
+    whole = [s.prompt_length + s.branch_lengths[0] for s in pack.segments]
     assert index is None and longest == [max(whole)] * 2
     assert queries.diff().tolist() == keys.diff().tolist() == whole
     compare_packed(world, policy_processor, 0.7, None, groups)
