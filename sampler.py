@@ -40,23 +40,24 @@ class RowCache:
     grows up to `limit` tokens. The outputs of both are merged by their logsumexps.
     Takes along: attend_first, first_keys, model.has_varlen."""
 
-    def __init__(self, collected: list, lengths: list[int], heads, n: int, slots, limit, fixed):
+    def __init__(self, collected: list, prompt_lengths, heads, n: int, slots, limit, fixed):
         """`collected` are the keys and values (K, T, D) of each layer for the T tokens of all
-        prompts; the list is emptied. `lengths` (P,) are the prompts' tokens, `heads` is K * G, `n`
-        the rows of a prompt, `limit` the most tokens of a row. `fixed`: shapes are fixed."""
+        prompts; the list is emptied. `prompt_lengths` (P,) are the prompts' tokens, `heads` is
+        K * G, `n` the rows of a prompt, `limit` the most tokens of a row. `fixed`: shapes are
+        fixed."""
         self.n, self.limit, self.fixed = n, limit, fixed
         self.kv_heads, _, dim = collected[0][0].shape
         self.group = heads // self.kv_heads  # G
         device = collected[0][0].device
         # Which of the T tokens is token i of each prompt: (P, longest), 0 beyond a prompt's end.
-        lengths = torch.tensor(lengths)
+        lengths = torch.tensor(prompt_lengths)
         first, offset = lengths.cumsum(0) - lengths, torch.arange(int(lengths.max()))
         index = torch.where(offset < lengths[:, None], first[:, None] + offset, 0).to(device)
         self.prompts = []  # of each layer, (P * K, longest, D) twice
         while collected:  # layer by layer: never twice in memory
             kv = collected.pop(0)
             self.prompts.append([x[:, index].transpose(0, 1).flatten(0, 1) for x in kv])
-        self.lengths = lengths.to(device)  # (P,) of the prompts
+        self.prompt_lengths = lengths.to(device)  # (P,)
         none = self.prompts[0][0].new_zeros(slots, self.kv_heads, 0, dim)
         self.own = [(none, none)] * len(self.prompts)  # of each layer, (slots, K, room, D) twice
         self.prompt_of = torch.zeros(slots, dtype=torch.long, device=device)  # (S,)
@@ -100,7 +101,7 @@ class RowCache:
         `place` (S * K,): where each (row, head) stands in the table. `table`: which (row, head)
         stands at each place, 0 where none does. `prompt_bounds`, of `first_keys`: attention reads
         each prompt up to its end, and not the padding behind."""
-        counts = torch.bincount(self.prompt_of, minlength=len(self.lengths))
+        counts = torch.bincount(self.prompt_of, minlength=len(self.prompt_lengths))
         width = self.n if self.fixed else int(counts.max())
         order = self.prompt_of.argsort(stable=True)
         among = torch.empty_like(order)  # (S,) a row's place among those of its prompt
@@ -111,7 +112,7 @@ class RowCache:
         table = torch.zeros(len(counts) * self.kv_heads * width, dtype=torch.long).to(place)
         table[place] = torch.arange(len(place), device=place.device)
         # A prompt without rows counts as one key long. Nobody asks for the result.
-        read = torch.where(counts > 0, self.lengths, 1).repeat_interleave(self.kv_heads)
+        read = torch.where(counts > 0, self.prompt_lengths, 1).repeat_interleave(self.kv_heads)
         prompt_bounds = first_keys(read, width * self.group, self.prompts[0][0])
         # In place where the shape is the same, since a recorded step reads these very tensors.
         for name, new in {"table": table, "place": place, "prompt_bounds": prompt_bounds}.items():
@@ -130,8 +131,9 @@ class RowCache:
             for layer, kv in enumerate(self.own):  # again never twice in memory
                 self.own[layer] = [F.pad(x, (0, 0, 0, longer)) for x in kv]
             self.version += 1
-        # How many places of a slot are handed to attention: all where shapes are fixed, or where
-        # ragged attention is told how many to read. There, less than all would be a copy.
+        # How many places of a slot are handed to attention: the filled ones, or all where shapes
+        # are fixed. Ragged attention gets all too. It is told how many to read, so that the keys
+        # need not be copied to leave some out.
         whole = self.fixed or has_varlen(self.slots)
         self.attended = self.own[0][0].shape[2] if whole else self.filled
 
