@@ -199,8 +199,9 @@ def _padded(rows: list[tuple[int, int]]) -> torch.Tensor:
 
 def _ragged(pack: Pack):
     """The S sequences of a pack for one ragged call. -> which tokens are their keys, one sequence
-    after the other, or None where every token is once; where the queries of each begin, (S + 1,);
-    where its keys begin, (S + 1,); the most queries of a sequence; the most keys."""
+    after the other, or None where every token is a key of one sequence only; where the queries of
+    each begin, (S + 1,); where its keys begin, (S + 1,); the most queries of a sequence; the most
+    keys."""
     # Each token is a query once, in the pack's order, so a branch starts at queries[-1].
     index, queries, keys = [], [0], [0]
     for segment in pack.segments:
@@ -403,17 +404,17 @@ def token_logprobs(policy, pack: Pack, temperature: float = 1.0, chunk: int = LO
 
 
 def rank_packs(groups, processor, max_tokens: int | None = None, units=None) -> list[Pack]:
-    """The packs of this rank's groups (`data.make_packs`), as many on every rank. Every rank calls
-    it."""
+    """The packs of this rank's groups, by `data.make_packs` and `even_packs`: the same number on
+    all ranks. Every rank calls it."""
     return even_packs(make_packs(groups, max_tokens, units), processor)
 
 
 def even_packs(packs: list[Pack], processor) -> list[Pack]:
-    """The packs of this rank, with blank ones added until every rank has as many. Where any pack of
-    any rank has an image, every pack gets one. A forward of a sharded model is a collective: a rank
-    with fewer packs, or without images, would hang the others. Where no rank has an image, blank
-    packs have none either: a gradient of zero is still a step of AdamW, which would move the vision
-    tower."""
+    """The packs of this rank, with blank ones added until all ranks have the same number. Where any
+    pack of any rank has an image, every pack gets one. A forward of a sharded model is a
+    collective: a rank with fewer packs, or without images, would hang the others. Where no rank has
+    an image, blank packs have none either: a gradient of zero is still a step of AdamW, which would
+    move the vision tower."""
     if world_size() == 1:
         return packs
     # One collective gives the most packs of a rank, whether any has an image, and the fewest packs.
