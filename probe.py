@@ -13,9 +13,9 @@ blind. The pair accuracy does not show blindness: it is 1 for a blind discrimina
 in which words students differ from supervision.
 
 Rows stand in twos, as partners, and each takes the other's picture, question and answer. A score
-that likes one of two pictures better, whatever the caption says, is no proof of sight. Where both
-partners count, it wins for one and loses for the other: exactly 0.5 over the two. The same holds
-for questions and answers.
+that likes one of two pictures better, whatever the caption says, is no proof of sight. Such a score
+wins for one partner and loses for the other: exactly 0.5 over the two, where both are measured. The
+same holds for questions and answers.
 """
 
 import json
