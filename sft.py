@@ -115,6 +115,7 @@ def train() -> None:
 
         # Log the step. At each pack all ranks wait for the longest. `paced` is the sum of these
         # longest packs' tokens, and `idle_share` the share of it for which a rank has no tokens.
+        # Padding is the blank images that `rank_packs` adds to packs without an image.
         all_tokens = sum(group.num_tokens for group in groups)
         sizes = [pack.input_ids.numel() for pack in packs]
         paced = float(all_max([0, *sizes]).sum())
@@ -122,7 +123,7 @@ def train() -> None:
             "loss": Loss(loss, updates=1 if num_tokens else 0),  # the sum over ranks
             "entropy": Mean(entropy, tokens),
             "response_length": Mean(tokens, len(groups)),
-            "padding_share": Mean(sum(sizes) - all_tokens, sum(sizes)),  # blank images, else none
+            "padding_share": Mean(sum(sizes) - all_tokens, sum(sizes)),
             "idle_share": Mean(paced - sum(sizes), paced),
             "packs": len(packs),
             "grad_norm": grad_norm,
