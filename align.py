@@ -143,8 +143,8 @@ def train() -> None:
     limits = dict(max_prompt_length=config.max_prompt_length, max_pixels=config.max_pixels)
     rows = Encoded(examples, processor, encode, **limits)
     stream = run.batches(rows, config.prompts_per_step)
-    # In a trial the discriminator compares a row with an altered copy: of its picture, its question
-    # or its y+ (probe.py).
+    # A trial compares a row with copies of it, whose picture, question or part of y+ is another
+    # (probe.py).
     trials = trials_beside_the_game(config, examples, processor) if config.probe_steps else []
     num_trials = int(all_sum([len(trials)])[0])
     if config.probe_steps and not num_trials:
