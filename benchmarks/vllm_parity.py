@@ -4,8 +4,8 @@ says how it is made).
     python benchmarks/vllm_parity.py --vllm /tmp/vllm/bin/python
     python benchmarks/vllm_parity.py --vllm /tmp/vllm/bin/python --speed
 
-The first trains a policy on the built-in digits for a moment, on two ranks, which save it in
-bfloat16; vLLM opens what they saved. Both answer 40 questions greedily in float32, and the line
+The first trains a policy on the built-in digits for a moment, on two ranks, which save it;
+vLLM opens what they saved. Both answer 40 questions greedily in float32, and the line
 `equal N of 40` counts the answers whose tokens are the same.
 
 The second compares tokens per second on random weights, of 5M and of 80M parameters, both sides
