@@ -25,7 +25,7 @@ D10 A supervision response of broken format is a bad row, left out, counted and 
 docs/deviations.md has all of them, with the reasons.
 
     torchrun --nproc_per_node=8 align.py --ckpt sft_out --output_dir align_out
-    python align.py                                                 the embedded world of digits
+    python align.py                        without --ckpt and --data: the built-in digits
 """
 
 from dataclasses import dataclass, field
