@@ -38,7 +38,7 @@ D5  A step of the warm-up takes 64 pairs, each compared in both views: 128 compa
 D13 A twentieth of the pairs is held out, so the warm-up has 1,782 steps and not 1,875.
 
     torchrun --nproc_per_node=8 discriminator.py --model Qwen/Qwen3-VL-2B-Instruct
-    python discriminator.py                                     the embedded world of digits
+    python discriminator.py                without --model and --data: the built-in digits
 """
 
 import math
