@@ -14,7 +14,7 @@ D16 The softmax of pi leaves out the ids of images and videos; the published run
 docs/deviations.md has all of them, with the reasons.
 
     torchrun --nproc_per_node=8 sft.py --model Qwen/Qwen3-VL-4B-Instruct --output_dir sft_out
-    python sft.py                                                   the embedded world of digits
+    python sft.py                          without --model and --data: the built-in digits
 """
 
 from dataclasses import dataclass, field
