@@ -15,7 +15,7 @@ Deviations from the published run: D9 and D11 (policy_gradient.py) and D12 (the 
 docs/deviations.md has all of them, with the reasons.
 
     torchrun --nproc_per_node=8 rlvr.py --ckpt align_out --algorithm dapo --output_dir rl_out
-    python rlvr.py                                                  the embedded world of digits
+    python rlvr.py                         without --ckpt and --data: the built-in digits
 """
 
 from dataclasses import dataclass, field, replace
