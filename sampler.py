@@ -86,8 +86,8 @@ class RowCache:
         for kv in self.own:
             for x in kv:
                 x[holes, :, : self.filled] = x[movers, :, : self.filled]
-        # From here on without the slots behind. A compiled layer that writes to a part of a tensor
-        # would copy that part, and back.
+        # Leave out the slots given up, here and not in `attend`. A compiled layer that cut them off
+        # itself would copy the rest before it writes, and copy it back.
         self.own = [[x[:count] for x in kv] for kv in self.own]
         self.length, self.prompt_of = self.length[order], self.prompt_of[order]
         self.slots = self.slots[:count]
