@@ -7,9 +7,9 @@ For a prompt x and its branches y_1 .. y_N (data.py), at the temperature tau of 
 The ids of images and videos (`policy.forbidden`) are left out of the softmax, in sampling and in
 scoring alike (D16): a sampled image token would break the next forward.
 
-In the forward of a pack the prompt attends to itself, and each branch, as a row of its own, attends
-to [prompt | itself]. transformers computes all else: the description of the pack travels through
-the model as the keyword `layout` to the attention function registered below.
+In the forward of a pack the prompt attends to itself, and each branch attends to [prompt | itself].
+transformers computes all else: the description of the pack travels through the model as the keyword
+`layout` to the attention function registered below.
 """
 
 import itertools
