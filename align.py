@@ -63,7 +63,7 @@ class AlignConfig(RunConfig):
     warmup_steps: NonNegative = 0.0  # warm-up steps; below 1: a share of the run; paper: none
     weight_decay: NonNegative = 0.01  # AdamW's weight decay, both models; paper: 0.01
     max_steps: Count = 500  # steps of the run; paper: 500 (its released code also has 1500)
-    prompts_per_step: Count = 4  # prompts in a step, over all ranks (more ranks idle); paper: 4
+    prompts_per_step: Count = 4  # prompts a step, over all ranks; ranks without one idle; paper: 4
     num_generations: Count = 16  # rollouts per prompt; paper: 16
     temperature: Positive = 1.0  # sampling temperature; paper: 1.0
     max_prompt_length: Count = 2048  # longest prompt in tokens; paper: 2048

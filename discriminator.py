@@ -54,7 +54,7 @@ from model import load_policy, model_inputs, prepare_for_packs, rank_packs
 from probe import draw_trials, in_words, probe
 from sampler import Sampling, generate
 from support.errors import RowError, Unfit, UserError
-from support.flags import Count, NonNegative, Positive, RunConfig, Schedule, Share, Steps
+from support.flags import Count, Natural, NonNegative, Positive, RunConfig, Schedule, Share, Steps
 from support.huggingface import CPU, fill, open_discriminator, same_prompts, save_discriminator
 from support.loader import hold_out, run_length
 from support.metrics import Loss, Mean, Sum, add
@@ -79,7 +79,7 @@ class DiscriminatorConfig(RunConfig):
     )
     policy: str | None = None  # policy that samples the student responses; none: --data has them
     output_dir: str = "out/discriminator"  # directory of the run and of the discriminator
-    experts: Kind = "learned"  # learned router (paper); dedicated: 2 a view; dense; text: no image
+    experts: Kind = "learned"  # learned router (paper); dedicated, 2 to a view; dense; text only
     dropout: Share = 0.1  # dropout before the score head; paper: 0.1
     learning_rate: NonNegative = 1e-5  # peak learning rate; paper: 1e-5
     lr_scheduler_type: Schedule = "cosine"  # schedule of the learning rate; paper: cosine
@@ -98,6 +98,7 @@ class DiscriminatorConfig(RunConfig):
     router_aux_loss_coef: NonNegative = 0.01  # weight of the load-balancing loss (8); paper: 0.01
     validation_share: Share = 0.05  # share of the pairs that is held out; paper: none (D13)
     save_steps: Count = 500  # steps between checkpoints for --resume
+    lora_rank: Natural = 0  # only 0: a discriminator takes no adapters
 
 
 # --------------------------------------------------------------------------------------------------

@@ -55,7 +55,7 @@ class RLVRConfig(RunConfig):
     algorithm: Literal["grpo", "dapo", "gspo"] = "grpo"  # RL algorithm; paper: all three
     learning_rate: NonNegative = 1e-6  # peak learning rate; paper: 1e-6
     lr_scheduler_type: Schedule = "constant"  # schedule of the learning rate; paper: constant
-    warmup_steps: NonNegative | None = None  # none: grpo 0, dapo 10, gspo 0.05 of the run (paper)
+    warmup_steps: NonNegative | None = None  # share if <1; none: grpo 0, dapo 10, gspo 0.05 (paper)
     weight_decay: NonNegative | None = None  # none: grpo 0.01, dapo and gspo 0.1 (paper)
     max_steps: Count = 1500  # steps of the run; paper: 1500
     prompts_per_step: Count = 32  # prompts in a step, over all ranks; paper: 32

@@ -57,7 +57,7 @@ class RunConfig:
 
     output_dir: str = "out/run"  # directory of the run's files and of its result
     image_dir: str | None = None  # a folder for images, besides the data file's own folder
-    system_prompt: str | None = None  # for rows without one: text or file; see docs/data.md
+    system_prompt: str | None = None  # for rows without one: text or file; none: the checkpoint's
     max_pixels: Count | None = None  # most pixels per image; none: the checkpoint's (docs/data.md)
     max_bad_fraction: Share = 0.01  # stop when at least 3 rows and more than this share are bad
     max_tokens_per_pack: Count = 16384  # most tokens of a micro-batch; a longer row gets its own
@@ -189,13 +189,13 @@ def _read_system_prompt(config) -> None:
 
 
 MODELS = ("model", "ckpt", "policy", "discriminator")
-# Which stage makes what a stage's flag names.
+# Which command makes what a stage's flag names. Without a model it would make that of the digits.
 MAKERS = {
-    ("discriminator", "policy"): "sft.py",
-    ("align", "ckpt"): "sft.py",
-    ("align", "discriminator"): "discriminator.py",
-    ("rlvr", "ckpt"): "align.py",
-    ("eval", "ckpt"): "rlvr.py",
+    ("discriminator", "policy"): "sft.py --model MODEL",
+    ("align", "ckpt"): "sft.py --model MODEL",
+    ("align", "discriminator"): "discriminator.py --model MODEL",
+    ("rlvr", "ckpt"): "align.py --ckpt CKPT --discriminator DISCRIMINATOR",
+    ("eval", "ckpt"): "rlvr.py --ckpt CKPT",
 }
 
 
@@ -215,7 +215,7 @@ def check_directories(config) -> None:
             own = f"python {maker} --output_dir {source}"
             remedy = f"make it with: {digits.MADE_BY.get(source, own)}"
         else:
-            remedy = "name a directory that is, or a hub id OWNER/NAME"
+            remedy = "name an existing one, or a hub id OWNER/NAME"
         raise UserError(f"--{name} {source}: there is no such directory; {remedy}")
 
 

@@ -1154,12 +1154,15 @@ def test_a_model_that_is_not_there_is_named_at_once(command_line, world, monkeyp
         command_line(EvalConfig, "--ckpt", world["init"], "--data", "rows/mine.jsnl")
     monkeypatch.setattr("support.flags.HfApi", None)
     told = {
-        (RLVRConfig, "--ckpt", "align_out"): "make it with: python align.py --output_dir align_out",
-        (AlignConfig, "--discriminator", "d_out"): "python discriminator.py --output_dir d_out",
-        (DiscriminatorConfig, "--policy", "./sft_out"): "python sft.py --output_dir ./sft_out",
+        (RLVRConfig, "--ckpt", "align_out"): "make it with: python align.py --ckpt CKPT "
+        "--discriminator DISCRIMINATOR --output_dir align_out",
+        (AlignConfig, "--discriminator", "d_out"): "make it with: python discriminator.py "
+        "--model MODEL --output_dir d_out",
+        (DiscriminatorConfig, "--policy", "./sft_out"): "make it with: python sft.py --model MODEL "
+        "--output_dir ./sft_out",
         (EvalConfig, "--ckpt", "out/sft"): "make it with: python sft.py",
         (SFTConfig, "--model", "out/demo/bsae"): "did you mean out/demo/base?",
-        (SFTConfig, "--model", "gpt2"): "name a directory that is, or a hub id OWNER/NAME",
+        (SFTConfig, "--model", "gpt2"): "name an existing one, or a hub id OWNER/NAME",
     }
     for (stage, flag, source), remedy in told.items():
         for more in ("--dry_run", 8), ("--data", "nothing.jsonl"):
