@@ -360,6 +360,13 @@ class Encoded:
                 items[i].where = example.where
         return list(zip(wheres, items))
 
+    def where(self, number: int) -> str:
+        """What messages call row `number`, whether or not it can be read."""
+        rows = self.examples
+        if isinstance(rows, torch.utils.data.Subset):  # where some rows are held out
+            rows, number = rows.dataset, rows.indices[number]
+        return rows.where(number)
+
     def _finish(self, place: int, example: Example, prompt):
         """The item of a row whose prompt is encoded, or is a RowError."""
         if isinstance(prompt, RowError):

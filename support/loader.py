@@ -164,10 +164,10 @@ def _ahead(rows, draws: Callable, workers: int, timeout: float | None) -> Iterat
         except TimeoutError:
             how = f"sent nothing for {timeout:g} seconds"
             remedy = "see whether their files can be read, or raise --timeout"
-            raise _lost(pid, how, batch, remedy) from None
+            raise _lost(pid, how, rows, batch, remedy) from None
         except (EOFError, ConnectionError, pickle.UnpicklingError):
             remedy = "see whether memory ran out; --dataloader_num_workers 0 starts no worker"
-            raise _lost(pid, None, batch, remedy) from None
+            raise _lost(pid, None, rows, batch, remedy) from None
         if isinstance(items, UserError):
             raise items
         yield items
@@ -225,13 +225,13 @@ class _Pickler(pickle.Pickler):
         return NotImplemented
 
 
-def _lost(pid: int, how: str | None, batch: list, remedy: str) -> UserError:
+def _lost(pid: int, how: str | None, rows, batch: list, remedy: str) -> UserError:
     """The error of a run whose worker is gone, or is too late and is ended here."""
     os.kill(pid, signal.SIGKILL)
     code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
     how = how or (f"was killed by signal {-code}" if code < 0 else f"ended with exit code {code}")
-    numbers = ", ".join(str(number) for _, number in batch[:4]) + ", ..." * (len(batch) > 4)
+    wheres = ", ".join(rows.where(number) for _, number in batch[:4]) + ", ..." * (len(batch) > 4)
     return UserError(
-        f"a worker of rank {rank()} {how} while it encoded rows {numbers} of --data (counted from "
-        f"0); {remedy}; then go on with --resume"
+        f"a worker of rank {rank()} {how} while it encoded the rows {wheres}; {remedy}; then go on "
+        f"with --resume"
     )

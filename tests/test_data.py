@@ -33,7 +33,7 @@ from data import (
 )
 from support.errors import RowError, Unfit, UserError
 from support.huggingface import load_processor, processor_files, write_chats, write_files
-from support.loader import _owners, batches, epoch_rows
+from support.loader import _owners, batches, epoch_rows, hold_out
 from support.rows import Example, load_data
 
 QUICK = settings(deadline=None, database=None, derandomize=True)
@@ -524,6 +524,16 @@ def test_rows_encoded_ahead_are_the_same(world, processor):
             assert int(a.where.rsplit(":", 1)[1]) % 2 == 0  # lines count from 1
         else:
             assert a[0] == b[0] and torch.equal(a[1], b[1])
+
+
+@pytest.mark.parametrize("held_out", [False, True])
+def test_a_row_has_one_name_before_and_after_it_is_read(world, processor, held_out):
+    """Also where some rows are held out, so that the numbers are not those of the file."""
+    rows = load_data(world["prompts"])
+    rows = hold_out(rows, 0.2, seed=0)[0] if held_out else rows
+    encoded = Encoded(rows, processor, only_even)
+    read = encoded[[(number, number) for number in range(8)]]
+    assert [where for where, _ in read] == [encoded.where(number) for number in range(8)]
 
 
 def test_encoded_keeps_errors_in_their_places(world, processor):

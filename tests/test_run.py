@@ -1103,7 +1103,7 @@ def test_a_lost_worker_is_one_line(nursery, whole, tmp_path, ranks, fault, said)
     assert codes[-1] == 2 and {*codes} <= {1, 2}, (codes, started.said)
     (line,) = started.errors
     assert said in line and ("UserError" in fault or f"a worker of rank {ranks - 1} " in line)
-    assert "UserError" in fault or re.search(r"rows \d+, \d+, \d+, \d+ of --data", line), line
+    assert "UserError" in fault or re.search(r"rows (\S+:\d+, ){3}\S+:\d+; ", line), line
     bug = re.search("Lost|KeyboardInterrupt", fault)
     assert started.said.count("Traceback") == bool(bug), started.said
     assert not bug or bug[0] in started.said
