@@ -319,12 +319,20 @@ def load_examples(config, need: tuple, *checkpoints: str) -> Examples:
     for path in checkpoints:
         for name, value in read_shared(path).items():
             if value != shared[name]:
-                ours, theirs = str(shared[name] or "none")[:300], str(value or "none")[:300]
+                ours, theirs = _in_message(shared[name]), _in_message(value)
                 also = " or change the rows' own system turns" * (name == "system_prompt")
-                said = f"{path} was trained with {name} {theirs!r}; this run uses {ours!r}"
+                said = f"{path} was trained with {name} {theirs}; this run uses {ours}"
                 say(f"{said}. To make them agree, set --{name}{also}")
     examples.for_next_stage = shared
     return examples
+
+
+def _in_message(value: str | int | None) -> str:
+    """A shared setting as its flag takes it: a system prompt in quotes, or a number. None, which no
+    flag takes, is said in words."""
+    if value is None:
+        return "none (the processor's own limit)"
+    return repr(value[:300]) if isinstance(value, str) else str(value)
 
 
 class Encoded:

@@ -256,8 +256,8 @@ def evaluate() -> None:
     if unread:
         say(
             f"--untagged {config.untagged}: {counted(len(unread), 'response')} would take over "
-            f"{MATCH_LIMIT:g} s each to match, counted as wrong, the first to row {unread[0]}; "
-            f"give a pattern that backtracks less"
+            f"{MATCH_LIMIT:g} s each to match, and so count as wrong; the first is of row "
+            f"{unread[0]}; give a pattern that backtracks less"
         )
     if not responses:
         raise UserError(

@@ -376,8 +376,8 @@ def _generate(policy, prompts: list[Prompt], sampling: Sampling, step: int) -> l
     first = policy(**model_inputs(policy, pack, collected), logits_to_keep=lasts).logits[0]
     if not first.isfinite().all():
         raise UserError(
-            "the policy's logits are not finite: its weights hold NaN or infinity; go on with "
-            "--resume at a lower --learning_rate, or name another policy"
+            "the policy's logits are not finite: its weights hold NaN or infinity; name another "
+            "policy, or, if this run trains it, go on with --resume at a lower --learning_rate"
         )
     following = torch.tensor([prompt.next_position for prompt in prompts], device=device)
     # Draw the random numbers of each row, one for each token.

@@ -425,7 +425,9 @@ def _options(row: dict) -> list[str]:
     value = [] if value in (None, "[]") else value
     texts = isinstance(value, list) and all(isinstance(x, (str, int, float)) for x in value)
     if not texts or len(value) == 1 or len(value) > len(LETTERS):
-        raise RowError("its options are not a list of texts; write them into the question")
+        raise RowError(
+            f"its options are not a list of 2 to {len(LETTERS)} texts; write them into the question"
+        )
     pairs = zip(LETTERS, map(str, value))
     return [re.sub(rf"^\(?{letter}[.):] *", "", text.strip()) for letter, text in pairs]
 

@@ -466,9 +466,9 @@ class Run:
         rollouts = f"{self.path}/rollouts.jsonl"
         there = f"read {rollouts}, then " if hasattr(self.config, "num_generations") else ""
         say(
-            f"step {step}: not one response so far has the format caption, think, answer, without "
-            f"which (11) and (13) tell none from another; {there}start from a policy that SFT has "
-            f"taught the format, or raise --max_completion_length"
+            f"step {step}: not one response so far has the format <caption>, <think>, <answer>, "
+            f"without which a response earns no score and no reward; {there}start from a policy "
+            f"that SFT has taught the format, or raise --max_completion_length"
         )
 
     def log_rollouts(self, step: int, example, texts: list[str], **columns) -> None:

@@ -522,4 +522,7 @@ def _prove(alternatives: list[list[tuple[str, str]]]) -> bool:
             verdict = _ask(json.dumps(alternatives).encode() + b"\n", WALL_LIMIT + 2)
             if not verdict.startswith("died"):  # "late": the kernel ends slow forks sooner
                 return verdict == "right"
-    raise RuntimeError("the verifier's algebra child was killed twice during one question")
+    raise RuntimeError(
+        "math-verify, which judges formulas, was killed twice while it compared two answers; see "
+        "whether memory ran out"
+    )

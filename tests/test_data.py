@@ -413,13 +413,17 @@ def test_what_differs_from_a_checkpoint_is_said_in_one_line(tmp_path, capsys):
     )
     assert capsys.readouterr().err == said + "'Mine.'" + mend + "\n"
     assert asked(tmp_path, ours, system_prompt="")[0] == [""]
-    assert capsys.readouterr().err == said + "'none'" + mend + "\n"
+    assert capsys.readouterr().err == said + "''" + mend + "\n"
     # Most of the rows have a turn of their own, and the next stage is told of that one.
     turns, shared = asked(tmp_path, ours, own=["A.", "A.", None], max_pixels=1024)
     assert turns == ["A.", "A.", "Ours."]
     assert shared == {"system_prompt": "A.", "max_pixels": 1024}
     first, second = capsys.readouterr().err.splitlines()
-    assert first == said + "'A.'" + mend and "max_pixels '4096'; this run uses '1024'" in second
+    assert first == said + "'A.'" + mend and "max_pixels 4096; this run uses 1024" in second
+    foreign = checkpoint(tmp_path, "silent", system_prompt="Ours.", max_pixels=None)
+    asked(tmp_path, foreign, own=["Ours."], max_pixels=1024)
+    said = f"{foreign} was trained with max_pixels none (the processor's own limit); this run uses "
+    assert capsys.readouterr().err == said + "1024. To make them agree, set --max_pixels\n"
     # A flag that no row needs changes nothing.
     asked(tmp_path, ours, own=["Ours."], system_prompt="Mine.")
     assert capsys.readouterr().err == ""

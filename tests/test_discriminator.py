@@ -667,8 +667,8 @@ def test_align_counts_prompts_without_a_valid_rollout(world, tmp_path):
         "--prompts_per_step",
         2,
     )
-    assert done.stderr.count("step 2: not one response so far has the format caption, think,") == 1
-    assert f"none from another; read {out}/rollouts.jsonl, then start from" in done.stderr
+    assert done.stderr.count("step 2: not one response so far has the format <caption>,") == 1
+    assert f"no score and no reward; read {out}/rollouts.jsonl, then start from" in done.stderr
     assert len(lines(out / "metrics.jsonl")) == 2
     for step in lines(out / "metrics.jsonl"):
         assert (

@@ -749,7 +749,7 @@ def test_eval_does_not_match_for_ever(world, tmp_path, ranks):
     late = [a for a in answers if len(a) > 40 and not any(tag in a for tag in TAGS)]
     assert late and result["responses_unread"] == len(late)
     assert (result["rows"], result["accuracy"]) == (3, 0)
-    told = f"{len(late)} responses would take over 1 s each to match, counted as wrong"
+    told = f"{len(late)} responses would take over 1 s each to match, and so count as wrong"
     assert told in done.stderr
 
 
