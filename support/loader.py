@@ -162,7 +162,7 @@ def _ahead(rows, draws: Callable, workers: int, timeout: float | None) -> Iterat
         try:
             items = pickle.load(sent)
         except TimeoutError:
-            how = f"sent nothing for {timeout:g} seconds"
+            how = f"sent nothing for {timeout / 60:g} minutes"  # as --timeout counts
             remedy = "see whether their files can be read, or raise --timeout"
             raise _lost(pid, how, rows, batch, remedy) from None
         except (EOFError, ConnectionError, pickle.UnpicklingError):

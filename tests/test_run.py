@@ -1087,7 +1087,7 @@ main(sft.train)
         ("os._exit(3)", "ended with exit code 3"),
         ("raise Lost('a bug')", "ended with exit code 1"),
         ("raise KeyboardInterrupt", "ended with exit code 1"),
-        ("os.kill(os.getpid(), signal.SIGSTOP)", "sent nothing for 6 seconds"),
+        ("os.kill(os.getpid(), signal.SIGSTOP)", "sent nothing for 0.1 minutes"),
         ("raise UserError('the folder is gone; mount it')", "the folder is gone; mount it"),
     ],
 )
