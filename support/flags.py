@@ -256,8 +256,10 @@ def announce(name: str, source: str) -> None:
                     f"--{name} {source}: neither in {folder} nor to be read from the hub "
                     f"({type(error).__name__}); {remedy}"
                 ) from None
+            copy = "a file of the local copy: --data FILE"  # a directory of rows is no source
+            copy = copy if name == "data" else f"the local copy: --{name} PATH"
             raise UserError(
                 f"--{name} {source}: not on this machine, and cannot be read from the hub "
                 f"({type(error).__name__}); check the name, or download it elsewhere (hf download "
-                f"{repo[1]} --repo-type {kind}) and give the local copy: --{name} PATH"
+                f"{repo[1]} --repo-type {kind}) and give {copy}"
             ) from None

@@ -174,7 +174,10 @@ def _open_source(source: str):
         raise
     except Exception as error:  # readers of parquet raise many kinds
         said = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"--data {source}: cannot be read ({said}); check the file") from None
+        remedy = "check the file"
+        if not path.endswith(FORMATS):  # a hub data set, of which only the train split is read
+            remedy = "check the name, or give one of its files: hf://datasets/OWNER/NAME/FILE"
+        raise UserError(f"--data {source}: cannot be read ({said}); {remedy}") from None
     if not len(table):
         raise UserError(f"--data {source}: holds no rows; name another file")
     return path, table
@@ -234,7 +237,13 @@ def at_hand(source: str) -> bool:
 def hub_file(source: str) -> str:
     """hf://datasets/OWNER/NAME/FILE -> a local path. The rows of a JSON file name images beside
     it, so for those the whole repository is fetched; a parquet file holds its images."""
-    owner, name, file = source.removeprefix("hf://datasets/").split("/", 2)
+    try:
+        owner, name, file = source.removeprefix("hf://datasets/").split("/", 2)
+    except ValueError:
+        raise UserError(
+            f"--data {source}: names no file; give hf://datasets/OWNER/NAME/FILE, or OWNER/NAME "
+            f"for a whole data set"
+        ) from None
     hub = dict(repo_id=f"{owner}/{name}", repo_type="dataset")
     if file.endswith(".parquet"):
         return hf_hub_download(filename=file, **hub)

@@ -1005,7 +1005,7 @@ def test_a_model_without_data_takes_the_published_data(command_line, world, stag
     assert str(error.value).startswith(f"--data {published}: not on this machine")
     repo = "/".join(published.removeprefix("hf://datasets/").split("/")[:2])
     assert f"hf download {repo} --repo-type dataset" in str(error.value)
-    assert "--data PATH" in str(error.value)
+    assert str(error.value).endswith("give a file of the local copy: --data FILE")
 
 
 @each_stage
@@ -1140,7 +1140,7 @@ def test_data_from_the_hub(world, trained, hub, tmp_path, monkeypatch):
 def test_published_data_offline_is_one_line(trained, tmp_path):
     said = fails("rlvr.py", "--ckpt", trained, "--output_dir", tmp_path / "o")
     assert "rl_training_data_filtered_2k.parquet: not on this machine" in said
-    assert "hf download prism-vlm/rl_dataset" in said and "--data PATH" in said
+    assert "hf download prism-vlm/rl_dataset" in said and "--data FILE" in said
     assert not (tmp_path / "o").exists()
 
 

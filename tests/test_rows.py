@@ -555,6 +555,19 @@ def test_a_parquet_file_whose_pages_are_damaged_is_one_line(tmp_path):
         load_data(str(path))
 
 
+@pytest.mark.parametrize(
+    "source, remedy",
+    [
+        ("hf://datasets/owner/name", "names no file; give hf://datasets/OWNER/NAME/FILE, or OWNER"),
+        ("owner/name", "or give one of its files: hf://datasets/OWNER/NAME/FILE"),
+    ],
+)
+def test_a_hub_data_set_that_cannot_be_read_is_said_by_what_can(source, remedy):
+    with pytest.raises(UserError, match=f"--data {source}: ") as error:
+        load_data(source)
+    assert remedy in str(error.value) and "\n" not in str(error.value)
+
+
 def test_the_name_of_a_parquet_file_is_no_pattern(tmp_path):
     for name in ("x*", "xy", "a[1]", "q?", "**"):
         table = pyarrow.Table.from_pylist([{"question": name, "answer": "1"}])
