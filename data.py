@@ -320,9 +320,15 @@ def load_examples(config, need: tuple, *checkpoints: str) -> Examples:
         for name, value in read_shared(path).items():
             if value != shared[name]:
                 ours, theirs = _in_message(shared[name]), _in_message(value)
-                also = " or change the rows' own system turns" * (name == "system_prompt")
+                remedy = f"set --{name}"
+                if name == "system_prompt":
+                    remedy += " or change the rows' own system turns"
+                elif value is None and before.get(name) is None:
+                    remedy = f"leave --{name} out"
+                elif value is None:  # the first checkpoint has a limit, and the flag takes no none
+                    remedy += " to that limit, which the model's preprocessor_config.json has"
                 said = f"{path} was trained with {name} {theirs}; this run uses {ours}"
-                say(f"{said}. To make them agree, set --{name}{also}")
+                say(f"{said}. To make them agree, {remedy}")
     examples.for_next_stage = shared
     return examples
 

@@ -423,7 +423,11 @@ def test_what_differs_from_a_checkpoint_is_said_in_one_line(tmp_path, capsys):
     foreign = checkpoint(tmp_path, "silent", system_prompt="Ours.", max_pixels=None)
     asked(tmp_path, foreign, own=["Ours."], max_pixels=1024)
     said = f"{foreign} was trained with max_pixels none (the processor's own limit); this run uses "
-    assert capsys.readouterr().err == said + "1024. To make them agree, set --max_pixels\n"
+    assert capsys.readouterr().err == said + "1024. To make them agree, leave --max_pixels out\n"
+    # Left out, the flag has the first checkpoint's limit, which is not the second one's.
+    asked(tmp_path, ours, foreign, own=["Ours."])
+    mend = "set --max_pixels to that limit, which the model's preprocessor_config.json has"
+    assert capsys.readouterr().err == said + f"4096. To make them agree, {mend}\n"
     # A flag that no row needs changes nothing.
     asked(tmp_path, ours, own=["Ours."], system_prompt="Mine.")
     assert capsys.readouterr().err == ""
@@ -436,7 +440,7 @@ def test_what_differs_from_a_checkpoint_is_said_in_one_line(tmp_path, capsys):
 @pytest.mark.parametrize("content", ["{", "[]", '{"system_prompt": 3}', '{"max_pixels": "many"}'])
 def test_a_damaged_note_of_a_checkpoint_is_one_line(tmp_path, content):
     (tmp_path / "prism.json").write_text(content)
-    with pytest.raises(UserError, match="prism.json: damaged; .* remove this file"):
+    with pytest.raises(UserError, match="prism.json: damaged; copy .* remove this file"):
         asked(tmp_path, str(tmp_path))
 
 
