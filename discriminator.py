@@ -198,7 +198,7 @@ def upcycle(
             raise UserError(
                 f"upcycling needs MLPs with gate_proj, up_proj, down_proj and no biases, found "
                 f"{type(mlp).__name__} with {sorted(n for n, _ in mlp.named_children())}; choose "
-                f"another model, or --experts dense"
+                f"another model, or warm this one up with discriminator.py --experts dense"
             )
         gate_up = torch.cat([mlp.gate_proj.weight.data, mlp.up_proj.weight.data])
         down = mlp.down_proj.weight.data
@@ -510,7 +510,10 @@ def load_discriminator(
     discriminator.source = saved.model.source  # what a save copies besides the weights
     drawn = discriminator.score.weight
     if saved.head is None and saved.kind:
-        raise UserError(f"{path}: has no tensor score.weight; save the discriminator again")
+        raise UserError(
+            f"{path}: has no tensor score.weight; copy the directory again, or train the "
+            f"discriminator again"
+        )
     if saved.head is None:
         say(f"{path}: has no score head yet; it is drawn at random")
     elif saved.head.shape not in (drawn.shape, drawn[:1].shape):

@@ -393,7 +393,7 @@ def open_discriminator(path: str, kinds: tuple[str, ...]) -> SavedDiscriminator:
     if kind not in (None, *kinds):
         raise UserError(
             f"{path}: config.json has prism_experts {kind!r}, expected one of {', '.join(kinds)}; "
-            f"write the one that it was trained with, or save the discriminator again"
+            f"write the one that it was trained with"
         )
     in_files = kind not in (None, "dense") and not moe
     unused = rf"{HEAD}|language_model.*\.mlp\." if in_files else HEAD
@@ -423,7 +423,10 @@ def open_discriminator(path: str, kinds: tuple[str, ...]) -> SavedDiscriminator:
             for part, name in names.items():
                 name = f"model.language_model.layers.{number}.mlp.{name}"
                 if name not in stored:
-                    raise UserError(f"{path}: has no tensor {name}; save the discriminator again")
+                    raise UserError(
+                        f"{path}: has no tensor {name}; copy the directory again, or train the "
+                        f"discriminator again"
+                    )
                 experts[number][part] = stored[name].float()
     heads = [head for head in read_tensors(path, HEAD).values() if head.ndim == 2]
     head = heads[0].float() if heads else None
@@ -618,7 +621,7 @@ def read_shared(path: str | Path) -> dict:
             return shared
     except (ValueError, AttributeError):
         pass
-    raise UserError(f"{path}/{SHARED}: damaged; save the checkpoint again, or remove this file")
+    raise UserError(f"{path}/{SHARED}: damaged; copy the checkpoint again, or remove this file")
 
 
 def _shared_file(shared: dict | None) -> dict[str, bytes]:

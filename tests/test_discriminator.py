@@ -621,6 +621,7 @@ def test_a_model_without_gated_mlps_is_one_line(world, tmp_path):
     )
     assert f"{tmp_path / 'phi'}: " in said and "PhiMLP" in said and "fc1" in said  # what was found
     assert "gate_proj" in said and "up_proj" in said and "down_proj" in said  # what was expected
+    assert "or warm this one up with discriminator.py --experts dense" in said
 
 
 def test_a_prompt_without_a_valid_rollout_adds_nothing(learned, prompts):
