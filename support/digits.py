@@ -275,8 +275,13 @@ def draw(
     used: set[tuple[int, ...]],
 ) -> Iterator[tuple[str, str, list, tuple[int, ...], str]]:
     """Writes `rows` pictures, none twice. -> (kind, question, details, digits, path) of each."""
-    if not all(scans.get(digit) for digit in range(10)):
-        raise UserError(f"digits: {name} lacks a digit; change --train_share or --validation_share")
+    for digit in range(10):
+        if not scans.get(digit):
+            more = {
+                "validation": "raise --validation_share or lower --train_share",
+                "test": "lower --train_share or --validation_share",
+            }.get(name, "raise --train_share")
+            raise UserError(f"digits: of the scans for {name}.jsonl none shows a {digit}; {more}")
     rng = random.Random(f"{world.seed} {name}")
     pictures = scans_of_digits().images
     asked, hidden = world.kinds, set()

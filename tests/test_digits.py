@@ -151,6 +151,22 @@ def test_a_world_is_built_where_there_are_no_locks(monkeypatch, capsys, tmp_path
 
 
 @pytest.mark.parametrize(
+    "train, validation, said",
+    [
+        (0.0, 0.1, "pretrain.jsonl none shows a 0; raise --train_share"),
+        (1.0, 0.1, "validation.jsonl none shows a 0; raise --validation_share or lower --train"),
+        (0.9, 0.1, "test.jsonl none shows a 0; lower --train_share or --validation_share"),
+    ],
+)
+def test_scans_that_lack_a_digit_are_named_with_the_share_to_change(
+    train, validation, said, tmp_path
+):
+    world = WORLD | {"train_share": train, "validation_share": validation}
+    with pytest.raises(UserError, match=f"of the scans for {said}"):
+        digits.build(tmp_path / "world", digits.World(**world))
+
+
+@pytest.mark.parametrize(
     "name, value",
     [("digits", 0), ("noise", -1.0), ("train_share", 1.5), ("slip_rate", math.nan), ("heads", 0)],
 )
