@@ -432,6 +432,7 @@ def _alone(path: Path):
 # What a stage of the embedded world starts from, and the command that makes it.
 BASE = "python sft.py --model out/digits/init --data digits --output_dir out/digits/base"
 MADE_BY = {
+    "out/digits/init": "python -m support.digits",
     "out/digits/base": BASE,
     "out/sft": "python sft.py",
     "out/discriminator": "python discriminator.py",
@@ -486,8 +487,8 @@ def _holds(out: Path, world: World) -> bool:
         return False
     if not (out / "world.json").exists():
         raise UserError(
-            f"{out}: the built-in digits go there, but it holds other files; move it away, or give "
-            f"--data and a model"
+            f"{out}: the built-in digits go there, but it holds other files; move these away, "
+            f"give support.digits another --out, or give the stage --data and a model"
         )
     # A world that was built before a field was there has that field's default.
     there = asdict(World()) | json.loads((out / "world.json").read_text())

@@ -117,7 +117,7 @@ def read_run(path: str, data: list[str] = ()) -> dict:
     trained = [line for line in lines if "validation_pairs" not in line]
     steps = {number(line.get("step")): line for line in trained}  # of a repeated step, the last
     if odd := sum(number(line.get("step")) is None for line in trained):
-        notes.append(f"metrics.jsonl: {counted(odd, 'line')} without a step left out")
+        notes.append(f"metrics.jsonl: left out {counted(odd, 'line')} without a step")
     times = [time for line in lines if (time := number(line.get("time/step"))) is not None]
     name, command = os.path.basename(os.path.abspath(path)), settings.get("command") or ""
     parts = result.get("by_source") if isinstance(result.get("by_source"), dict) else {}
@@ -309,7 +309,7 @@ def shelve(run: dict, name: str, rows, budget: float, pictures: Pictures) -> dic
     names = sorted(names, key=lambda name: order.get(name, len(order)))
     count["values"] += len(names[COLUMNS:])
     told = {
-        "rows": ("line", "without a step or a response left out"),
+        "rows": ("line", "left out, for want of a step or a response"),
         "values": ("value", "of a wrong type, or too many to show, left out"),
         "texts": ("text", f"cut after {LONGEST} characters"),
         "dropped": ("rollout", "not on this page, which would be too large with all"),

@@ -51,8 +51,8 @@ class Example:
 FIELDS = {
     "response": "a last assistant turn, `response`, `teacher_response`, or `teacher_caption` and "
     "`teacher_cot`",
-    "student": "`student_response`, or `student_caption` and `student_cot`, or no student in any "
-    "row and a --policy that makes them",
+    "student": "`student_response`, or `student_caption` and `student_cot`; or pass --policy, "
+    "which writes every student anew",
     "answer": "`answer`, or `reward_model` with `ground_truth`",
 }
 
@@ -86,8 +86,10 @@ class Examples(Sequence):
             example = parse_row(row, i, where, *self.defaults)
             for name in self.need:
                 if not getattr(example, name):
-                    found = f"found {sorted(row)}, expected {FIELDS[name]}"
-                    raise RowError(f"row without `{name}`, which this stage needs: {found}")
+                    raise RowError(
+                        f"row without `{name}`, which this stage needs: found {_held(row)}, "
+                        f"expected {FIELDS[name]}"
+                    )
             return example
         except RowError as error:
             error.where = where
@@ -267,7 +269,10 @@ def parse_row(row: dict, index: int, where: str, system_prompt=None, image_dir=N
     if plain:
         question = _first(row, "question", "prompt")
         if not isinstance(question, str) or not question.strip():
-            raise RowError(f"found {sorted(row)}, expected `messages`, or `question` with `image`")
+            raise RowError(
+                f"no question: found {_held(row)}, expected `messages`, or text in `question`, "
+                f"with `image` where there is one"
+            )
         turns = [("user", question)]
     else:
         turns = [_turn(turn) for turn in turns]
@@ -321,6 +326,11 @@ def _first(fields: dict, *names: str):
     """The first of some fields that holds something: a table has null, "" or [] in the columns that
     a row of another schema does not use."""
     return next((fields[name] for name in names if fields.get(name) not in (None, "", [])), None)
+
+
+def _held(row: dict) -> list[str]:
+    """The fields of a row that hold something."""
+    return sorted(name for name in row if _first(row, name) is not None)
 
 
 def _turn(turn: dict) -> tuple[str, object]:

@@ -379,11 +379,11 @@ def test_wrong_types_are_survived_and_counted(tmp_path, run):
     page = Page(tmp_path / "report.html")
     for told in (err, page.text):
         assert "metrics.jsonl: 3 broken lines left out, the first is line 2" in told
-        assert "metrics.jsonl: 1 line without a step left out" in told
+        assert "metrics.jsonl: left out 1 line without a step" in told
         assert "rollouts.jsonl: 1 broken line left out, the first is line 3" in told
-        assert "rollouts.jsonl: 2 lines without a step or a response left out" in told
+        assert "rollouts.jsonl: 2 lines left out, for want of a step or a response" in told
         assert "rollouts.jsonl: 9 values of a wrong type" in told
-        assert "generations.jsonl: 2 lines without a step or a response" in told
+        assert "generations.jsonl: 2 lines left out, for want of a step or a response" in told
     loss = page.figure("Loss")["lines"]["loss"]
     assert (loss["x"], loss["y"]) == ([1, 2, 3, 5, 6, 7, 8], [1, None, None, 1, 1, 1, 1])
     rolled, wrong = page.shelves

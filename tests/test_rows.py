@@ -634,7 +634,7 @@ def asked(content) -> dict:
         ([asked([{"type": "video", "video": "a.mp4"}])], ["neither text nor an image", "a.mp4"]),
         ([asked([{"type": "text", "text": None}])], ["neither text nor an image"]),
         ([asked(None)], ["must be text or parts", "NoneType"]),
-        ([ROW | {"question": None}], ["expected `messages`, or `question`"]),
+        ([ROW | {"question": None}], ["expected `messages`, or text in `question`"]),
         ([ROW | {"image": "https://host/a.png"}], ["addresses are not fetched"]),
         ([ROW | {"image": "a.png\0b"}], ["a.png", "a path has no NUL"]),
         ([ROW | {"image": 3}], ["must be a path or encoded bytes", "int"]),
