@@ -149,9 +149,9 @@ def train() -> None:
     num_trials = int(all_sum([len(trials)])[0])
     if config.probe_steps and not num_trials:
         say(
-            "no probes: they need rows that the discriminator does not learn from, and none is "
-            "known. Point --discriminator at its warm-up's directory, with that run's data at "
-            "hand, or pass --probe_steps 0"
+            "no probes: they need two usable rows that the discriminator does not learn from. "
+            "Point --discriminator at the directory of a warm-up that held out pairs "
+            "(--validation_share), with that run's --data on this machine, or pass --probe_steps 0"
         )
     sampling = Sampling.of(config)
     # The ratio and the mean of (14) to (16) are by token, as in GRPO, without a dual clip.

@@ -660,7 +660,8 @@ def warm_up() -> None:
     line = run.log(max_steps, held_out)
     values = [(name, line[f"validation_{name}"]) for name in shown]
     values = [f"{name} {value:.3f}" for name, value in values if value is not None]
-    say(f"on {line['validation_pairs']} held-out pairs:", ", ".join(values))
+    none = "none; left_out.jsonl names rows left out, others may lack a student of the format"
+    say(f"on {line['validation_pairs']} held-out pairs:", ", ".join(values) or none)
     say(in_words(line))
 
 

@@ -488,7 +488,7 @@ def _holds(out: Path, world: World) -> bool:
     if not (out / "world.json").exists():
         raise UserError(
             f"{out}: the built-in digits go there, but it holds other files; move these away, "
-            f"give support.digits another --out, or give the stage --data and a model"
+            f"or give the stage --data and a model (to build elsewhere: support.digits --out DIR)"
         )
     # A world that was built before a field was there has that field's default.
     there = asdict(World()) | json.loads((out / "world.json").read_text())
@@ -496,8 +496,8 @@ def _holds(out: Path, world: World) -> bool:
     other = sorted(key for key in there.keys() | wanted.keys() if there.get(key) != wanted.get(key))
     if other:
         raise UserError(
-            f"{out} holds digits built with another {', '.join(other)}; remove {out}, give "
-            f"support.digits another --out, or give the stage --data and a model"
+            f"{out} holds digits built with another {', '.join(other)}; remove {out}, or give "
+            f"the stage --data and a model (to build elsewhere: support.digits --out DIR)"
         )
     return True
 

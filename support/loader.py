@@ -230,6 +230,8 @@ def _lost(pid: int, how: str | None, rows, batch: list, remedy: str) -> UserErro
     os.kill(pid, signal.SIGKILL)
     code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
     how = how or (f"was killed by signal {-code}" if code < 0 else f"ended with exit code {code}")
+    if code == 1:  # an exception, whose traceback `_work` has printed
+        remedy = "mend what the traceback above says"
     wheres = ", ".join(rows.where(number) for _, number in batch[:4]) + ", ..." * (len(batch) > 4)
     return UserError(
         f"a worker of rank {rank()} {how} while it encoded the rows {wheres}; {remedy}; then go on "

@@ -445,7 +445,8 @@ def _options(row: dict) -> list[str]:
     texts = isinstance(value, list) and all(isinstance(x, (str, int, float)) for x in value)
     if not texts or len(value) == 1 or len(value) > len(LETTERS):
         raise RowError(
-            f"its options are not a list of 2 to {len(LETTERS)} texts; write them into the question"
+            f"its options are not a list of 2 to {len(LETTERS)} texts; make them one, or write "
+            f"them into the question and remove the field"
         )
     pairs = zip(LETTERS, map(str, value))
     return [re.sub(rf"^\(?{letter}[.):] *", "", text.strip()) for letter, text in pairs]
@@ -460,7 +461,10 @@ def _with_options(turns: list, options: list[str]) -> list:
     last = max(i for i, (role, _) in enumerate(turns) if role == "user")
     role, content = turns[last]
     if not isinstance(content, str):
-        raise RowError("its question does not show its options; write them into the question")
+        raise RowError(
+            "its question is in parts, which is not read together with options; write the options "
+            "into the question and remove the field"
+        )
     content = "\n".join([content, *(f"{letter}. {text}" for letter, text in pairs)])
     return [*turns[:last], (role, content), *turns[last + 1 :]]
 
