@@ -660,7 +660,7 @@ def warm_up() -> None:
     line = run.log(max_steps, held_out)
     values = [(name, line[f"validation_{name}"]) for name in shown]
     values = [f"{name} {value:.3f}" for name, value in values if value is not None]
-    none = "none; left_out.jsonl names rows left out, others may lack a student of the format"
+    none = "nothing measured, as none has a student's response of the right format"
     say(f"on {line['validation_pairs']} held-out pairs:", ", ".join(values) or none)
     say(in_words(line))
 

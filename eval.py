@@ -49,7 +49,7 @@ class EvalConfig:
     ckpt: str = "prism-vlm/Qwen3-VL-4B-Instruct-SFT-PRISM"  # the policy: a directory or hub id
     data: list[str] = field(default_factory=list)  # rows with an `answer`, or: digits
     output_dir: str | None = None  # where results go; none: --ckpt, or out/eval for a hub id
-    system_prompt: str | None = None  # for rows without one: text or file; none: the checkpoint's
+    system_prompt: str | None = None  # for rows without one: text or file; none: see docs/data.md
     image_dir: str | None = None  # a folder for images, besides the data file's own folder
     max_pixels: Count | None = None  # most pixels per image; none: the checkpoint's (docs/data.md)
     untagged: str | None = None  # regex with groups caption, think, answer, for untagged responses

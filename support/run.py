@@ -228,8 +228,9 @@ class Run:
         if not held_out and before != batch_size:
             raise UserError(
                 f"--resume: a step had {before} rows over all ranks and would now have "
-                f"{batch_size}; give the batch sizes that {self.path}/run.json has, and as many "
-                f"ranks as before if they are per rank"
+                f"{batch_size}; give the flags that set this as {self.path}/run.json has them "
+                f"(batch sizes, accumulation, in RLVR also --algorithm and --gen_batch_factor), "
+                f"and as many ranks as before if they are per rank"
             )
         count = self.progress.setdefault("rows", len(rows))
         if not held_out and count != len(rows):
@@ -317,8 +318,8 @@ class Run:
         if self.progress.setdefault("start", mine) != mine:
             raise UserError(
                 f"--resume: the run in {self.path} started from other weights than "
-                f"{policy.source.path} holds; put the old weights back there, or name another "
-                f"--output_dir"
+                f"{policy.source.path} holds; give the model or --policy that run.json names, with "
+                f"the weights that it had, or name another --output_dir"
             )
 
     def _measured(self, save: Callable, modules: dict) -> Callable:
