@@ -66,6 +66,11 @@ MATCH_LIMIT = 1.0  # seconds of processor time that --untagged may take for a re
 
 def check_pattern(untagged: str) -> None:
     """UserError where --untagged is no regular expression with a group for each block."""
+    if re.search(r"\{(\d*,)?\d{4,}", untagged):
+        raise UserError(
+            f"--untagged {untagged}: repeats something 1000 times or more, which takes too long to "
+            f"compile; write * or +, or a lower number"
+        )
     try:
         groups = regex.compile(untagged).groupindex
     except (regex.error, RecursionError) as error:
@@ -83,10 +88,14 @@ def check_pattern(untagged: str) -> None:
 def read_response(text: str, untagged: str | None) -> Response | None:
     """A response by its tags. A model that was never taught the format writes no tags. Its text is
     read by the groups of the pattern `untagged`, which must match all of the text. A group that
-    takes no part is empty. TimeoutError where the match takes longer than MATCH_LIMIT."""
+    takes no part is empty. TimeoutError where the match takes longer than MATCH_LIMIT, or where a
+    recursive pattern leaves no memory."""
     response = parse_response(text)
     if response is None and untagged and not any(tag in text for tag in TAGS):
-        match = regex.fullmatch(untagged, text, regex.DOTALL, timeout=MATCH_LIMIT)
+        try:
+            match = regex.fullmatch(untagged, text, regex.DOTALL, timeout=MATCH_LIMIT)
+        except MemoryError:
+            raise TimeoutError from None
         if match:
             response = Response(**match.groupdict(""))
     return response

@@ -726,6 +726,7 @@ def test_too_many_bad_rows_end_the_run(world, trained, tmp_path):
         ("", "has the groups none; name them caption, think, answer, as in (?P<answer>.*)"),
         ("(?P<answer>.*)", "has the groups answer; name them caption, think, answer"),
         ("(?P<caption>.)(?P<think>.)(?P<answer>.)(?P<more>.)", "has the groups caption, think,"),
+        ("(?P<caption>.)(?P<think>.)(?P<answer>(.){1,9999999})", "repeats something 1000 times"),
     ],
 )
 def test_eval_refuses_a_pattern_before_it_answers(world, tmp_path, pattern, said):
@@ -751,6 +752,11 @@ def test_eval_does_not_match_for_ever(world, tmp_path, ranks):
     assert (result["rows"], result["accuracy"]) == (3, 0)
     told = f"{len(late)} responses would take over 1 s each to match, and so count as wrong"
     assert told in done.stderr
+
+
+def test_a_pattern_that_calls_itself_is_bounded():
+    with pytest.raises(TimeoutError):
+        read_response("abc", "(?P<caption>a?)(?P<think>b?)(?P<answer>(?R))")
 
 
 def test_a_group_that_takes_no_part_is_an_empty_block():
