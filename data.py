@@ -338,7 +338,10 @@ def _in_message(value: str | int | None) -> str:
     flag takes, is said in words."""
     if value is None:
         return "none (the processor's own limit)"
-    return repr(value[:300]) if isinstance(value, str) else str(value)
+    if not isinstance(value, str):
+        return str(value)
+    rest = f" ... ({len(value)} characters; prism.json has all)" if len(value) > 300 else ""
+    return repr(value[:300]) + rest
 
 
 class Encoded:

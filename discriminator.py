@@ -79,7 +79,7 @@ class DiscriminatorConfig(RunConfig):
     )
     policy: str | None = None  # policy that samples the student responses; none: --data has them
     output_dir: str = "out/discriminator"  # directory of the run and of the discriminator
-    experts: Kind = "learned"  # learned router (paper); dedicated, 2 to a view; dense; text only
+    experts: Kind = "learned"  # learned (paper); dedicated: 2 a view; dense: none; text: no image
     dropout: Share = 0.1  # dropout before the score head; paper: 0.1
     learning_rate: NonNegative = 1e-5  # peak learning rate; paper: 1e-5
     lr_scheduler_type: Schedule = "cosine"  # schedule of the learning rate; paper: cosine
