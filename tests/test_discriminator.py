@@ -577,7 +577,7 @@ def test_pairs_with_missing_fields_are_named_and_too_many_end_the_run(world, tmp
             assert f"'{found}'" in row["why"]
         for expected in ("student_response", "student_caption", "student_cot"):
             assert f"`{expected}`" in row["why"]
-        assert "a --policy that makes them" in row["why"]
+        assert "pass --policy, which writes every student anew" in row["why"]
     assert "rows are bad, over" in said and "--max_bad_fraction 0.01" in said
     assert f"{left[-1]['row']}: {left[-1]['why']}" in said
     assert not (out / "model.safetensors").exists()
