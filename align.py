@@ -40,7 +40,8 @@ from policy_gradient import Objective, group_advantage, policy_backward
 from probe import in_words, probe, trials_beside_the_game
 from sampler import Sampling, generate
 from support.errors import RowError
-from support.flags import Count, Natural, NonNegative, Positive, RunConfig, Schedule, Share
+from support.fields import Count, Natural, NonNegative, Positive, Share
+from support.flags import RunConfig, Schedule
 from support.huggingface import save_discriminator, save_policy
 from support.metrics import Mean, Sum
 from support.optimizer import adamw, learning_rate_at, optimizer_step

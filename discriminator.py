@@ -54,7 +54,8 @@ from model import load_policy, model_inputs, prepare_for_packs, rank_packs
 from probe import draw_trials, in_words, probe
 from sampler import Sampling, generate
 from support.errors import RowError, Unfit, UserError
-from support.flags import Count, Natural, NonNegative, Positive, RunConfig, Schedule, Share, Steps
+from support.fields import Count, Natural, NonNegative, Positive, Share, Steps
+from support.flags import RunConfig, Schedule
 from support.huggingface import CPU, fill, open_discriminator, same_prompts, save_discriminator
 from support.loader import hold_out, run_length
 from support.metrics import Loss, Mean, Sum, add

@@ -34,7 +34,8 @@ from data import BLOCKS, TAGS, Encoded, Response, decode, load_examples, parse_r
 from model import load_policy
 from sampler import Sampling, generate
 from support.errors import RowError, UserError, counted
-from support.flags import Count, Natural, NonNegative, parse
+from support.fields import Count, Natural, NonNegative
+from support.flags import parse
 from support.loader import batches
 from support.ranks import join_ranks, rank, world_size, say
 from support.resuming import replacing, write_json
@@ -146,7 +147,7 @@ def settings_of(config: EvalConfig) -> dict:
 
 def keep_other_results(config: EvalConfig, output_dir: str) -> None:
     """UserError where the directory holds the result of another evaluation, which this one would
-    overwrite. A checkpoint's own directory may have been moved."""
+    overwrite."""
     try:
         with open(os.path.join(output_dir, "eval.json")) as file:
             before = dict(json.load(file))

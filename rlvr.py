@@ -29,7 +29,8 @@ from model import load_policy, rank_packs
 from policy_gradient import ALGORITHMS, Objective, group_advantage, policy_backward, rescore
 from sampler import Sampling, generate
 from support.errors import UserError, counted
-from support.flags import Count, Natural, NonNegative, Positive, RunConfig, Schedule, Share
+from support.fields import Count, Natural, NonNegative, Positive, Share
+from support.flags import RunConfig, Schedule
 from support.huggingface import save_policy
 from support.loader import keyed
 from support.metrics import Max, Mean, add

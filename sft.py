@@ -25,7 +25,8 @@ import torch
 from data import Encoded, Group, encode_response, load_examples
 from model import load_policy, rank_packs, token_logprobs
 from support.errors import Unfit
-from support.flags import Count, NonNegative, Positive, RunConfig, Schedule, Steps
+from support.fields import Count, NonNegative, Positive, Steps
+from support.flags import RunConfig, Schedule
 from support.huggingface import save_policy
 from support.loader import dealt, run_length
 from support.metrics import Loss, Mean

@@ -39,7 +39,6 @@ What lies where, under `out`:
 import contextlib
 import fcntl
 import json
-import math
 import os
 import random
 import shutil
@@ -49,47 +48,53 @@ from dataclasses import asdict, dataclass, field
 from functools import partial
 from itertools import accumulate
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
 import torch
 from PIL import Image
 from transformers import HfArgumentParser
 
-from support.comments import comments_of
 from support.errors import UserError
+from support.fields import Count, Natural, NonNegative, Seed, Share, check_ranges, comments_of
 from support.resuming import UNSUPPORTED
 from support.tiny import Shape, build_model, train_tokenizer
 
 
+# (digit, what a careless reader takes it for), the likeliest first
+CONFUSIONS = ((3, 8), (7, 1), (9, 4), (5, 6), (8, 0), (2, 7), (4, 9), (0, 6), (6, 5), (1, 7))
+Misread = Annotated[int, 0, len(CONFUSIONS)]
+
+
 @dataclass
 class World(Shape):
-    seed: int = 0  # seed of all that is drawn at random
+    seed: Seed = 0  # seed of all that is drawn at random
     # The task, with questions for a sum, a spread or a count
-    digits: int = 4  # digits in an image
-    noise: float = 0.15  # standard deviation of the noise on a scan's pixels; ink is 1
+    digits: Count = 4  # digits in an image
+    noise: NonNegative = 0.15  # standard deviation of the noise on a scan's pixels; ink is 1
     kinds: list[str] = field(default_factory=lambda: list(QUESTIONS))  # kinds of question, evenly
     # Rows of each set
-    pretrain_rows: int = 6000  # rows on which the base is pretrained
-    sft_rows: int = 6000  # demonstrations for SFT, public and curated
-    curated_share: float = 0.08  # share of them that is curated; paper: 113K of 1.37M
-    prompt_rows: int = 24  # rows with supervision, for the alignment; paper: 5.9K
-    question_rows: int = 2000  # rows for RLVR; paper: 2K
-    validation_rows: int = 500  # rows on validation scans, to choose settings on
-    test_rows: int = 1000  # rows on test scans, for results
+    pretrain_rows: Natural = 6000  # rows on which the base is pretrained
+    sft_rows: Natural = 6000  # demonstrations for SFT, public and curated
+    curated_share: Share = 0.08  # share of them that is curated; paper: 113K of 1.37M
+    prompt_rows: Natural = 24  # rows with supervision, for the alignment; paper: 5.9K
+    question_rows: Natural = 2000  # rows for RLVR; paper: 2K
+    validation_rows: Natural = 500  # rows on validation scans, to choose settings on
+    test_rows: Natural = 1000  # rows on test scans, for results
     # Digit scans (1797 in all): what is neither train nor validation is test
-    train_share: float = 0.7  # share of the scans that train
-    validation_share: float = 0.1  # share of the scans that validate
+    train_share: Share = 0.7  # share of the scans that train
+    validation_share: Share = 0.1  # share of the scans that validate
     # What is wrong with the public demonstrations, and with what the base learned from
-    misread_digits: int = 3  # public rows misread the first so many of CONFUSIONS (digits.py)
-    misread_rate: float = 0.9  # how often public rows misread one of these
-    base_misread_digits: int = 2  # the base misreads the last so many of CONFUSIONS (digits.py)
-    base_misread_rate: float = 0.6  # how often the base misreads one of these
-    slip_rate: float = 0.3  # how often a public demonstration's last step is off by one
+    misread_digits: Misread = 3  # public rows misread the first so many of CONFUSIONS (digits.py)
+    misread_rate: Share = 0.9  # how often public rows misread one of these
+    base_misread_digits: Misread = 2  # the base misreads the last so many of CONFUSIONS (digits.py)
+    base_misread_rate: Share = 0.6  # how often the base misreads one of these
+    slip_rate: Share = 0.3  # how often a public demonstration's last step is off by one
     # For benchmarks/judge_study.py: supervision that is hard to imitate, RL that covers less
-    answer_first: float = 0.0  # share of demonstrations that state the answer before the steps
+    answer_first: Share = 0.0  # share of demonstrations that state the answer before the steps
     question_kinds: list[str] = field(default_factory=list)  # kinds that RLVR asks; none given: all
     question_without: list[int] = field(default_factory=list)  # digits that RLVR never shows
-    scans_seed: int | None = None  # seed that splits the scans; none: --seed
+    scans_seed: Seed | None = None  # seed that splits the scans; none: --seed
 
 
 # What suits this world's own model on its own data, in place of the published values.
@@ -141,9 +146,6 @@ SPLITS = {
     "rlvr": "questions",
     "eval": "test",
 }
-
-# (digit, what a careless reader takes it for), the likeliest first
-CONFUSIONS = ((3, 8), (7, 1), (9, 4), (5, 6), (8, 0), (2, 7), (4, 9), (0, 6), (6, 5), (1, 7))
 SYSTEM = "Reply in three blocks: <caption>, <think>, <answer>."
 QUESTIONS = {
     "sum": (
@@ -371,22 +373,6 @@ def _write_rows(path: Path, rows: list[dict]) -> None:
 
 # --------------------------------------------------------------------------------------------------
 # The whole
-
-
-def check_ranges(world: World) -> None:
-    """UserError for a number of which no world can be built. Which numbers go together, as of the
-    heads, is not looked at."""
-    for name, value in asdict(world).items():
-        low, high = 1, math.inf
-        if isinstance(value, float) or name.endswith(("rows", "seed", "misread_digits", "merges")):
-            low = 0
-        if name.endswith(("share", "rate", "first")):
-            high = 1
-        elif name.endswith("misread_digits"):
-            high = len(CONFUSIONS)
-        if isinstance(value, int | float) and not low <= value <= high:
-            most = "" if high == math.inf else f" and at most {high}"
-            raise UserError(f"--{name} {value}: must be at least {low}{most}")
 
 
 def build(out: str | Path = "out/digits", world: World = World()) -> dict[str, str]:

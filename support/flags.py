@@ -7,32 +7,21 @@ flag is explained in one place.
 import argparse
 import dataclasses
 import difflib
-import math
 import os
 import re
 import sys
 import warnings
-from typing import Annotated, Literal, get_args, get_type_hints
+from typing import Literal
 
 from huggingface_hub import HfApi, snapshot_download
 from transformers import HfArgumentParser
 from transformers.utils import logging
 
 from support import digits, fit
-from support.comments import comments_of
 from support.errors import Ended, UserError
+from support.fields import Count, Minutes, Natural, Seed, Share, check_ranges, comments_of
 from support.ranks import rank, say
 
-# The types of flags, with the smallest and the largest value that each may have.
-MOST = 2**31 - 1  # the largest count; products of two such numbers still fit into 64 bits
-Count = Annotated[int, 1, MOST]
-Natural = Annotated[int, 0, MOST]
-Steps = Annotated[int, -MOST, MOST]  # the length of a run; below 1: as many as the epochs have
-Positive = Annotated[float, 1e-9, 1e9]  # so that it and what is divided by it stay finite
-NonNegative = Annotated[float, 0.0, sys.float_info.max]
-Share = Annotated[float, 0.0, 1.0]
-Minutes = Annotated[float, 1e-9, 30_000.0]  # no socket waits longer
-Seed = Annotated[int, 0, 2**32 - 1]
 # The schedules of transformers that a peak, a warm-up and a length determine.
 Schedule = Literal[
     "constant",
@@ -164,17 +153,6 @@ def _shown(default) -> str:
     if isinstance(default, list):
         return " ".join(default) or "none"
     return str(default).lower() if default is None or isinstance(default, bool) else str(default)
-
-
-def check_ranges(config) -> None:
-    """UserError for a number outside the range that its type gives."""
-    for name, hint in get_type_hints(type(config), include_extras=True).items():
-        value = getattr(config, name)
-        for kind in (hint, *get_args(hint)):  # Count, or Count | None
-            low, high = getattr(kind, "__metadata__", (-math.inf, math.inf))
-            if value is not None and hasattr(kind, "__metadata__") and not low <= value <= high:
-                most = "" if high >= sys.float_info.max else f" and at most {high:.10g}"
-                raise UserError(f"--{name} {value}: must be at least {low:.10g}{most}")
 
 
 def _read_system_prompt(config) -> None:

@@ -18,21 +18,23 @@ from transformers import (
     Qwen3VLForConditionalGeneration,
 )
 
+from support.fields import Count, Natural, NonNegative
+
 
 @dataclass
 class Shape:
     # The model and its tokenizer (0.36M parameters)
-    merges: int = 224  # most merges of the byte-level BPE, on top of 256 bytes
-    hidden_size: int = 64  # width of the language model
-    intermediate_size: int = 128  # width of its MLPs
-    layers: int = 2  # layers of the language model
-    heads: int = 4  # query heads of a layer, also in the vision tower
-    kv_heads: int = 2  # key-value heads of a layer
-    head_dim: int = 16  # width of a head
-    vision_hidden_size: int = 64  # width of the vision tower
-    vision_intermediate_size: int = 128  # width of its MLPs
-    vision_layers: int = 2  # layers of the vision tower
-    initializer_range: float = 0.06  # std of the first weights; 0.02 learns late at this size
+    merges: Natural = 224  # most merges of the byte-level BPE, on top of 256 bytes
+    hidden_size: Count = 64  # width of the language model
+    intermediate_size: Count = 128  # width of its MLPs
+    layers: Count = 2  # layers of the language model
+    heads: Count = 4  # query heads of a layer, also in the vision tower
+    kv_heads: Count = 2  # key-value heads of a layer
+    head_dim: Count = 16  # width of a head
+    vision_hidden_size: Count = 64  # width of the vision tower
+    vision_intermediate_size: Count = 128  # width of its MLPs
+    vision_layers: Count = 2  # layers of the vision tower
+    initializer_range: NonNegative = 0.06  # std of the first weights; 0.02 learns late at this size
 
 
 # A digit, 8 x 8 pixels shown at 16 x 16, is 2 x 2 patches: one token of the language model.
