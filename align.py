@@ -33,13 +33,12 @@ from typing import ClassVar
 
 import torch
 
-from data import Encoded, decode, load_examples, parse_response
+from data import Encoded, decode, load_examples, parse_response, supervision_response
 from discriminator import Comparison, judge, load_discriminator
 from model import load_policy, rank_packs
 from policy_gradient import Objective, group_advantage, policy_backward
 from probe import in_words, probe, trials_beside_the_game
 from sampler import Sampling, generate
-from support.errors import RowError
 from support.fields import Count, Natural, NonNegative, Positive, Share
 from support.flags import RunConfig, Schedule
 from support.huggingface import save_discriminator, save_policy
@@ -133,12 +132,7 @@ def train() -> None:
 
     def encode(example, prompt):
         """A row as (row, prompt x, supervision response y+)."""
-        teacher = parse_response(example.response)
-        if teacher is None:
-            raise RowError(
-                "the supervision response is not of the format <caption>, <think>, <answer>; "
-                "rewrite it"
-            )
+        teacher = supervision_response(example)
         return example, prompt, teacher
 
     limits = dict(max_prompt_length=config.max_prompt_length, max_pixels=config.max_pixels)

@@ -77,6 +77,16 @@ def parse_response(text: str) -> Response | None:
     return Response(*blocks) if all(blocks) else None
 
 
+def supervision_response(example: Example) -> Response:
+    """The supervision response y+ of a row. RowError where it is of broken format (D10)."""
+    response = parse_response(example.response)
+    if response is None:
+        raise RowError(
+            "the supervision response is not of the format <caption>, <think>, <answer>; rewrite it"
+        )
+    return response
+
+
 # --------------------------------------------------------------------------------------------------
 # Prompts and branches as tensors
 

@@ -49,11 +49,11 @@ import torch
 import torch.nn.functional as F
 
 from data import Comparison, Encoded, Group, Pack, Prompt
-from data import decode, encode_views, load_examples, parse_response
+from data import decode, encode_views, load_examples, parse_response, supervision_response
 from model import load_policy, model_inputs, prepare_for_packs, rank_packs
 from probe import draw_trials, in_words, probe
 from sampler import Sampling, generate
-from support.errors import RowError, Unfit, UserError
+from support.errors import Unfit, UserError
 from support.fields import Count, Natural, NonNegative, Positive, Share, Steps
 from support.flags import RunConfig, Schedule
 from support.huggingface import CPU, fill, open_discriminator, same_prompts, save_discriminator
@@ -571,13 +571,8 @@ def warm_up() -> None:
     def encode(example, prompt) -> Comparison:
         """A row as one comparison; its student comes later where a policy answers. A row that is
         `Unfit` is left out, but not counted as bad."""
-        teacher = parse_response(example.response)
+        teacher = supervision_response(example)
         students = [] if policy else [parse_response(example.student)]
-        if teacher is None:
-            raise RowError(
-                "the supervision response is not of the format <caption>, <think>, <answer>; "
-                "rewrite it"
-            )
         if None in students:
             raise Unfit("the student's response is not of the format <caption>, <think>, <answer>")
         views = [view for side in (teacher, *students) for view in encode_views(processor, side)]
