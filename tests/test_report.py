@@ -6,6 +6,7 @@ import gzip
 import hashlib
 import itertools
 import json
+import math
 import shutil
 import subprocess
 import sys
@@ -1055,9 +1056,8 @@ def test_strange_responses_take_no_time(tmp_path, run, browser):
     assert browser.complaints() == []
 
 
-def test_a_long_run_opens(tmp_path, run, browser):
-    """200 steps with 64 rollouts each: below 20 MB, and the first plots do not wait for the rest.
-    How long it takes is printed."""
+def test_a_long_run_opens_in_two_seconds(tmp_path, run, browser):
+    """200 steps with 64 rollouts each: below 20 MB, and open with its first plots in 2 s."""
     for i in range(200):
         Image.effect_noise((640, 480), 60).save(tmp_path / f"{i}.jpg")
     names = ("loss", "reward", "accuracy", "entropy", "grad_norm", "response_length", "ratio_max")
@@ -1070,12 +1070,17 @@ def test_a_long_run_opens(tmp_path, run, browser):
     (shelf,) = Page(path).shelves
     assert sum(len(group["branches"]) for group in shelf["groups"]) == len(rows) == 12_800
     assert 10e6 < path.stat().st_size < 20e6
-    start = time.monotonic()
-    browser.open(path)
-    browser.wait("document.querySelector('figure').dataset.drawn === 'yes'")
-    seconds = time.monotonic() - start
+    seconds = [math.inf]
+    while min(seconds) >= 2 and len(seconds) <= 5:  # other tests may hold the cores for a while
+        browser.driver.get("about:blank")
+        start = time.monotonic()
+        browser.open(path)
+        browser.wait("document.querySelector('figure').dataset.drawn === 'yes'")
+        seconds.append(time.monotonic() - start)
+    assert min(seconds) < 2, seconds
     browser.wait("[...document.querySelectorAll('img')].every(e => e.naturalWidth > 0)")
+    start = time.monotonic()
     browser.press("ARROW_RIGHT")
-    assert shown(browser)[0] == "question 1.1?"
+    assert shown(browser)[0] == "question 1.1?" and time.monotonic() - start < 2
     assert browser.complaints() == []
-    print(f"{path.stat().st_size / 1e6:.1f} MB, open in {seconds:.2f} s")
+    print(f"{path.stat().st_size / 1e6:.1f} MB, open in {min(seconds):.2f} s")
