@@ -39,13 +39,14 @@ from model import load_policy, rank_packs
 from policy_gradient import Objective, group_advantage, policy_backward
 from probe import in_words, probe, trials_beside_the_game
 from sampler import Sampling, generate
+from support.ending import main
 from support.fields import Count, Natural, NonNegative, Positive, Share
 from support.flags import RunConfig, Schedule
 from support.huggingface import save_discriminator, save_policy
 from support.metrics import Mean, Sum
 from support.optimizer import adamw, learning_rate_at, optimizer_step
 from support.ranks import all_sum, say
-from support.run import Run, main
+from support.run import Run
 
 
 @dataclass

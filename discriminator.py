@@ -53,6 +53,7 @@ from data import decode, encode_views, load_examples, parse_response, supervisio
 from model import load_policy, model_inputs, prepare_for_packs, rank_packs
 from probe import draw_trials, in_words, probe
 from sampler import Sampling, generate
+from support.ending import main
 from support.errors import Unfit, UserError
 from support.fields import Count, Natural, NonNegative, Positive, Share, Steps
 from support.flags import RunConfig, Schedule
@@ -61,7 +62,7 @@ from support.loader import hold_out, run_length
 from support.metrics import Loss, Mean, Sum, add
 from support.optimizer import adamw, learning_rate_at, optimizer_step
 from support.ranks import all_sum, say, shard
-from support.run import Run, main
+from support.run import Run
 from support.scores import VIEWS, PairTable, Routing
 
 # learned (the paper): a router over all experts; dedicated: half of the experts for each view; the

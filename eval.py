@@ -33,6 +33,7 @@ from tqdm import tqdm
 from data import BLOCKS, TAGS, Encoded, Response, decode, load_examples, parse_response
 from model import load_policy
 from sampler import Sampling, generate
+from support.ending import main
 from support.errors import RowError, UserError, counted
 from support.fields import Count, Natural, NonNegative
 from support.flags import parse
@@ -40,7 +41,7 @@ from support.loader import batches
 from support.ranks import join_ranks, rank, world_size, say
 from support.resuming import replacing, write_json
 from support.rows import check_truth
-from support.run import main, start_verifier
+from support.run import start_verifier
 from support.verifier import verify
 
 

@@ -28,6 +28,7 @@ from data import Encoded, Group, decode, load_examples, parse_response
 from model import load_policy, rank_packs
 from policy_gradient import ALGORITHMS, Objective, group_advantage, policy_backward, rescore
 from sampler import Sampling, generate
+from support.ending import main
 from support.errors import UserError, counted
 from support.fields import Count, Natural, NonNegative, Positive, Share
 from support.flags import RunConfig, Schedule
@@ -37,7 +38,7 @@ from support.metrics import Max, Mean, add
 from support.optimizer import adamw, learning_rate_at, optimizer_step
 from support.ranks import all_max, all_sum, world_size
 from support.rows import Example, check_truth
-from support.run import Run, main, start_verifier
+from support.run import Run, start_verifier
 from support.verifier import verify
 
 ACCURACY, FORMAT = 0.8, 0.2  # paper: 0.8, 0.2

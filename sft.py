@@ -24,6 +24,7 @@ import torch
 
 from data import Encoded, Group, encode_response, load_examples
 from model import load_policy, rank_packs, token_logprobs
+from support.ending import main
 from support.errors import Unfit
 from support.fields import Count, NonNegative, Positive, Steps
 from support.flags import RunConfig, Schedule
@@ -32,7 +33,7 @@ from support.loader import dealt, run_length
 from support.metrics import Loss, Mean
 from support.optimizer import adamw, learning_rate_at, optimizer_step
 from support.ranks import all_max, all_sum
-from support.run import Run, main
+from support.run import Run
 
 
 @dataclass

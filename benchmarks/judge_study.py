@@ -37,8 +37,8 @@ from benchmarks.study import Stage, interval, shown  # noqa: E402
 from discriminator import load_discriminator  # noqa: E402
 from support import digits  # noqa: E402
 from support.digits import read_rows  # noqa: E402
+from support.ending import main as run_main  # noqa: E402
 from support.resuming import replacing  # noqa: E402
-from support.run import main as run_main  # noqa: E402
 
 OUT, RESULTS = ROOT / "out/judge", ROOT / "benchmarks/results/judge.jsonl"
 SEEDS, FEW = range(8), range(3)  # of the arms; of the text-only and the dense discriminator

@@ -23,6 +23,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from support.errors import UserError, printable
 
+DRIVER = "/proc/driver/nvidia/version"  # is there where Linux has an NVIDIA driver
 KEEP = 0.5  # share of a GPU's memory; blocks keep their activations up to it, see `recompute`
 
 # --------------------------------------------------------------------------------------------------
@@ -33,7 +34,8 @@ def join_ranks(timeout=datetime.timedelta(minutes=30)) -> torch.device:
     """Joins the processes that torchrun started (gloo on a CPU, nccl on a GPU). A bare `python` is
     one process. A collective that takes longer than `timeout` fails; nccl's own limit, ten minutes,
     is short for ranks that answer rows of unlike lengths. -> the device of this rank.
-    UserError where the environment has only a part of what torchrun sets."""
+    UserError where the environment has only a part of what torchrun sets, or where a node has more
+    processes than GPUs."""
     if "RANK" in os.environ:
         ranks = _number("WORLD_SIZE")
         sound = {
@@ -49,7 +51,13 @@ def join_ranks(timeout=datetime.timedelta(minutes=30)) -> torch.device:
                 f"by torchrun, or unset RANK for one process"
             )
     if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+        gpus, local_rank = torch.cuda.device_count(), max(_number("LOCAL_RANK"), 0)
+        if local_rank >= gpus:
+            raise UserError(
+                f"torchrun has started more processes on this node than it has GPUs; "
+                f"give --nproc_per_node={gpus}"
+            )
+        torch.cuda.set_device(local_rank)
         # torch prefers cuDNN's attention on an H100. That makes a plan for every length that it has
         # not seen, so each new size of an image would take longer than a step.
         torch.backends.cuda.enable_cudnn_sdp(False)
@@ -60,6 +68,13 @@ def join_ranks(timeout=datetime.timedelta(minutes=30)) -> torch.device:
         return torch.device("cuda", torch.cuda.current_device())
     if "RANK" in os.environ and not dist.is_initialized():
         dist.init_process_group("gloo", timeout=timeout)
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
+    if os.path.exists(DRIVER) and not hidden:
+        say(
+            f"computing on the CPU: this machine has an NVIDIA driver, but torch "
+            f"{torch.__version__} finds no GPU that it can use; docs/gpus.md says which torch fits "
+            f"which driver"
+        )
     return torch.device("cpu")
 
 

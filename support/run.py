@@ -1,4 +1,4 @@
-"""A run: its directory and log, its steps, its signals and its end.
+"""A run: its directory and log, its rows, its steps and its signals.
 
     output_dir/run.json            every field of the stage's dataclass as it ran, the command and
                                    the commit; once the result is whole `finished`, the last step,
@@ -17,7 +17,6 @@ a GPU as nearly as two equal runs do.
 import contextlib
 import dataclasses
 import datetime
-import errno
 import fcntl
 import json
 import math
@@ -36,119 +35,24 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from support import verifier
-from support.errors import Ended, RowError, Unfit, UserError, counted, printable
+from support.errors import Ended, RowError, Unfit, UserError, counted
 from support.flags import parse
 from support.huggingface import rounding_loss, starting_weights
 from support.loader import batches, keyed
 from support.metrics import Max, Sum, across_ranks, finite, writer_to
-from support.ranks import all_max, barrier, join_ranks, rank, world_size, say
-from support.resuming import REMOVED, UNSUPPORTED, Checkpoints, all_or_nothing, check_weights
-from support.resuming import checksum_of, files_below, force, of_another_rank, replacing, write_json
-
-# --------------------------------------------------------------------------------------------------
-# The end of a run, whatever it is
-
-# What a user can mend: no space, quota, read-only, permission, broken disk, no folder, long name,
-# a limit on the size of files.
-MENDABLE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EIO, errno.ENOTDIR}
-MENDABLE |= {errno.ENAMETOOLONG, errno.EFBIG}
-
-
-def main(stage: Callable) -> None:
-    """Runs `stage()`. An error that the user can mend, such as a full disk, ends the run in one
-    line with exit code 2. So does a lost rank, with exit code 1. No rank waits for the others."""
-    code = 0
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until there is a run, Ctrl-C ends at once
-    try:
-        stage()
-        if Run.current:
-            Run.current.finish()
-    except Ended as end:
-        say(end.args[0])
-        code = end.args[1]
-    except UserError as error:
-        _die(str(error), 2)
-    except OSError as error:
-        own = Run.current and str(error.filename).startswith(Run.current.path)
-        if not own and error.errno not in MENDABLE:
-            _crash()
-        where = error.filename or (Run.current.path if Run.current else "")
-        again = "go on with --resume" if Run.current else "start again"
-        _die(f"{where or 'a file'}: {error.strerror}; mend the cause, then {again}", 2)
-    except torch.OutOfMemoryError as error:
-        why = str(error).splitlines()[0][:120]
-        less = " or ".join(_flags_of_memory())
-        _die(f"out of GPU memory ({why}); lower {less}; --dry_run N counts what fits", 2)
-    except RuntimeError as error:
-        if not of_another_rank(error):
-            _crash()
-        lost = Run.current.lagging() if Run.current else "a rank is gone"
-        again = "go on with --resume" if Run.current else "start again"
-        _die(f"{lost} ({str(error).splitlines()[0][:120]}); {again}", 1)
-    except Exception:
-        _crash()
-    if not dist.is_initialized():
-        sys.exit(code)
-    with contextlib.suppress(RuntimeError):  # where a rank is gone, that one has said why
-        barrier()  # a thread of the last collective may still hold tensors
-        dist.destroy_process_group()
-    if "wandb" in sys.modules:
-        sys.modules["wandb"].finish()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)  # the interpreter's own end may abort on threads that collectives have left
-
-
-def _flags_of_memory() -> list[str]:
-    """The flags of this stage that lower the memory it needs."""
-    if not Run.current:  # eval.py
-        return ["--max_rollout_rows"]
-    names = ("max_tokens_per_pack", "max_rollout_rows")
-    return [f"--{name}" for name in names if hasattr(Run.current.config, name)]
-
-
-def _die(message: str, code: int) -> None:
-    """Says why the run ends, in one line of its own, and ends this process."""
-    run = Run.current
-    if _speaks_first():
-        if run and run.bar:
-            run.bar.close()
-        behind = "\n" if rank() else ""  # the progress bar of rank 0 may stand on this line
-        print(f"{behind}error: {' '.join(printable(message).split())}", file=sys.stderr)
-    sys.stdout.flush()
-    sys.stderr.flush()
-    if code == 2 and run:
-        run.checkpoints.settle()  # lets a checkpoint from before the error be finished
-    os._exit(code)  # as in `_crash`
-
-
-def _crash() -> None:
-    """A traceback and the end, at once. The interpreter's own end waits for threads and processes
-    that are left, and meanwhile other ranks wait for this one."""
-    sys.excepthook(*sys.exc_info())
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(1)
-
-
-def _speaks_first() -> bool:
-    """Whether no other rank has said why the run ends. It is said once."""
-    run = Run.current
-    if run and run.started and world_size() > 1:
-        try:
-            os.close(os.open(os.path.join(run.path, "ranks", "ended"), os.O_CREAT | os.O_EXCL))
-        except FileExistsError:
-            return False
-        except OSError:
-            pass
-    elif os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":  # torchrun's, on node 0
-        try:
-            at = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-            store = dist.TCPStore(*at, timeout=datetime.timedelta(seconds=10))
-            return store.add(f"ended/{os.environ['TORCHELASTIC_RESTART_COUNT']}", 1) == 1
-        except RuntimeError:
-            pass
-    return True
+from support.ranks import all_max, barrier, join_ranks, rank, say, world_size
+from support.resuming import (
+    REMOVED,
+    UNSUPPORTED,
+    Checkpoints,
+    all_or_nothing,
+    check_weights,
+    checksum_of,
+    files_below,
+    force,
+    replacing,
+    write_json,
+)
 
 
 def start_verifier() -> None:
@@ -157,10 +61,6 @@ def start_verifier() -> None:
         verifier.start()
     except RuntimeError as error:
         raise UserError(f"{error}; run pip install -r requirements.txt, or try again") from None
-
-
-# --------------------------------------------------------------------------------------------------
-# The run
 
 
 class Run:

@@ -213,7 +213,7 @@ from data import encode_prompts, make_packs
 from support.ranks import join_ranks, rank
 from model import token_logprobs
 from support.rows import load_data
-from support.run import main
+from support.ending import main
 from sampler import Sampling, generate
 
 def stage():

@@ -16,8 +16,12 @@ import torch.distributed as dist
 from torch._subclasses import fake_tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp._fully_shard import _fsdp_collectives, _fsdp_init, _fsdp_param_group
-from torch.distributed.fsdp._fully_shard import _fsdp_state
+from torch.distributed.fsdp._fully_shard import (
+    _fsdp_collectives,
+    _fsdp_init,
+    _fsdp_param_group,
+    _fsdp_state,
+)
 from torch.distributed.tensor import DTensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -30,6 +34,7 @@ from model import rank_packs, token_logprobs
 from policy_gradient import Objective, policy_backward, rescore
 from sampler import Rows, Sampling, generate
 from support import decode, ranks
+from support.errors import UserError
 from support.flags import RunConfig
 from support.huggingface import load_processor
 from support.optimizer import adamw, optimizer_step
@@ -246,6 +251,7 @@ def test_the_machine(gpu):
 
 def test_a_new_size_of_an_image_makes_no_plan(gpu, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "set_device", lambda number: None)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: GPU.index)
     before = torch.backends.cuda.cudnn_sdp_enabled()
@@ -259,12 +265,35 @@ def test_ranks_wait_for_each_other_as_long_on_a_gpu(monkeypatch):
     """Also in eval.py, which has no --timeout."""
     given = {}
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "set_device", lambda number: None)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.backends.cuda, "enable_cudnn_sdp", lambda enabled: None)
     monkeypatch.setattr(dist, "init_process_group", lambda *args, **more: given.update(more))
     ranks.join_ranks()
     assert given["timeout"].total_seconds() == 60 * RunConfig.timeout
+
+
+def test_more_processes_than_gpus(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setenv("LOCAL_RANK", "4")
+    with pytest.raises(UserError, match="than it has GPUs; give --nproc_per_node=4"):
+        ranks.join_ranks()
+
+
+@pytest.mark.parametrize("visible, said", [(None, True), ("0", True), ("", False)])
+def test_a_gpu_that_torch_cannot_use_is_no_secret(monkeypatch, capsys, visible, said):
+    """A torch for the CPU, or for a newer driver, would take hours before anybody noticed."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(ranks, "DRIVER", str(ROOT))
+    if visible is None:
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    else:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert ranks.join_ranks() == torch.device("cpu")
+    line = "computing on the CPU: this machine has an NVIDIA driver, but torch"
+    assert (line in capsys.readouterr().err) == said
 
 
 def test_ratios_in_bfloat16(monkeypatch):

@@ -107,7 +107,7 @@ import json, sys
 import torch
 from support.ranks import join_ranks, rank
 from rlvr import select_groups
-from support.run import main
+from support.ending import main
 
 def stage():
     join_ranks()

@@ -181,7 +181,7 @@ import time
 from torch.distributed.checkpoint import FileSystemWriter
 
 import sft
-from support.run import main
+from support.ending import main
 
 plain = FileSystemWriter.write_data
 
@@ -578,7 +578,7 @@ import shutil
 import signal
 
 import sft
-from support.run import main
+from support.ending import main
 
 
 def remove(path, *args, **more):
@@ -754,7 +754,7 @@ import os
 import stat
 
 import sft
-from support.run import main
+from support.ending import main
 
 plain = os.fsync
 
@@ -836,7 +836,7 @@ SMALL_FILES = '''"""Stage 1 where no file may have more than 6,000 bytes."""
 import resource
 
 import sft
-from support.run import main
+from support.ending import main
 
 resource.setrlimit(resource.RLIMIT_FSIZE, (6000, 6000))
 main(sft.train)
@@ -858,7 +858,7 @@ import os
 import signal
 
 import sft
-from support.run import main
+from support.ending import main
 
 plain = os.replace
 
@@ -960,7 +960,8 @@ ON_A_GPU = """
 import os, signal
 import align
 from support.ranks import rank
-from support.run import Run, main
+from support.ending import main
+from support.run import Run
 
 batches, generate = Run.batches, align.generate
 
@@ -1014,7 +1015,7 @@ ONE_FAILS = '''"""Stage 1, where what only the last rank has is missing."""
 import sft
 from support.ranks import rank
 from support.errors import UserError
-from support.run import main
+from support.ending import main
 
 plain = sft.load_examples
 
@@ -1056,7 +1057,7 @@ import signal
 import sft
 from support.errors import UserError
 from support.ranks import rank, world_size
-from support.run import main
+from support.ending import main
 
 plain, calls, run = sft.encode_response, 0, os.getpid()
 
@@ -1120,7 +1121,7 @@ import resource
 import subprocess
 
 import sft
-from support.run import main
+from support.ending import main
 
 resource.setrlimit(resource.RLIMIT_NOFILE, (96, 96))
 if ctypes.CDLL(None).unshare(0x20000) == 0:  # root alone may have mounts of its own
@@ -1143,7 +1144,7 @@ def test_workers_need_no_shared_memory_and_few_files(nursery, short, tmp_path, r
 
 CRASH = """
 import sft
-from support.run import main
+from support.ending import main
 
 def loss(*args):
     raise ValueError("a bug")
@@ -1237,7 +1238,7 @@ import torch
 
 import sft
 from support.ranks import rank, world_size
-from support.run import main
+from support.ending import main
 
 plain, calls = sft.sft_loss, 0
 
@@ -1364,7 +1365,7 @@ import sys
 import types
 
 import sft
-from support.run import main
+from support.ending import main
 
 
 def init(**settings):
@@ -1465,7 +1466,8 @@ NO_ROOM = """
 import torch
 from rlvr import RLVRConfig
 from sft import SFTConfig
-from support.run import Run, main
+from support.ending import main
+from support.run import Run
 
 
 def stage():
