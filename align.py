@@ -52,11 +52,11 @@ from support.run import Run
 @dataclass
 class AlignConfig(RunConfig):
     stage: ClassVar[str] = "align"
-    ckpt: str = "prism-vlm/Qwen3-VL-4B-Instruct-SFT"  # the SFT policy
+    ckpt: str = "prism-vlm/Qwen3-VL-4B-Instruct-SFT"  # the SFT policy; paper: 4B, 8B
     data: list[str] = field(  # prompts with a supervision response; paper: 5.9K
         default_factory=lambda: ["hf://datasets/prism-vlm/rl_dataset/rl_training_data_5.9k.parquet"]
     )
-    discriminator: str = "prism-vlm/Qwen3-VL-2B-4X-Moe-warmup-120k"  # the result of the warm-up
+    discriminator: str = "prism-vlm/Qwen3-VL-2B-4X-Moe-warmup-120k"  # after warm-up; paper: 2B x 4
     output_dir: str = "out/align"  # directory of the run and of the aligned policy
     learning_rate: NonNegative = 1e-6  # the policy's; paper: 1e-6
     discriminator_learning_rate: NonNegative = 1e-6  # the discriminator's; paper: 1e-6
@@ -221,6 +221,15 @@ def train() -> None:
             rate = learning_rate_at(step, config.max_steps, config)
             grad_norm = optimizer_step(policy, optimizer, rate, config.max_grad_norm)
 
+        # At step 1 and every `probe_steps` steps, let `judge` score the trials, to see whether the
+        # discriminator is blind. It does not learn from their rows.
+        due = num_trials and (step == 1 or step % config.probe_steps == 0)
+        probed = {}
+        if due:
+            with run.phase("probe"):
+                max_tokens = config.max_tokens_per_pack
+                probed = probe(judge, discriminator, trials, processor, max_tokens=max_tokens)
+
         # Log the step, and the rollouts of the first prompt. The clip never acts, so its metrics
         # are left out.
         lengths = [len(branch) for group in groups for branch in group.branches]
@@ -239,17 +248,12 @@ def train() -> None:
             "d_grad_norm": d_grad_norm,
             "learning_rate": rate,
             "d_learning_rate": d_rate,
+            **probed,
         }
-        # At step 1 and every `probe_steps` steps, let `judge` score the trials, to see whether the
-        # discriminator is blind. It does not learn from their rows.
-        due = num_trials and (step == 1 or step % config.probe_steps == 0)
-        if due:
-            with run.phase("probe"):
-                max_tokens = config.max_tokens_per_pack
-                metrics |= probe(judge, discriminator, trials, processor, max_tokens)
         # Tokens of prompts and rollouts, each counted once, for the log's tokens per second.
         tokens = sum(lengths) + sum(len(prompt.input_ids) for prompt in prompts)
         line = run.log(step, metrics, grad_norms=[grad_norm, d_grad_norm], tokens=tokens)
+        run.look_at_format(step, line["format_valid"])
         if due:
             say(f"step {step}:", in_words(line))
         if batch:

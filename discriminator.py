@@ -29,8 +29,9 @@ Deviations from the published run (all are in docs/deviations.md, with the reaso
 D1  Each view has a score vector of its own; the release reads both views from one.
 D2  Views keep the image's rotary positions; the release drops them.
 D3  Prompt tokens are computed once a pack, so they enter (8) once a pack and not once a view. (8)
-    is taken in each pack, and packs are weighted by their tokens. So (8) depends on how a batch is
-    cut into packs. Dropout's masks do too, and so do the expert shares in the log.
+    is taken in each pack, and packs are weighted by their tokens; those of blank images do not
+    count. So (8) depends on how a batch is cut into packs. Dropout's masks do too, and so do the
+    expert shares in the log.
 D4  The clamp of (5), the score penalty of (7) and the balance loss (8) act in warm-up and game; the
     release clamps and penalises in the game only, and balances in the warm-up only.
 D5  A step of the warm-up takes 64 pairs, each compared in both views: 128 comparisons. A step of
@@ -297,9 +298,9 @@ def pair_loss(teacher: torch.Tensor, student: torch.Tensor, num_pairs: int | Non
 
 def discriminator_loss(scores: torch.Tensor, num_pairs: int, score_l2: float = 0.001):
     """(7) without the balance loss: both pair losses, summed, + score_l2 * the mean square of the
-    four scores. scores (U, 4): a row for each of U pairs, with the perception and the reasoning
-    score of the supervision response, then those of the student. The sum over pairs is divided by
-    `num_pairs`. -> scalar. Takes along: pair_loss."""
+    four scores. scores (U, 4) has a row for each of U pairs. It holds the perception and the
+    reasoning score of the supervision response, then those of the student. The sum over pairs is
+    divided by `num_pairs`. -> scalar. Takes along: pair_loss."""
     teacher, student = scores[:, :2], scores[:, 2:]
     loss = pair_loss(teacher, student, num_pairs)
     return loss + score_l2 * scores.square().mean(1).sum() / num_pairs
@@ -628,13 +629,15 @@ def warm_up() -> None:
             # Make one step of the optimiser.
             rate = learning_rate_at(step, max_steps, config)
             grad_norm = optimizer_step(discriminator, optimizer, rate, config.max_grad_norm)
+        # Log the step, and tell the user where no student has had the format.
         metrics = {
             **judged.metrics,
             "format_valid": Mean(judged.valid.sum(), judged.valid.numel()),
             "grad_norm": grad_norm,
             "learning_rate": rate,
         }
-        run.log(step, metrics, grad_norms=[grad_norm])
+        line = run.log(step, metrics, grad_norms=[grad_norm])
+        run.look_at_format(step, line["format_valid"])
 
     # Judge the held-out pairs, which the discriminator has not learned from.
     if not validation:
@@ -642,18 +645,24 @@ def warm_up() -> None:
     discriminator.eval()
     stream = run.batches(encoded(validation), batch_size, len(validation), held_out=True)
     shown = [f"{kind}_{view}" for view in VIEWS for kind in ("score_gap", "pair_accuracy")]
-    metrics = {}
+    metrics, pairs = {}, 0
     for _ in range(math.ceil(len(validation) / batch_size)):
         batch = next(stream)
         answer(batch, max_steps)
         judged = judge(discriminator, batch, processor, **scoring, backward=False)
         metrics = add(metrics, {name: judged.metrics[name] for name in shown})
-    held_out = {f"validation_{name}": metrics[name] for name in shown}
-    held_out["validation_pairs"] = Sum(int(metrics["score_gap_perception"].count))
+        pairs += int(judged.valid.sum())
 
     # Does the discriminator heed the prompt, or has it only learned the students' words?
-    trials = draw_trials(validation, processor, config.max_length, config.max_image_size)
-    held_out |= probe(judge, discriminator, trials, processor, config.max_tokens_per_pack)
+    trials = draw_trials(
+        validation, processor, limit=config.max_length, max_image_size=config.max_image_size
+    )
+    probed = probe(judge, discriminator, trials, processor, max_tokens=config.max_tokens_per_pack)
+    held_out = {
+        **{f"validation_{name}": metrics[name] for name in shown},
+        "validation_pairs": Sum(pairs),
+        **probed,
+    }
     line = run.log(max_steps, held_out)
     values = [(name, line[f"validation_{name}"]) for name in shown]
     values = [f"{name} {value:.3f}" for name, value in values if value is not None]

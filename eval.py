@@ -53,7 +53,7 @@ class EvalConfig:
     output_dir: str | None = None  # where results go; none: --ckpt, or out/eval for a hub id
     system_prompt: str | None = None  # for rows without one: text or file; none: see docs/data.md
     image_dir: str | None = None  # a folder for images, besides the data file's own folder
-    max_pixels: Count | None = None  # most pixels per image; none: the checkpoint's (docs/data.md)
+    max_pixels: Count | None = None  # pixels in the largest image; none: see docs/data.md
     untagged: str | None = None  # regex with groups caption, think, answer, for untagged responses
     per_device_eval_batch_size: Count = 64  # rows a rank answers at a time
     max_completion_length: Count = 8192  # longest response in tokens

@@ -36,8 +36,9 @@ def load_policy(path: str, device=CPU, config=None):
     """-> (policy, processor) from a Hugging Face directory or hub id: a model of transformers in
     float32, by `prepare_for_packs`, sharded as the flags in `config` say (`ranks.shard`).
 
-    Two attributes are added: `stop_ids`, which end a response, and `forbidden`, which are never
-    sampled. UserError where the model cannot be loaded."""
+    Three attributes are added to the model: `stop_ids`, which end a response, `forbidden`, which
+    are never sampled, and `source`, the directory whose files a save copies. UserError where the
+    model cannot be loaded."""
     its_config = read_config(path)
     if hasattr(its_config, "prism_experts"):
         raise UserError(f"{path}: is a discriminator, without a language head; name a policy")
@@ -198,10 +199,10 @@ def _padded(rows: list[tuple[int, int]]) -> torch.Tensor:
 
 
 def _ragged(pack: Pack):
-    """The S sequences of a pack for one ragged call. -> which tokens are their keys, one sequence
-    after the other, or None where every token is a key of one sequence only; where the queries of
-    each begin, (S + 1,); where its keys begin, (S + 1,); the most queries of a sequence; the most
-    keys."""
+    """The S sequences of a pack for one ragged call. -> (index, queries, keys, most queries, most
+    keys). `index` lists the tokens that are keys, one sequence after the other; it is None where
+    every token is a key of one sequence only. `queries` and `keys`, (S + 1,) each, say where those
+    of each sequence begin."""
     # Each token is a query once, in the pack's order, so a branch starts at queries[-1].
     index, queries, keys = [], [0], [0]
     for segment in pack.segments:

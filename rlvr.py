@@ -47,7 +47,7 @@ ACCURACY, FORMAT = 0.8, 0.2  # paper: 0.8, 0.2
 @dataclass
 class RLVRConfig(RunConfig):
     stage: ClassVar[str] = "rlvr"
-    ckpt: str = "prism-vlm/Qwen3-VL-4B-Instruct-SFT-PRISM"  # the aligned policy, or any other
+    ckpt: str = "prism-vlm/Qwen3-VL-4B-Instruct-SFT-PRISM"  # aligned, or another; paper: 4B, 8B
     data: list[str] = field(  # prompts with a ground truth; paper: 2K
         default_factory=lambda: [
             "hf://datasets/prism-vlm/rl_dataset/rl_training_data_filtered_2k.parquet"
@@ -66,7 +66,7 @@ class RLVRConfig(RunConfig):
     max_prompt_length: Count = 2048  # longest prompt in tokens; paper: 2048
     max_completion_length: Count = 8192  # longest rollout in tokens; paper: 8192
     epsilon: Share | None = None  # ratio's lower clip; none: grpo, dapo 0.2, gspo 3e-4 (paper)
-    epsilon_high: NonNegative | None = None  # upper clip; none: grpo 0.2, dapo 0.28, gspo 4e-4
+    epsilon_high: NonNegative | None = None  # none: grpo 0.2, dapo 0.28, gspo 4e-4 (paper)
     dual_clip: NonNegative | None = None  # (15); none: grpo 3, dapo 10 (paper); gspo 0: off (D11)
     beta: NonNegative = 0.0  # weight of the KL to the starting policy (17); paper: not stated
     num_minibatches: Count = 1  # optimiser steps per pass over a batch; paper: 1
@@ -82,14 +82,21 @@ def reward(response_text: str, ground_truth) -> tuple[float, bool]:
     """(13) -> (what a response earns, whether its answer is right). A broken format earns nothing
     and is not right, whatever it says. `ground_truth` is an accepted answer or a list of them.
 
-    To train on a reward of your own, replace this function. Accuracy, spread and dynamic sampling
-    follow the second value.
+    To train on a reward of your own, replace this function. Accuracy, spread, dynamic sampling and
+    the check of ground truths follow the second value.
     Takes along: ACCURACY, FORMAT, data.parse_response, support.verifier.verify."""
     response = parse_response(response_text)
     if response is None:
         return 0.0, False
     correct = verify(response.answer, ground_truth)
     return ACCURACY * correct + FORMAT, correct
+
+
+def is_right(answer: str, ground_truth) -> bool:
+    """Whether `reward` calls an answer right, in a response of whole format."""
+    text = f"<caption>-</caption><think>-</think><answer>{answer}</answer>"
+    _, correct = reward(text, ground_truth)
+    return correct
 
 
 def overlong_penalty(length: torch.Tensor, limit: int, buffer: int) -> torch.Tensor:
@@ -153,8 +160,8 @@ def train() -> None:
     modules = {"policy": (policy, optimizer)}
 
     def encode(example, prompt):
-        """A row as (row, prompt x)."""
-        check_truth(example.answer)
+        """A row as (row, prompt x). RowError where no response could be right by `reward`."""
+        check_truth(example.answer, is_right)
         return example, prompt
 
     # A step trains on `wanted` prompts. DAPO will drop groups (19), so it draws more at a time.
@@ -252,6 +259,7 @@ def train() -> None:
                 packs = rank_packs(groups, processor, config.max_tokens_per_pack)
                 minibatches.append((groups, packs, advantage[part]))
 
+        # Step once for each minibatch.
         rate = learning_rate_at(step, config.max_steps, config)
         updates, grad_norms = [], []
         with run.phase("update"):
@@ -285,7 +293,8 @@ def train() -> None:
         }
         prompt_tokens = sum(len(rolled.group.prompt.input_ids) for rolled in sampled)
         tokens = float(length.sum()) + prompt_tokens
-        run.log(step, metrics, grad_norms=[grad_norm], tokens=int(tokens))
+        line = run.log(step, metrics, grad_norms=[grad_norm], tokens=int(tokens))
+        run.look_at_format(step, line["format_valid"])
         if rollouts:
             first = rollouts[0]
             run.log_rollouts(

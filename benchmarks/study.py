@@ -271,11 +271,8 @@ def told_apart(seed: int, name: str) -> dict:
 
 
 def drift(generations: list[dict], truths: list[dict]) -> dict:
-    """Perception and reasoning apart. Digits that are misread, of those there are; steps that are
-    wrong by what they themselves say, of those taken; answers that are not what follows from the
-    response's own caption, and of sums alone, where that caption has none of the digits that the
-    public demonstrations misread, and where it has; how many digits a caption has, and steps a
-    response."""
+    """Perception and reasoning apart: the shares that docs/study.md lists under "Drift", and how
+    many digits a caption and how many steps a response has in the mean."""
     misread = there = wrong = steps = items = unfounded = 0
     rare = {digit for digit, _ in digits.CONFUSIONS[: digits.World.misread_digits]}
     sums = {"read": [], "misread": []}

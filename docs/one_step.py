@@ -440,8 +440,9 @@ batch. Over this prompt's rollouts alone, with T tokens in each, the average is:
 
 `loss = -sum(A * T) / sum(T) = {number(m.policy_loss, 4)}`
 
-What counts is the gradient. It raises log pi, a rollout's log-probability, where A is positive, and
-lowers it where A is negative.
+What counts is the gradient. Let log pi be a rollout's log-probability, the sum of what `model.py`:
+`token_logprobs` gives its tokens. The gradient raises log pi where A is positive, and lowers it
+where A is negative.
 
 {table(["rollout", "A", "T", "log pi before the step", "log pi after it"], lines)}
 

@@ -47,7 +47,7 @@ class RunConfig:
     output_dir: str = "out/run"  # directory of the run's files and of its result
     image_dir: str | None = None  # a folder for images, besides the data file's own folder
     system_prompt: str | None = None  # for rows without one: text or file; none: see docs/data.md
-    max_pixels: Count | None = None  # most pixels per image; none: the checkpoint's (docs/data.md)
+    max_pixels: Count | None = None  # pixels in the largest image; none: see docs/data.md
     max_bad_fraction: Share = 0.01  # stop when at least 3 rows and more than this share are bad
     max_tokens_per_pack: Count = 16384  # most tokens of a micro-batch; a longer row gets its own
     activation_checkpointing: bool | None = None  # recompute activations; none: on a GPU only

@@ -607,9 +607,9 @@ def processor_files(path: str | Path) -> dict[str, bytes]:
 
 
 def read_shared(path: str | Path) -> dict:
-    """What a stage fixed and the next one has to share: `system_prompt`, the system turn of the
-    rows ("" for none), and `max_pixels`, the largest image (None: the processor's own limit).
-    {} where no stage of this project has written the directory."""
+    """What a stage fixed and the next one has to share. `system_prompt` is the system turn of the
+    rows, "" for none. `max_pixels` is the largest image, None for the processor's own limit. {}
+    where no stage of this project has written the directory."""
     try:
         content = _files(path, [SHARED]).get(SHARED, b"{}")
     except Exception:  # there is no such checkpoint; what loads it says so

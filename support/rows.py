@@ -21,7 +21,7 @@ import string
 from array import array
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -550,12 +550,12 @@ def _accepted(value) -> list[str]:
     return [] if said.strip() in ("", "__EMPTY__") else [said]
 
 
-def check_truth(answers: list[str]) -> None:
-    """RowError where no answer can match any of these, so that no response could be right."""
-    if not any(verify(answer, answer) for answer in answers):
+def check_truth(answers: list[str], is_right: Callable = verify) -> None:
+    """RowError where not even one of these accepted answers is itself right, as `is_right(answer,
+    answers)` judges, so that no response could be."""
+    if not any(is_right(answer, answers) for answer in answers):
         raise RowError(
-            f"the verifier accepts no answer for the ground truth {answers}, not even itself; "
-            f"rewrite it"
+            f"no answer is right for the ground truth {answers}, not even itself; rewrite it"
         )
 
 

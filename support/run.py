@@ -145,9 +145,16 @@ class Run:
         start, share = 0 if held_out else self.progress["position"], (rank(), world_size())
         workers = 0 if held_out else self.config.dataloader_num_workers
         most = len(rows) + (self.drawn if held_out else 0)
-        seconds = 60 * self.config.timeout
+        timeout = 60 * self.config.timeout
         for items in batches(
-            rows, batch_size, self.config.seed, start, total, share, workers, seconds
+            rows,
+            batch_size,
+            seed=self.config.seed,
+            start=start,
+            total=total,
+            share=share,
+            workers=workers,
+            timeout=timeout,
         ):
             self.progress["position"] += 0 if held_out else batch_size
             self.drawn = min(self.drawn + len(items), most)
@@ -311,8 +318,6 @@ class Run:
             metrics |= {"tokens": Sum(tokens)}
         line = {"step": step} | across_ranks(metrics | {"peak_memory_gb": Max(self._peak())})
         self._count_skipped(step, line, grad_norms)
-        if line.get("format_valid") is not None:
-            self._look_at_format(step, line["format_valid"])
         now = time.perf_counter()
         line["time/step"] = now - self.last
         line |= {f"time/{name}": seconds for name, seconds in self.seconds.items()}
@@ -357,9 +362,10 @@ class Run:
                 f"--resume"
             )
 
-    def _look_at_format(self, step: int, share: float) -> None:
-        """Says after ten steps, and at the end, that no rollout has had the format: such a run
-        looks like any other, and learns nothing."""
+    def look_at_format(self, step: int, share: float | None) -> None:
+        """Tells the user after ten steps, and at the end, where no rollout has had the format: such
+        a run looks like any other, and learns nothing. `share` is that of a step's rollouts that
+        have it, None where the step has none."""
         self.progress["any_valid"] |= bool(share)
         last = self.bar.total
         if self.progress["any_valid"] or step not in (min(10, last), last):

@@ -46,8 +46,8 @@ START_LIMIT = 120.0  # seconds of wall time that the child may take to import sy
 def verify(answer: str, ground_truth) -> bool:
     """Whether `answer` states `ground_truth`: a string, a number, or a list of accepted ones.
 
-    No input makes it raise or hang. A broken math-verify raises RuntimeError, because a run that
-    counted all algebra as wrong would train on it in silence; `start` finds out before a run.
+    No input makes it raise or hang. A broken math-verify raises RuntimeError: a run would otherwise
+    count all algebra as wrong, in silence. `start` finds out before a run.
     verify(t, t) is False for a truth t that no answer can match, such as "NaN".
     Takes along: all of verifier.py and verifier_child.py."""
     truths = ground_truth if isinstance(ground_truth, (list, tuple)) else [ground_truth]

@@ -1,4 +1,4 @@
-"""Every launch line of README.md and docs/, as it stands there.
+"""Every launch line of the pages, as it stands there.
 
 The lines of a stage run in the order in which a reader meets them, on what the lines before them
 wrote. Only four things differ: an id of the hub becomes a tiny model, 8 processes become 2, sizes
@@ -21,20 +21,42 @@ from support.digits import read_rows
 from tests.conftest import ROOT
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-PAGES.remove(ROOT / "docs/study.md")  # its lines start the study, which takes hours
-PAGES.remove(ROOT / "docs/performance.md")  # its lines start benchmarks, which take minutes
+PAGES += [ROOT / "benchmarks/README.md", ROOT / "CONTRIBUTING.md"]
+PROGRAMS = ("torchrun", "python", ".venv/bin/", "make", "accelerate", "vllm", "pip", ".")
+# Lines that no test starts as they stand, and why.
+ELSEWHERE = {
+    "make demo": "test_pipeline.py runs the stages of it; a fresh clone runs all of it",
+    "make test": "it is what runs this",
+    "make chaos TRIES=180 SEED=0 STEPS=2000 FUZZ=1000000": "hours; test_run.py has parts of it",
+    ". .venv/bin/activate": "a shell's own",
+    "python -m docs.lmms rl_out --limit 8": "test_lmms_eval_asks_as_the_checkpoint_was_trained",
+    "accelerate launch --num_processes=8 -m docs.lmms rl_out": "the same on eight GPUs",
+    "python benchmarks/study.py --seeds 0 --only prism_grpo sft_grpo": "about an hour",
+    "python benchmarks/judge_study.py --seeds 0 1": "hours",
+    "python benchmarks/judge_study.py --table": "test_judge_study.py writes the same files",
+    ".venv/bin/python benchmarks/rollout.py": "minutes",
+    ".venv/bin/python benchmarks/vllm_parity.py --speed --vllm /tmp/vllm/bin/python": "needs vLLM",
+    ".venv/bin/python -m pytest tests/test_align.py -n 0": "tests start no tests",
+    ".venv/bin/ruff format .": "make test checks what it does",
+}
 SMALL = {"max_steps": 1, "max_completion_length": 16, "num_generations": 2}
 SMALL |= {"prompts_per_step": 2, "per_device_train_batch_size": 2}
 
 
-def launch_lines() -> list[str]:
-    """Lines of code blocks that start a stage, each once, without their comments."""
+def command_lines() -> list[str]:
+    """The commands of all code blocks, each once, without their comments."""
     found = []
     for page in PAGES:
         for block in page.read_text().split("```")[1::2]:
-            lines = re.findall(r"^(?:torchrun|python) (?:.*? )?\w+\.py\b.*$", block, re.MULTILINE)
-            found += [line.split(" #")[0].strip() for line in lines]
+            lines = [line.split(" #")[0].strip() for line in block.splitlines()[1:]]
+            found += [line for line in lines if line.split(" ")[0].startswith(PROGRAMS)]
     return list(dict.fromkeys(found))
+
+
+def launch_lines() -> list[str]:
+    """Those that start a stage."""
+    stages = r"(?:torchrun|python) (?:-\S+ )*\w+\.py\b.*"
+    return [line for line in command_lines() if re.fullmatch(stages, line)]
 
 
 def script_of(line: str) -> str:
@@ -139,6 +161,25 @@ def test_the_launch_lines(world, own_rows):
     assert len(counted) >= 2
     for line in counted:
         assert "GiB a GPU" in run(line, own_rows, init)
+
+
+def test_every_command_is_run_or_named():
+    """A page that gains a command gets a test of it here, or says above why there is none."""
+    assert set(command_lines()) - set(launch_lines()) == set(ELSEWHERE)
+
+
+def test_the_example_of_a_piece(world, own_rows):
+    """The README's program for another project, with this repository on Python's path."""
+    blocks = re.findall(r"```python\n(.*?)```", PAGES[0].read_text(), re.DOTALL)
+    (program,) = [block for block in blocks if "load_discriminator" in block]
+    assert len(program.splitlines()) <= 10
+    program = program.replace("Qwen/Qwen3-VL-2B-Instruct", str(world["init"]))
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    options = dict(cwd=own_rows, env=env, capture_output=True, text=True, timeout=300)
+    done = subprocess.run([sys.executable, "-c", program], **options)
+    assert done.returncode == 0, done.stderr
+    scores = [float(number) for number in re.findall(r"-?\d\.\d+", done.stdout)]
+    assert len(scores) == 2
 
 
 def test_lmms_eval_asks_as_the_checkpoint_was_trained(tmp_path):

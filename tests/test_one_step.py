@@ -11,8 +11,11 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from data import Group, encode_prompts, encode_response, make_packs
 from docs import one_step
+from model import load_policy, token_logprobs
 from support.errors import UserError
+from support.rows import load_data
 from tests.conftest import ROOT, launch, lines
 from tests.test_readme import names
 
@@ -212,7 +215,7 @@ def recorded(run: Path, rows: list[dict], folder: Path) -> str:
 
 
 @pytest.mark.parametrize("step", [1, 2])
-def test_the_command(run, tmp_path, step):
+def test_the_command(run, world, trained, tmp_path, step):
     """The page of a run has the run's own rollouts, scores and advantages. Before the first step
     the models are those that the run was given, before the second those of its first."""
     rows = [row for row in lines(run / "rollouts.jsonl") if row["step"] == step]
@@ -230,6 +233,22 @@ def test_the_command(run, tmp_path, step):
                 assert scores[n][view] == "none"
         close(rewards[n]["advantage (11)"], row["advantage"])
     assert (tmp_path / "one-step.png").exists()
+
+    # T and log pi, from the texts alone: each is encoded anew and scored in a forward of its own.
+    # Before the first step the policy is the one that the run was given.
+    told = page.per_rollout("log pi after it", "rollout")
+    assert [int(told[n]["T"]) for n in told] == [int(rows[n - 1]["length"]) for n in told]
+    if step == 1:
+        policy, processor = load_policy(trained)
+        (example,) = [e for e in load_data(world["prompts"]) if e.where == rows[0]["row"]]
+        (prompt,) = encode_prompts(processor, [example])
+        whole = [n for n in told if rows[n - 1]["valid"]]
+        assert whole
+        for n in whole:
+            branch = encode_response(processor, rows[n - 1]["response"])
+            (pack,) = make_packs([Group(prompt, [branch])])
+            logp, _ = token_logprobs(policy, pack)
+            close(told[n]["log pi before the step"], logp.sum().item())
 
 
 def test_the_step_that_shows_most_is_chosen():

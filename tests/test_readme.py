@@ -42,6 +42,18 @@ def test_the_map(row):
     assert name in names(path), f"{path} has no {name}"
 
 
+def test_the_readme_has_the_maps_functions():
+    """The function of each equation, but for the game (2), which is a loop."""
+    table = README.split("| file | what it computes")[1].split("\n\n")[0]
+    told = {}
+    for line in table.splitlines():
+        file = re.match(r"\| `(\w+\.py)`", line)
+        for name, number in re.findall(r"`(\w+)` \((\d+)\)", line):
+            told[f"({number})"] = f"`{file[1]}`: `{name}`"
+    mapped = {row[1]: row[2] for row in ROWS if row[1]}
+    assert told == {number: place for number, place in mapped.items() if number != "(2)"}
+
+
 def test_the_map_is_complete():
     """Equations (1) to (19), each once."""
     numbers = [int(n) for row in ROWS for n in re.findall(r"\((\d+)\)", row[1])]

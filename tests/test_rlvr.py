@@ -4,6 +4,7 @@ published numbers."""
 import json
 import random
 import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -214,6 +215,7 @@ return 0.5 * (ACCURACY * correct + FORMAT), correct""",
     assert halved != text
     blocks = (ROOT / "README.md").read_text().split("```python\n")[1:]
     (printed,) = [block.split("```")[0] for block in blocks if "def reward" in block]
+    rows = lines(world["prompts"])[:4]
     printed = re.sub(r"^def reward.*?(?=\n\n\n)", lambda _: printed, text, flags=re.M | re.S)
     measured = []
     for name, content in (("plain", text), ("halved", halved), ("printed", printed)):
@@ -223,6 +225,17 @@ return 0.5 * (ACCURACY * correct + FORMAT), correct""",
         out = tmp_path / name
         launch(str(tmp_path / f"{name}.py"), *flags, "--output_dir", out, real=True)
         measured.append(lines(out / "metrics.jsonl")[0])
+    # The check of truths asks the reward of the stage too: the verifier takes no answer for NaN.
+    unlike = tmp_path / "nan.jsonl"
+    unlike.write_text("".join(json.dumps({**row, "answer": "NaN"}) + "\n" for row in rows))
+    flags = ("--ckpt", trained, "--data", unlike, "--image_dir", Path(world["prompts"]).parent)
+    flags += ("--max_steps", 1, "--prompts_per_step", 2, "--num_generations", 2)
+    launch(str(tmp_path / "printed.py"), *flags, "--output_dir", tmp_path / "nan", real=True)
+    refused = tmp_path / "refused"
+    assert "not one row could be used" in fails("rlvr.py", *flags, "--output_dir", refused)
+    whys = {row["why"] for row in lines(refused / "left_out.jsonl")}
+    assert whys == {"no answer is right for the ground truth ['NaN'], not even itself; rewrite it"}
+
     plain, halved, printed = measured
     for name in ("accuracy", "groups_with_spread", "format_valid", "response_length"):
         assert plain[name] == halved[name], name

@@ -5,6 +5,7 @@ import ast
 import dataclasses
 import inspect
 import re
+import typing
 from graphlib import TopologicalSorter
 
 import pytest
@@ -114,6 +115,8 @@ def test_a_comment_stands_beside_every_field(config_class):
         assert {"learning_rate", "lr_scheduler_type", "max_grad_norm"} <= {
             name for name, comment in beside.items() if re.search(r"\bpaper: \S", comment)
         }
+    if "ckpt" in beside and config_class is not EvalConfig:
+        assert "paper: 4B, 8B" in beside["ckpt"]
 
 
 @each_stage
@@ -124,8 +127,12 @@ def test_help_prints_the_comment_and_the_default_of_every_flag(nursery, tmp_path
     flag = r"^  --(\w+)\b.*?(?:\n {24}| {2,})(\S.*)$"
     printed = dict(re.findall(flag, done.printed, re.MULTILINE))
     comments = comments_of(config_class)
+    hints = typing.get_type_hints(config_class)
     assert printed.keys() == {field.name for field in dataclasses.fields(config_class)}
     for field in dataclasses.fields(config_class):
+        choices = typing.get_args(hints[field.name])
+        if typing.get_origin(hints[field.name]) is typing.Literal:
+            assert f"--{field.name} {{{','.join(choices)}}}" in done.printed
         comment, _, default = printed[field.name].removesuffix(")").partition(" (default: ")
         assert comment and comment == comments[field.name]
         value = default_of(field)
