@@ -1,7 +1,8 @@
 """Sets one thread a process and no hub, before torch is imported anywhere.
 
-The tests' own world: a small build of the digits with random weights, and a policy trained on it
-for a moment, both made once a session. `launch` runs a script in as many processes as asked.
+The tests' own world: a small build of the digits with random weights, a policy trained on it for a
+moment, and a tiny discriminator, each made once a session. `launch` runs a script in as many
+processes as asked.
 """
 
 import atexit
@@ -207,3 +208,23 @@ def in_bfloat16(trained, tmp_path_factory) -> str:
     config = json.loads((out / "config.json").read_text())
     (out / "config.json").write_text(json.dumps(config | {"dtype": "bfloat16"}))
     return str(out)
+
+
+@pytest.fixture(scope="session")
+def dense(tmp_path_factory) -> str:
+    """A tiny dense Qwen3-VL directory, every parameter random."""
+    from tests.judges import dense_model
+
+    return dense_model(tmp_path_factory.mktemp("models") / "dense")
+
+
+@pytest.fixture(scope="session")
+def sparse(dense, tmp_path_factory):
+    """(discriminator, processor, the directory that it was saved to)."""
+    from support.huggingface import save_discriminator
+    from tests.judges import randomised
+
+    discriminator, processor = randomised(dense)
+    path = str(tmp_path_factory.mktemp("models") / "sparse")
+    save_discriminator(discriminator, path)
+    return discriminator, processor, path

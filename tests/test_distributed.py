@@ -20,7 +20,7 @@ from support.ranks import shard
 from support.rows import load_data
 from tests.chaos import free_port
 from tests.conftest import ROOT, launch
-from tests.test_discriminator import llava, qwen2_5_vl
+from tests.test_other_models import llava, qwen2_5_vl
 
 
 def metrics(path, name="loss"):

@@ -20,7 +20,7 @@ from sampler import RowCache, Sampling, generate, uniforms
 from support.errors import UserError
 from support.rows import load_data
 from tests.conftest import as_on_a_gpu, same_samples, varlen_by_mask
-from tests.test_discriminator import llava, qwen2_5_vl
+from tests.test_other_models import llava, qwen2_5_vl
 from tests.test_model import devices, example, on
 
 
