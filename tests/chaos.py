@@ -11,7 +11,7 @@ A table shows each fault, how often it was tried and survived. Then one long run
 watched: memory, time a step, open files and threads must not grow. Then come broken inputs: none
 may raise an error that nobody catches, and none may take a second.
 
-Not a test by pytest's names; `make chaos` runs it. tests/test_run.py uses parts of it.
+Not a test by pytest's names; `make chaos` runs it. tests/test_run*.py use parts of it.
 """
 
 import argparse

@@ -1,8 +1,8 @@
 """Sets one thread a process and no hub, before torch is imported anywhere.
 
 The tests' own world: a small build of the digits with random weights, a policy trained on it for a
-moment, and a tiny discriminator, each made once a session. `launch` runs a script in as many
-processes as asked.
+moment, short runs of the stages, and a tiny discriminator, each made once a session. `launch` runs
+a script in as many processes as asked.
 """
 
 import atexit
@@ -26,7 +26,8 @@ os.chdir(ROOT)
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
-from tests.chaos import Nursery  # noqa: E402
+from tests.chaos import Nursery, flags_of  # noqa: E402
+from tests.runs import stopped_at  # noqa: E402
 
 WORLD = dict(
     digits=3,
@@ -168,9 +169,9 @@ def launch(
     return done
 
 
-def fails(*args, ranks: int = 1) -> str:
+def fails(*args, ranks: int = 1, **env) -> str:
     """The one line that a user sees of a script that ends with exit code 2."""
-    done = launch(*args, ranks=ranks, check=False)
+    done = launch(*args, ranks=ranks, check=False, **env)
     assert done.returncode != 0 and "Traceback" not in done.stderr, done.stderr
     assert ranks > 1 or done.returncode == 2, done.returncode
     errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
@@ -193,6 +194,54 @@ def trained(world, tmp_path_factory) -> str:
         "sft.py", "--model", world["init"], "--data", world["prompts"], "--output_dir", out, *flags
     )
     return str(out)
+
+
+@pytest.fixture(scope="session")
+def short_discriminator(world, trained, nursery, tmp_path_factory) -> str:
+    """What `short` has for a discriminator."""
+    out = tmp_path_factory.mktemp("d") / "d"
+    flags = flags_of("discriminator.py", world, trained, trained)
+    made = nursery.run("discriminator.py", *flags, "--output_dir", out, log=f"{out}.log")
+    assert made.codes == [0], made.said
+    return str(out)
+
+
+@pytest.fixture(scope="session")
+def short(world, trained, request):
+    """script -> the words of a short run of it."""
+
+    def words(script: str) -> list:
+        judge = request.getfixturevalue("short_discriminator") if script == "align.py" else trained
+        return [script, *flags_of(script, world, trained, judge)]
+
+    return words
+
+
+@pytest.fixture(scope="session")
+def whole(short, nursery, tmp_path_factory):
+    """(script, ranks) -> the words of a short run, and the directory where it ran undisturbed,
+    without a checkpoint; each made once."""
+    folder, done = tmp_path_factory.mktemp("whole"), {}
+
+    def make(script: str, ranks: int = 1) -> tuple[list, Path]:
+        if (script, ranks) not in done:
+            base, out = short(script), folder / f"{script}-{ranks}"
+            ended = nursery.run(*base, "--output_dir", out, ranks=ranks, log=f"{out}.log")
+            assert ended.codes == [0] * ranks, ended.said
+            done[script, ranks] = base, out
+        return done[script, ranks]
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def stopped(nursery, whole, tmp_path_factory):
+    """A run of stage 1 that was stopped with checkpoints 2 and 3, or later ones, each with a
+    Hugging Face directory."""
+    out = tmp_path_factory.mktemp("stopped") / "out"
+    found = stopped_at(nursery, [*whole("sft.py")[0], "--save_hf_steps", 1], out, 2)
+    assert len(found) == 2
+    return out
 
 
 @pytest.fixture(scope="session")

@@ -25,7 +25,7 @@ from support.huggingface import add_adapters, processor_files, save_policy, writ
 from support.rows import load_data
 from tests.chaos import differences, flags_of
 from tests.conftest import fails, launch, lines
-from tests.test_run import stopped_at
+from tests.runs import stopped_at
 from tests.test_saves import lost
 
 LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")

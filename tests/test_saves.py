@@ -20,7 +20,7 @@ from support import digits
 from support.huggingface import rounding_loss, save_discriminator, save_policy, starting_weights
 from tests.chaos import flags_of
 from tests.conftest import ROOT, WORLD
-from tests.test_run import stopped_at
+from tests.runs import stopped_at
 
 
 def lost(before: dict, after: dict) -> float:
