@@ -89,6 +89,13 @@ def test_no_file_is_long(name):
     assert length <= 750
 
 
+def test_no_test_file_is_long():
+    """By their names, verifier_table.py, a table, and chaos.py are none."""
+    tests = {path.name: path.read_text().count("\n") for path in ROOT.glob("tests/test_*.py")}
+    assert len(tests) > 20
+    assert {name: length for name, length in tests.items() if length > 700} == {}
+
+
 # --------------------------------------------------------------------------------------------------
 # What --help prints
 
