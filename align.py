@@ -33,9 +33,9 @@ from typing import ClassVar
 
 import torch
 
-from data import Encoded, decode, load_examples, parse_response, supervision_response
+from data import Encoded, decode, load_examples, parse_response, rank_packs, supervision_response
 from discriminator import Comparison, judge, load_discriminator
-from model import load_policy, rank_packs
+from model import load_policy
 from policy_gradient import Objective, group_advantage, policy_backward
 from probe import in_words, probe, trials_beside_the_game
 from sampler import Sampling, generate

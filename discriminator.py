@@ -49,9 +49,9 @@ from typing import ClassVar, Literal, get_args
 import torch
 import torch.nn.functional as F
 
-from data import Comparison, Encoded, Group, Pack, Prompt
+from data import Comparison, Encoded, Group, Pack, Prompt, rank_packs
 from data import decode, encode_views, load_examples, parse_response, supervision_response
-from model import load_policy, model_inputs, prepare_for_packs, rank_packs
+from model import load_policy, model_inputs, prepare_for_packs
 from probe import draw_trials, in_words, probe
 from sampler import Sampling, generate
 from support.ending import main

@@ -15,7 +15,6 @@ transformers computes all else: the description of the pack travels through the 
 import itertools
 import warnings
 from collections.abc import Iterator
-from dataclasses import replace
 from functools import lru_cache
 
 import torch
@@ -23,11 +22,11 @@ import torch.nn.functional as F
 from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface
 
-from data import Pack, blank_group, make_packs
+from data import Pack
 from support.errors import UserError
 from support.fit import LOGIT_ROWS, check_layers
 from support.huggingface import add_adapters, fill, load_pretrained, read_config
-from support.ranks import all_max, shard, world_size
+from support.ranks import shard
 
 CPU = torch.device("cpu")
 
@@ -398,44 +397,3 @@ def token_logprobs(policy, pack: Pack, temperature: float = 1.0, chunk: int = LO
     finally:
         policy.lm_head.asked = None
     return out[0], out[1].detach()
-
-
-# --------------------------------------------------------------------------------------------------
-# Packs on several ranks
-
-
-def rank_packs(groups, processor, max_tokens: int | None = None, units=None) -> list[Pack]:
-    """The packs of this rank's groups, by `data.make_packs` and `even_packs`: the same number on
-    all ranks. Every rank calls it."""
-    return even_packs(make_packs(groups, max_tokens, units), processor)
-
-
-def even_packs(packs: list[Pack], processor) -> list[Pack]:
-    """The packs of this rank, with blank ones added until all ranks have the same number. Where any
-    pack of any rank has an image, every pack gets one. A forward of a sharded model is a
-    collective: a rank with fewer packs, or without images, would hang the others. Where no rank has
-    an image, blank packs have none either: a gradient of zero is still a step of AdamW, which would
-    move the vision tower."""
-    if world_size() == 1:
-        return packs
-    # One collective gives the most packs of a rank, whether any has an image, and the fewest packs.
-    images = [pack.pixel_values is not None for pack in packs]
-    most, any_images, minus_fewest = all_max([len(packs), any(images), -len(packs)]).tolist()
-    if most == -minus_fewest and (all(images) or not any_images):
-        return packs
-    (blank,) = make_packs([blank_group(processor, image=bool(any_images))])
-    packs = packs + [blank] * int(most - len(packs))
-    return [_with_blank(p, blank) if any_images and p.pixel_values is None else p for p in packs]
-
-
-def _with_blank(pack: Pack, blank: Pack) -> Pack:
-    """A pack with the blank image behind it, to which no branch attends."""
-    behind = replace(blank.segments[0], start=pack.input_ids.shape[1])
-    return replace(
-        pack,
-        segments=[*pack.segments, behind],
-        input_ids=torch.cat([pack.input_ids, blank.input_ids], 1),
-        position_ids=torch.cat([pack.position_ids, blank.position_ids], 2),
-        pixel_values=blank.pixel_values,
-        image_grid_thw=blank.image_grid_thw,
-    )

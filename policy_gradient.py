@@ -145,7 +145,7 @@ def policy_backward(
     reference=None,
 ) -> dict:
     """Adds the gradient of the policy loss (14) to (17) over `groups`, and returns metrics for the
-    log. `packs` are the groups in packs, by `model.rank_packs`. advantage (P, N) belongs to the N
+    log. `packs` are the groups in packs, by `data.rank_packs`. advantage (P, N) belongs to the N
     branches of the P groups. `reference` is the policy of the KL penalty, or None for no penalty.
     Every rank calls it."""
     device = next(policy.parameters()).device

@@ -24,8 +24,8 @@ from typing import ClassVar, Literal
 
 import torch
 
-from data import Encoded, Group, decode, load_examples, parse_response
-from model import load_policy, rank_packs
+from data import Encoded, Group, decode, load_examples, parse_response, rank_packs
+from model import load_policy
 from policy_gradient import ALGORITHMS, Objective, group_advantage, policy_backward, rescore
 from sampler import Sampling, generate
 from support.ending import main

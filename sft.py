@@ -22,8 +22,8 @@ from typing import ClassVar
 
 import torch
 
-from data import Encoded, Group, encode_response, load_examples
-from model import load_policy, rank_packs, token_logprobs
+from data import Encoded, Group, encode_response, load_examples, rank_packs
+from model import load_policy, token_logprobs
 from support.ending import main
 from support.errors import Unfit
 from support.fields import Count, NonNegative, Positive, Steps

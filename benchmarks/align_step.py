@@ -29,8 +29,9 @@ from transformers import AutoModelForImageTextToText
 from views import ROLLOUTS, build, make_comparison, one_by_one, pairs_of, set_up
 
 from align import AlignConfig, alignment_advantage
+from data import rank_packs
 from discriminator import discriminator_loss, judge
-from model import load_policy, rank_packs
+from model import load_policy
 from policy_gradient import Objective, policy_backward, policy_loss
 from sampler import Sampling, generate
 from support.optimizer import optimizer_step

@@ -30,9 +30,9 @@ from transformers.utils import logging
 from views import WORDS
 
 from align import AlignConfig
-from data import Group, Response, make_packs
+from data import Group, Response, make_packs, rank_packs
 from discriminator import Comparison, Discriminator, DiscriminatorConfig, judge, upcycle
-from model import prepare_for_packs, rank_packs, token_logprobs
+from model import prepare_for_packs, token_logprobs
 from policy_gradient import Objective, group_advantage, policy_backward
 from rlvr import RLVRConfig
 from sampler import Sampling, generate

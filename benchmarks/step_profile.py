@@ -20,9 +20,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from data import decode, encode_prompts, parse_response
+from data import decode, encode_prompts, parse_response, rank_packs
 from discriminator import Comparison, judge, load_discriminator
-from model import load_policy, rank_packs
+from model import load_policy
 from policy_gradient import Objective, group_advantage, policy_backward
 from rlvr import RLVRConfig, reward, settle_algorithm
 from sampler import Sampling, generate

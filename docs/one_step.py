@@ -25,10 +25,10 @@ from PIL import Image
 from transformers.utils import logging
 
 from align import AlignConfig, alignment_advantage, debias, fill_invalid
-from data import decode, encode_prompts, limit_pixels, parse_response
+from data import decode, encode_prompts, limit_pixels, parse_response, rank_packs
 from discriminator import VIEWS, Comparison, discriminator_loss, judge
 from discriminator import load_discriminator, pair_loss
-from model import load_policy, rank_packs, token_logprobs
+from model import load_policy, token_logprobs
 from policy_gradient import Objective, group_advantage, policy_backward
 from sampler import Sampling, generate
 from support.errors import UserError

@@ -10,6 +10,7 @@ import errno
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable
 
 import torch
@@ -54,7 +55,7 @@ def main(stage: Callable) -> None:
     except RuntimeError as error:
         if not of_another_rank(error):
             _crash()
-        lost = Run.current.lagging() if Run.current else "a rank is gone"
+        lost = _lost_rank(Run.current) if Run.current else "a rank is gone"
         again = "go on with --resume" if Run.current else "start again"
         _die(f"{lost} ({str(error).splitlines()[0][:120]}); {again}", 1)
     except Exception:
@@ -121,3 +122,32 @@ def _speaks_first() -> bool:
         except RuntimeError:
             pass
     return True
+
+
+def _lost_rank(run: Run) -> str:
+    """Names the rank most likely at fault, by what each has noted of itself (`Run.note`): one that
+    is not itself waiting; of these one whose process is gone or stopped; then the fewest steps."""
+    if not run.started:
+        return "a rank is gone"
+    run.note("waits")
+    time.sleep(3)  # the others notice at about the same time
+    notes = {}
+    for number in range(world_size()):
+        try:
+            with open(os.path.join(run.path, "ranks", str(number))) as file:
+                step, node, pid, *waits = file.read().split()
+        except FileNotFoundError:
+            step, node, pid, waits = 0, "", 0, []
+        gone = node == os.uname().nodename and not _runs(pid)
+        notes[number] = bool(waits), not gone, int(step)
+    slow = min(notes, key=notes.get)
+    return f"rank {slow} is gone or stuck, last heard of at step {notes[slow][2]}"
+
+
+def _runs(pid) -> bool:
+    """Whether a process of this machine is there and not stopped."""
+    try:
+        with open(f"/proc/{pid}/stat") as file:
+            return file.read().rpartition(")")[2].split()[0] not in "TtZX"
+    except OSError:
+        return not os.path.isdir("/proc/self")  # elsewhere it cannot be seen

@@ -203,7 +203,7 @@ class Run:
         self.bar = tqdm(total=max_steps, initial=done, desc=self.config.stage, disable=disabled)
         for step in range(self.step + 1, max_steps + 1):
             self.step = step
-            self._note()
+            self.note()
             # Dropout draws from (seed, step, rank): other masks on every rank, and a resumed run
             # draws what it would have drawn.
             torch.manual_seed(keyed(self.config.seed, step) * 4096 + rank())
@@ -535,43 +535,12 @@ class Run:
                     done = False
                 new.write(line.rstrip("\n") + "\n" if done else "")
 
-    # ----------------------------------------------------------------------------------------------
-    # Ranks that are lost
-
-    def _note(self, *more) -> None:
+    def note(self, *more) -> None:
         """Writes this rank's step and process id, for the other ranks, should this one be lost."""
         path = os.path.join(self.path, "ranks", str(rank()))
         with open(path + ".new", "w") as file:
             print(self.step, os.uname().nodename, os.getpid(), *more, file=file)
         os.replace(path + ".new", path)
-
-    def lagging(self) -> str:
-        """Names the rank most likely at fault: not itself waiting; a process that is gone or
-        stopped first; then the fewest steps done."""
-        if not self.started:
-            return "a rank is gone"
-        self._note("waits")
-        time.sleep(3)  # the others notice at about the same time
-        notes = {}
-        for number in range(world_size()):
-            try:
-                with open(os.path.join(self.path, "ranks", str(number))) as file:
-                    step, node, pid, *waits = file.read().split()
-            except FileNotFoundError:
-                step, node, pid, waits = 0, "", 0, []
-            gone = node == os.uname().nodename and not _runs(pid)
-            notes[number] = bool(waits), not gone, int(step)
-        slow = min(notes, key=notes.get)
-        return f"rank {slow} is gone or stuck, last heard of at step {notes[slow][2]}"
-
-
-def _runs(pid) -> bool:
-    """Whether a process of this machine is there and not stopped."""
-    try:
-        with open(f"/proc/{pid}/stat") as file:
-            return file.read().rpartition(")")[2].split()[0] not in "TtZX"
-    except OSError:
-        return not os.path.isdir("/proc/self")  # elsewhere it cannot be seen
 
 
 def _commit() -> str | None:

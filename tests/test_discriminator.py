@@ -18,6 +18,7 @@ from data import (
     Group,
     Prompt,
     Response,
+    _with_blank,
     blank_group,
     decode,
     encode_prompts,
@@ -36,7 +37,7 @@ from discriminator import (
     upcycle,
     view_packs,
 )
-from model import _with_blank, load_policy, prepare_for_packs, token_logprobs
+from model import load_policy, prepare_for_packs, token_logprobs
 from support.rows import Example, load_data
 from tests.judges import TEACHER, sides
 
@@ -379,7 +380,7 @@ def test_what_keeps_ranks_in_step_reaches_no_loss(world, monkeypatch, kind):
     judgements, gradients = [], []
     for even in (None, with_blanks):
         if even:
-            monkeypatch.setattr("model.even_packs", even)
+            monkeypatch.setattr("data.even_packs", even)
         discriminator.zero_grad(set_to_none=True)
         judged = judge(discriminator, some, processor, 400, balance_coef=10.0, backward=True)
         judgements.append(judged)

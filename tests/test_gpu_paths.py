@@ -28,9 +28,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import model
 import sampler
-from data import Prompt, make_packs
+from data import Prompt, make_packs, rank_packs
 from discriminator import Discriminator, judge, upcycle
-from model import rank_packs, token_logprobs
+from model import token_logprobs
 from policy_gradient import Objective, policy_backward, rescore
 from sampler import Rows, Sampling, generate
 from support import decode, ranks

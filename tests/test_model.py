@@ -18,9 +18,17 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForImageTextToText, get_scheduler
 from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLTextRMSNorm
 
-from data import Group, Prompt, encode_prompts, encode_response, make_packs, parse_response
+from data import (
+    Group,
+    Prompt,
+    encode_prompts,
+    encode_response,
+    even_packs,
+    make_packs,
+    parse_response,
+)
 from discriminator import Comparison, judge, load_discriminator
-from model import LogProbs, Norm, Patches, _ragged, even_packs, load_policy, token_logprobs
+from model import LogProbs, Norm, Patches, _ragged, load_policy, token_logprobs
 from support import huggingface
 from support.errors import UserError
 from support.flags import Schedule

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from data import Group, encode_prompts, encode_response
-from model import load_policy, rank_packs
+from data import Group, encode_prompts, encode_response, rank_packs
+from model import load_policy
 from policy_gradient import Objective, group_advantage, policy_backward, policy_loss, rescore
 from support.metrics import Mean
 from support.rows import Example

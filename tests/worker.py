@@ -10,9 +10,9 @@ import sys
 
 import torch
 
-from data import Group, encode_prompts, encode_response, parse_response
+from data import Group, encode_prompts, encode_response, parse_response, rank_packs
 from discriminator import Comparison, judge, load_discriminator
-from model import load_policy, rank_packs
+from model import load_policy
 from policy_gradient import Objective, policy_backward
 from sampler import Sampling, generate
 from support.loader import dealt
