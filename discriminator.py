@@ -29,7 +29,7 @@ Deviations from the published run (all are in docs/deviations.md, with the reaso
 D1  Each view has a score vector of its own; the release reads both views from one.
 D2  Views keep the image's rotary positions; the release drops them.
 D3  Prompt tokens are computed once a pack, so they enter (8) once a pack and not once a view. (8)
-    is taken in each pack, and packs are weighted by their tokens; those of blank images do not
+    is taken in each pack, and packs are weighted by their tokens; tokens of blank images do not
     count. So (8) depends on how a batch is cut into packs. Dropout's masks do too, and so do the
     expert shares in the log.
 D4  The clamp of (5), the score penalty of (7) and the balance loss (8) act in warm-up and game; the

@@ -36,8 +36,8 @@ def load_policy(path: str, device=CPU, config=None):
     float32, by `prepare_for_packs`, sharded as the flags in `config` say (`ranks.shard`).
 
     Three attributes are added to the model: `stop_ids`, which end a response, `forbidden`, which
-    are never sampled, and `source`, the directory whose files a save copies. UserError where the
-    model cannot be loaded."""
+    are never sampled, and `source`, the files that a save copies. UserError where the model cannot
+    be loaded."""
     its_config = read_config(path)
     if hasattr(its_config, "prism_experts"):
         raise UserError(f"{path}: is a discriminator, without a language head; name a policy")

@@ -112,9 +112,9 @@ def draw_trials(
     rows: Sequence, processor, limit: int, max_image_size: int | None = None, learned=frozenset()
 ) -> list[Trial]:
     """This rank's share of TRIALS trials on `rows`, the same trials on any number of ranks. Where
-    rows are few, they are shuffled and paired again until there are enough trials. Rows are left
-    out that cannot be read, whose response is not of the format, or whose `where` is in `learned`.
-    So are prompts that cannot be encoded or have more than `limit` tokens."""
+    rows are few, they are shuffled and paired again until there are enough trials. A row is
+    left out if it cannot be read, if its response is not of the format, or if its `where` is in
+    `learned`. So are prompts that cannot be encoded or have more than `limit` tokens."""
     shuffler = random.Random(0)
     twos = []  # (row, its partner)
     usable = first_usable(rows, learned)

@@ -47,7 +47,7 @@ ACCURACY, FORMAT = 0.8, 0.2  # paper: 0.8, 0.2
 @dataclass
 class RLVRConfig(RunConfig):
     stage: ClassVar[str] = "rlvr"
-    ckpt: str = "prism-vlm/Qwen3-VL-4B-Instruct-SFT-PRISM"  # aligned, or another; paper: 4B, 8B
+    ckpt: str = "prism-vlm/Qwen3-VL-4B-Instruct-SFT-PRISM"  # the policy to train; paper: 4B, 8B
     data: list[str] = field(  # prompts with a ground truth; paper: 2K
         default_factory=lambda: [
             "hf://datasets/prism-vlm/rl_dataset/rl_training_data_filtered_2k.parquet"
@@ -66,7 +66,7 @@ class RLVRConfig(RunConfig):
     max_prompt_length: Count = 2048  # longest prompt in tokens; paper: 2048
     max_completion_length: Count = 8192  # longest rollout in tokens; paper: 8192
     epsilon: Share | None = None  # ratio's lower clip; none: grpo, dapo 0.2, gspo 3e-4 (paper)
-    epsilon_high: NonNegative | None = None  # none: grpo 0.2, dapo 0.28, gspo 4e-4 (paper)
+    epsilon_high: NonNegative | None = None  # upper; none: grpo 0.2, dapo 0.28, gspo 4e-4 (paper)
     dual_clip: NonNegative | None = None  # (15); none: grpo 3, dapo 10 (paper); gspo 0: off (D11)
     beta: NonNegative = 0.0  # weight of the KL to the starting policy (17); paper: not stated
     num_minibatches: Count = 1  # optimiser steps per pass over a batch; paper: 1
@@ -83,7 +83,8 @@ def reward(response_text: str, ground_truth) -> tuple[float, bool]:
     and is not right, whatever it says. `ground_truth` is an accepted answer or a list of them.
 
     To train on a reward of your own, replace this function. Accuracy, spread, dynamic sampling and
-    the check of ground truths follow the second value.
+    the check of ground truths follow the second value. That check calls it too, in the process that
+    encodes rows.
     Takes along: ACCURACY, FORMAT, data.parse_response, support.verifier.verify."""
     response = parse_response(response_text)
     if response is None:
@@ -93,7 +94,7 @@ def reward(response_text: str, ground_truth) -> tuple[float, bool]:
 
 
 def is_right(answer: str, ground_truth) -> bool:
-    """Whether `reward` calls an answer right, in a response of whole format."""
+    """Whether `reward` calls an answer right, in a response whose caption and thought are "-"."""
     text = f"<caption>-</caption><think>-</think><answer>{answer}</answer>"
     _, correct = reward(text, ground_truth)
     return correct
@@ -160,7 +161,7 @@ def train() -> None:
     modules = {"policy": (policy, optimizer)}
 
     def encode(example, prompt):
-        """A row as (row, prompt x). RowError where no response could be right by `reward`."""
+        """A row as (row, prompt x). RowError where `reward` calls none of its answers right."""
         check_truth(example.answer, is_right)
         return example, prompt
 
@@ -227,7 +228,8 @@ def train() -> None:
             if count == wanted:
                 return kept, sampled, number + 1
         remedy = "take easier or harder data, or raise --max_gen_batches"
-        if not all_sum([float(column(sampled, "valid").sum())])[0]:
+        valid, rollouts = all_sum([float(column(sampled, "valid").sum()), float(len(sampled))])
+        if rollouts and not valid:
             remedy = "no rollout has the format; start from a policy that SFT has taught it"
         raise UserError(
             f"--algorithm dapo: {config.max_gen_batches} x {batch_size} prompts gave "

@@ -440,14 +440,14 @@ batch. Over this prompt's rollouts alone, with T tokens in each, the average is:
 
 `loss = -sum(A * T) / sum(T) = {number(m.policy_loss, 4)}`
 
-What counts is the gradient. Let log pi be a rollout's log-probability, the sum of what `model.py`:
-`token_logprobs` gives its tokens. The gradient raises log pi where A is positive, and lowers it
-where A is negative.
+What counts is the gradient. Let log pi be the sum of a rollout's token log-probabilities
+(`model.py`: `token_logprobs`). The gradient raises it where A is positive, and lowers it where A is
+negative.
 
 {table(["rollout", "A", "T", "log pi before the step", "log pi after it"], lines)}
 
-The step moved {" and ".join(moved)}. {told}A step learns from {m.config.prompts_per_step} prompts
-at once, and all of them change the same weights.
+The step moved log pi of {" and ".join(moved)}. {told}A step learns from
+{m.config.prompts_per_step} prompts at once, and all of them change the same weights.
 """
 
 

@@ -1,7 +1,7 @@
 """The end of a run, whatever it is: the result, an error in one line, a lost rank, a crash.
 
-Exit codes: 0 at the end and after a signal, 2 for an error that the user can mend, 1 for a lost
-rank and for a crash, which is the one end that has a traceback.
+Exit codes: 0 at the end and after SIGTERM, 130 after Ctrl-C, 2 for an error that the user can mend,
+1 for a lost rank and for a crash.
 """
 
 import contextlib
@@ -29,7 +29,7 @@ MENDABLE |= {errno.ENAMETOOLONG, errno.EFBIG}
 
 def main(stage: Callable) -> None:
     """Runs `stage()`. An error that the user can mend, such as a full disk, ends the run in one
-    line with exit code 2. So does a lost rank, with exit code 1. No rank waits for the others."""
+    line, and so does a lost rank. After an error no rank waits for the others."""
     code = 0
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # until there is a run, Ctrl-C ends at once
     try:
@@ -125,8 +125,9 @@ def _speaks_first() -> bool:
 
 
 def _lost_rank(run: Run) -> str:
-    """Names the rank most likely at fault, by what each has noted of itself (`Run.note`): one that
-    is not itself waiting; of these one whose process is gone or stopped; then the fewest steps."""
+    """Names the rank most likely at fault, by what each has noted of itself (`Run.note`). Ranks
+    that do not wait come before those that do, then those that are gone or stopped, then those with
+    fewer steps."""
     if not run.started:
         return "a rank is gone"
     run.note("waits")

@@ -204,10 +204,11 @@ def _work(rows, draws: Iterator, file: BinaryIO) -> NoReturn:
                 items = rows[batch]
             except UserError as error:
                 items = error
-            _Pickler(file, protocol=5).dump(items)
-            file.flush()
-    except ConnectionError:
-        pass  # the run has ended
+            try:
+                _Pickler(file, protocol=5).dump(items)
+                file.flush()
+            except ConnectionError:
+                break  # the run has ended
     except BaseException:  # whatever it is, it may not be possible to send it
         traceback.print_exc()
         sys.stderr.flush()

@@ -9,6 +9,7 @@ nothing and computes in float32.
 import contextlib
 import datetime
 import os
+import re
 import sys
 from functools import partial
 
@@ -21,7 +22,7 @@ from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_conte
 from tqdm import tqdm
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from support.errors import UserError, printable
+from support.errors import UserError, counted, printable
 
 DRIVER = "/proc/driver/nvidia/version"  # is there where Linux has an NVIDIA driver
 KEEP = 0.5  # share of a GPU's memory; blocks keep their activations up to it, see `recompute`
@@ -43,6 +44,7 @@ def join_ranks(timeout=datetime.timedelta(minutes=30)) -> torch.device:
             "WORLD_SIZE": ranks > 0,
             "MASTER_PORT": _number("MASTER_PORT") in range(1, 2**16),
             "MASTER_ADDR": bool(os.environ.get("MASTER_ADDR")),
+            "LOCAL_RANK": _number("LOCAL_RANK") >= 0,
         }
         wrong = [name for name, is_sound in sound.items() if not is_sound]
         if wrong:
@@ -51,11 +53,12 @@ def join_ranks(timeout=datetime.timedelta(minutes=30)) -> torch.device:
                 f"by torchrun, or unset RANK for one process"
             )
     if torch.cuda.is_available():
-        gpus, local_rank = torch.cuda.device_count(), max(_number("LOCAL_RANK"), 0)
+        gpus = torch.cuda.device_count()
+        local_rank = _number("LOCAL_RANK") if "RANK" in os.environ else 0
         if local_rank >= gpus:
             raise UserError(
-                f"torchrun has started more processes on this node than it has GPUs; "
-                f"give --nproc_per_node={gpus}"
+                f"LOCAL_RANK is {local_rank}, but this process sees {counted(gpus, 'GPU')}; give "
+                f"--nproc_per_node={gpus}, or show each process all GPUs of the node"
             )
         torch.cuda.set_device(local_rank)
         # torch prefers cuDNN's attention on an H100. That makes a plan for every length that it has
@@ -68,12 +71,12 @@ def join_ranks(timeout=datetime.timedelta(minutes=30)) -> torch.device:
         return torch.device("cuda", torch.cuda.current_device())
     if "RANK" in os.environ and not dist.is_initialized():
         dist.init_process_group("gloo", timeout=timeout)
-    hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
-    if os.path.exists(DRIVER) and not hidden:
+    named = os.environ.get("CUDA_VISIBLE_DEVICES", "0")  # another value than a GPU hides them all
+    if os.path.exists(DRIVER) and re.match(r"\d|GPU-|MIG-", named):
         say(
             f"computing on the CPU: this machine has an NVIDIA driver, but torch "
-            f"{torch.__version__} finds no GPU that it can use; docs/gpus.md says which torch fits "
-            f"which driver"
+            f"{torch.__version__} finds no GPU. Either it was given none, or it is built for "
+            f"another driver (docs/gpus.md)"
         )
     return torch.device("cpu")
 

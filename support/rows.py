@@ -551,11 +551,12 @@ def _accepted(value) -> list[str]:
 
 
 def check_truth(answers: list[str], is_right: Callable = verify) -> None:
-    """RowError where not even one of these accepted answers is itself right, as `is_right(answer,
-    answers)` judges, so that no response could be."""
+    """RowError where `is_right(answer, answers)` says of each of these accepted answers that it is
+    wrong. No response of the row could be right then."""
     if not any(is_right(answer, answers) for answer in answers):
         raise RowError(
-            f"no answer is right for the ground truth {answers}, not even itself; rewrite it"
+            f"no answer is right for the ground truth {answers}, not even itself; rewrite it, or "
+            f"change what judges it"
         )
 
 

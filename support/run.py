@@ -365,7 +365,9 @@ class Run:
     def look_at_format(self, step: int, share: float | None) -> None:
         """Tells the user after ten steps, and at the end, where no rollout has had the format: such
         a run looks like any other, and learns nothing. `share` is that of a step's rollouts that
-        have it, None where the step has none."""
+        have it, None where the step has no rollouts."""
+        if share is None:
+            return
         self.progress["any_valid"] |= bool(share)
         last = self.bar.total
         if self.progress["any_valid"] or step not in (min(10, last), last):

@@ -376,12 +376,19 @@ main(sft.train)
 
 
 @pytest.mark.parametrize(
-    "name, value", [("RANK", 2), ("MASTER_PORT", 65536), ("MASTER_PORT", 0), ("WORLD_SIZE", 0)]
+    "name, value",
+    [
+        ("RANK", 2),
+        ("MASTER_PORT", 65536),
+        ("MASTER_PORT", 0),
+        ("WORLD_SIZE", 0),
+        ("LOCAL_RANK", -1),
+    ],
 )
 def test_what_torchrun_would_never_set(nursery, short, tmp_path, name, value):
     """Torch waits for a rank beyond the last one, and at port 0 listens where no other rank asks.
     At a port that is too large it ends with a traceback."""
-    env = dict(RANK=0, WORLD_SIZE=2, MASTER_ADDR="127.0.0.1", MASTER_PORT=29500)
+    env = dict(RANK=0, WORLD_SIZE=2, LOCAL_RANK=0, MASTER_ADDR="127.0.0.1", MASTER_PORT=29500)
     words = (*short("sft.py"), "--output_dir", tmp_path / "out")
     started = nursery.start(*words, log=tmp_path / "log", **env | {name: value})
     refused(started, f"RANK is set, but {name} is not as torchrun sets it")

@@ -26,6 +26,7 @@ from torch.distributed.tensor import DTensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import data
 import model
 import sampler
 from data import Prompt, make_packs, rank_packs
@@ -102,7 +103,7 @@ def gpu(monkeypatch, request):
     """`benchmarks/gpu.py` as a module, on a fake GPU, or on one of as many as a test asks for. What
     is summed over them is 1, so each has as many packs as it makes."""
     count = getattr(request, "param", 1)
-    monkeypatch.setattr(model, "world_size", lambda: 1)
+    monkeypatch.setattr(data, "world_size", lambda: 1)
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
     import gpu
 
@@ -277,12 +278,27 @@ def test_ranks_wait_for_each_other_as_long_on_a_gpu(monkeypatch):
 def test_more_processes_than_gpus(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    torchrun = dict(RANK=4, WORLD_SIZE=8, MASTER_ADDR="127.0.0.1", MASTER_PORT=29500)
+    for name, value in torchrun.items():
+        monkeypatch.setenv(name, str(value))
+    with pytest.raises(UserError, match="but LOCAL_RANK is not as torchrun sets it"):
+        ranks.join_ranks()
     monkeypatch.setenv("LOCAL_RANK", "4")
-    with pytest.raises(UserError, match="than it has GPUs; give --nproc_per_node=4"):
+    with pytest.raises(UserError, match="this process sees 4 GPUs; give --nproc_per_node=4, or"):
         ranks.join_ranks()
 
 
-@pytest.mark.parametrize("visible, said", [(None, True), ("0", True), ("", False)])
+@pytest.mark.parametrize(
+    "visible, said",
+    [
+        (None, True),
+        ("0", True),
+        ("GPU-8932f937", True),
+        ("", False),
+        ("-1", False),
+        ("NoDevFiles", False),
+    ],
+)
 def test_a_gpu_that_torch_cannot_use_is_no_secret(monkeypatch, capsys, visible, said):
     """A torch for the CPU, or for a newer driver, would take hours before anybody noticed."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)

@@ -18,15 +18,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForImageTextToText, get_scheduler
 from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLTextRMSNorm
 
-from data import (
-    Group,
-    Prompt,
-    encode_prompts,
-    encode_response,
-    even_packs,
-    make_packs,
-    parse_response,
-)
+import data
+from data import Group, Prompt, encode_prompts, encode_response, make_packs, parse_response
 from discriminator import Comparison, judge, load_discriminator
 from model import LogProbs, Norm, Patches, _ragged, load_policy, token_logprobs
 from support import huggingface
@@ -697,8 +690,8 @@ def test_blanks_have_images_where_a_rank_has_one(policy_processor, monkeypatch, 
     _, processor = policy_processor
     (pack,) = make_packs([mixed_groups(processor)[1]])
     other = [len(theirs), any(theirs), -len(theirs)]
-    monkeypatch.setattr("model.world_size", lambda: 2)
-    monkeypatch.setattr("model.all_max", lambda mine: torch.tensor([mine, other]).amax(0))
-    packs = even_packs([pack], processor)
+    monkeypatch.setattr(data, "world_size", lambda: 2)
+    monkeypatch.setattr(data, "all_max", lambda mine: torch.tensor([mine, other]).amax(0))
+    packs = data.even_packs([pack], processor)
     assert pack.pixel_values is None and len(packs) == max(1, len(theirs))
     assert all((mine.pixel_values is not None) == blank for mine in packs)

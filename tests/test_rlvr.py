@@ -232,9 +232,11 @@ return 0.5 * (ACCURACY * correct + FORMAT), correct""",
     flags += ("--max_steps", 1, "--prompts_per_step", 2, "--num_generations", 2)
     launch(str(tmp_path / "printed.py"), *flags, "--output_dir", tmp_path / "nan", real=True)
     refused = tmp_path / "refused"
-    assert "not one row could be used" in fails("rlvr.py", *flags, "--output_dir", refused)
-    whys = {row["why"] for row in lines(refused / "left_out.jsonl")}
-    assert whys == {"no answer is right for the ground truth ['NaN'], not even itself; rewrite it"}
+    ended = launch("rlvr.py", *flags, "--output_dir", refused, check=False)
+    assert ended.returncode == 2 and "error: not one row could be used" in ended.stderr
+    assert "not one response" not in ended.stderr  # there was none that could have the format
+    (why,) = {row["why"] for row in lines(refused / "left_out.jsonl")}
+    assert why.startswith("no answer is right for the ground truth ['NaN'], not even itself; rewr")
 
     plain, halved, printed = measured
     for name in ("accuracy", "groups_with_spread", "format_valid", "response_length"):

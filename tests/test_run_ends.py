@@ -152,7 +152,8 @@ def test_a_rank_that_is_stuck_on_a_gpu_is_named(nursery, short, tmp_path):
 def test_a_rank_that_is_gone_before_the_ranks_have_met(short, tmp_path):
     """It has come to the store and no further."""
     port = free_port()
-    env = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "RANK": "0"}
+    env = dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), WORLD_SIZE="2", RANK="0")
+    env["LOCAL_RANK"] = "0"
     words = map(str, (*short("sft.py"), "--output_dir", tmp_path / "out", "--timeout", 0.08))
     command = [sys.executable, *words]
     run = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=os.environ | env)
@@ -242,6 +243,7 @@ main(sft.train)
         ("os._exit(3)", "ended with exit code 3"),
         ("raise Lost('a bug')", "ended with exit code 1"),
         ("raise KeyboardInterrupt", "ended with exit code 1"),
+        ("raise ConnectionResetError('a judge is down')", "ended with exit code 1"),
         ("os.kill(os.getpid(), signal.SIGSTOP)", "sent nothing for 0.1 minutes"),
         ("raise UserError('the folder is gone; mount it')", "the folder is gone; mount it"),
     ],
@@ -259,7 +261,7 @@ def test_a_lost_worker_is_one_line(nursery, whole, tmp_path, ranks, fault, said)
     (line,) = started.errors
     assert said in line and ("UserError" in fault or f"a worker of rank {ranks - 1} " in line)
     assert "UserError" in fault or re.search(r"rows (\S+:\d+, ){3}\S+:\d+; ", line), line
-    bug = re.search("Lost|KeyboardInterrupt", fault)
+    bug = re.search("Lost|KeyboardInterrupt|ConnectionResetError", fault)
     assert started.said.count("Traceback") == bool(bug), started.said
     assert not bug or bug[0] in started.said
     until(lambda: not left(started))
