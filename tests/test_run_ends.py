@@ -152,8 +152,8 @@ def test_a_rank_that_is_stuck_on_a_gpu_is_named(nursery, short, tmp_path):
 def test_a_rank_that_is_gone_before_the_ranks_have_met(short, tmp_path):
     """It has come to the store and no further."""
     port = free_port()
-    env = dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), WORLD_SIZE="2", RANK="0")
-    env["LOCAL_RANK"] = "0"
+    env = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
+    env |= {"RANK": "0", "LOCAL_RANK": "0"}
     words = map(str, (*short("sft.py"), "--output_dir", tmp_path / "out", "--timeout", 0.08))
     command = [sys.executable, *words]
     run = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=os.environ | env)
