@@ -30,7 +30,7 @@ def decode_step(policy, layout, **inputs):
             raise
         except Exception as error:
             failed = True
-            why = f"{type(error).__name__}: {error}".partition("\n")[0]
+            why = " ".join(f"{type(error).__name__}: {error}".split())[:200]  # in one line
             say(f"sampling goes on without compiled layers, which are faster: {why}")
     return policy(layout=layout, **inputs)
 
