@@ -648,8 +648,9 @@ def warm_up() -> None:
     metrics, pairs = {}, 0
     for _ in range(math.ceil(len(validation) / batch_size)):
         batch = next(stream)
-        answer(batch, max_steps)
-        judged = judge(discriminator, batch, processor, **scoring, backward=False)
+        with run.phase("validation"):
+            answer(batch, max_steps)
+            judged = judge(discriminator, batch, processor, **scoring, backward=False)
         metrics = add(metrics, {name: judged.metrics[name] for name in shown})
         pairs += int(judged.valid.sum())
 
@@ -657,7 +658,9 @@ def warm_up() -> None:
     trials = draw_trials(
         validation, processor, limit=config.max_length, max_image_size=config.max_image_size
     )
-    probed = probe(judge, discriminator, trials, processor, max_tokens=config.max_tokens_per_pack)
+    with run.phase("probe"):
+        max_tokens = config.max_tokens_per_pack
+        probed = probe(judge, discriminator, trials, processor, max_tokens=max_tokens)
     held_out = {
         **{f"validation_{name}": metrics[name] for name in shown},
         "validation_pairs": Sum(pairs),

@@ -38,7 +38,7 @@ from support.errors import RowError, UserError, counted
 from support.fields import Count, Natural, NonNegative
 from support.flags import parse
 from support.loader import batches
-from support.ranks import join_ranks, rank, world_size, say
+from support.ranks import barrier, join_ranks, rank, world_size, say
 from support.resuming import replacing, write_json
 from support.rows import check_truth
 from support.run import start_verifier
@@ -244,6 +244,7 @@ def evaluate() -> None:
         items = next(stream)
         left_out += [f"{where}: {item}" for where, item in items if isinstance(item, RowError)]
         pairs = [item for _, item in items if not isinstance(item, RowError)]
+        barrier()  # notices a rank that is gone; in `generate` NCCL would end this one unsaid
         # Sample the responses, and judge each.
         groups = generate(policy, [prompt for _, prompt in pairs], sampling)
         for (example, _), group in zip(pairs, groups):

@@ -136,7 +136,7 @@ def read_run(path: str, data: list[str] = ()) -> dict:
         "seconds": sum(times) if any(times) else None,
         "eval": result,
         "parts": {k: part for k, part in parts.items() if isinstance(part, dict)},  # by source
-        "folders": data_folders(str(path), *data, *named),
+        "folders": data_folders(str(path), *data) + tuple(filter(narrow, data_folders(*named))),
         "notes": notes,
     }
 
@@ -148,6 +148,13 @@ def data_folders(*names) -> tuple[str, ...]:
     files = [place for place in places if place.endswith(DATA_FILES) and os.path.isfile(place)]
     folders = [*filter(os.path.isdir, places), *map(os.path.dirname, files)]
     return tuple(os.path.join(os.path.realpath(folder), "") for folder in folders)
+
+
+def narrow(folder: str) -> bool:
+    """Whether a folder that a run names is not above the user's home. A run that was received could
+    otherwise open the whole machine."""
+    above = os.path.dirname(os.path.realpath(os.path.expanduser("~")))
+    return not os.path.join(above, "").startswith(folder)
 
 
 def locate(name: str, folders: tuple[str, ...]) -> str:

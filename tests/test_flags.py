@@ -357,6 +357,18 @@ def test_a_part_of_what_torchrun_sets(nursery, short, tmp_path, env):
     assert not (tmp_path / "out").exists()
 
 
+def test_no_text_moves_the_cursor(nursery, trained, tmp_path):
+    """What a run says of its data and flags shows escape codes, and does not send them."""
+    code = "\x1b[31m"
+    rows = tmp_path / "rows.jsonl"
+    row = {"question": "What?", "image": f"{code}.png", "response": "x"}
+    rows.write_text((json.dumps(row) + "\n") * 4)
+    for number, data in enumerate([rows, f"{code}.jsonl"]):
+        words = ("--model", trained, "--data", data, "--output_dir", tmp_path / str(number))
+        started = nursery.start("sft.py", *words, log=tmp_path / "log")
+        assert "\\x1b[31m" in refused(started) and "\x1b" not in started.said
+
+
 NO_LOGIN = '''"""Stage 1, with a wandb that nobody has logged in to."""
 
 import sys

@@ -164,10 +164,12 @@ def private(folder: Path) -> list[Path]:
 
 
 def test_a_received_log_shows_no_private_file(tmp_path, run, monkeypatch):
-    """A log names files outside the run's data, by their paths, by `..` and by links."""
+    """A log names files outside the run's data, by their paths, by `..` and by links. It even says
+    that its images lie anywhere on the machine."""
     rows, picture = private(tmp_path / "private")
     received, data = tmp_path / "received", tmp_path / "data"
-    make(received, steps(1, loss=1.0), RESULT, data=[str(data / "rows.jsonl"), "gone/rows.jsonl"])
+    own = [str(data / "rows.jsonl"), "gone/rows.jsonl"]
+    make(received, steps(1, loss=1.0), RESULT, data=own, image_dir="/")
     data.mkdir()
     jsonl(data / "rows.jsonl", [{"question": "own question", "image": str(picture)}])
     (received / "linked.jsonl").symlink_to(rows)

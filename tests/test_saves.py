@@ -90,7 +90,7 @@ def test_a_resumed_run_measures_from_its_start(nursery, world, in_bfloat16, run,
 
 def test_in_float32_nothing_is_lost_and_nothing_said(run, trained):
     _, said, record = run("float32", trained)
-    assert record["rounding_loss"] == {} and "would lose" not in said
+    assert record["rounding_loss"] == {} and "would round away" not in said
 
 
 def test_frozen_weights_do_not_count(run, in_bfloat16):
