@@ -54,7 +54,7 @@ class EvalConfig:
     system_prompt: str | None = None  # for rows without one: text or file; none: see docs/data.md
     image_dir: str | None = None  # a folder for images, besides the data file's own folder
     max_pixels: Count | None = None  # pixels in the largest image; none: see docs/data.md
-    untagged: str | None = None  # regex with groups caption, think, answer, for untagged responses
+    untagged: str | None = None  # regex with groups caption, think, answer; matches all of a text
     per_device_eval_batch_size: Count = 64  # rows a rank answers at a time
     max_completion_length: Count = 8192  # longest response in tokens
     num_samples: Count = 1  # responses sampled per row
@@ -232,6 +232,7 @@ def evaluate() -> None:
             "answer": example.answer,
             "response": text,
             "format_valid": parse_response(text) is not None,
+            "read": response is not None,
             "correct": right,
             "caption_correct": right_caption if example.captions else None,
             "tokens": len(branch),
@@ -298,11 +299,15 @@ def evaluate() -> None:
         shown = [f"{name} {result[name]:.3f}" for name in names if result.get(name) is not None]
         where = f"written to {output_dir}/eval.json"
         say(f"{config.ckpt}: {', '.join(shown)} on {counted(result['rows'], 'row')}; {where}")
-        if not result["format_valid"] and config.untagged is None:
-            say(
-                "no response has the format <caption>, <think>, <answer>, so all count as wrong; "
-                "give a policy that SFT has taught it, or say by --untagged how to read responses"
-            )
+        if not any(response["read"] for response in responses):
+            first = " ".join(responses[0]["response"].split())[:100]
+            if config.untagged is None:
+                why = "no response has the format <caption>, <think>, <answer>"
+                remedy = "give a policy that SFT has taught it, or a pattern by --untagged"
+            else:
+                why = f"--untagged {config.untagged}: it matches no response from end to end"
+                remedy = "mend the pattern"
+            say(f"{why}, so all count as wrong; {remedy}. The first response: {first}")
 
 
 if __name__ == "__main__":

@@ -95,6 +95,8 @@ def probe(judge: Callable, discriminator, trials: list[Trial], processor, max_to
 def in_words(line: dict) -> str:
     """A line of the log as a line for the user."""
     found = [line[f"probe_{kind}"] for kind in KINDS]
+    if found == [None] * len(found):
+        return "no probe: it needs two usable rows that the discriminator does not learn from"
     picture, digit, question, answer = ("not measured" if x is None else f"{x:.2f}" for x in found)
     return (
         f"probe, comparisons won by the unchanged supervision (0.5 is blind): "

@@ -501,7 +501,8 @@ class Run:
         except OSError as error:
             if error.errno not in UNSUPPORTED:
                 raise UserError(
-                    f"--output_dir {self.path}: another run is writing there; name another"
+                    f"--output_dir {self.path}: another run is writing there; name another, or "
+                    "wait for its end (ranks may go on when their launcher was killed)"
                 ) from None
             say(
                 f"--output_dir {self.path}: its file system has no locks ({error.strerror}), so a "

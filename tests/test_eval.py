@@ -201,6 +201,11 @@ def test_the_same_name_in_another_folder_is_another_benchmark(world, tmp_path):
     assert done.returncode == 2 and "holds a result of --untagged None" in done.stderr
     done = subprocess.run(start, cwd=tmp_path / "a", **pipes)
     assert "no response has the format" in done.stderr and "--untagged" in done.stderr
+    # A pattern must match all of a response; one that matches none is named too.
+    pattern, other = "(?P<caption>!)(?P<think>!)(?P<answer>!)", ("--output_dir", tmp_path / "other")
+    words = map(str, (*start, *other, "--untagged", pattern))
+    done = subprocess.run(words, cwd=tmp_path / "a", **pipes)
+    assert f"--untagged {pattern}: it matches no response from end to end" in done.stderr
     # So does all else on which a number depends.
     stored = json.loads((tmp_path / "out/eval.json").read_text())
     flags = {name: stored[name] for name in EvalConfig.__dataclass_fields__ if name in stored}

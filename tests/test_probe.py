@@ -77,7 +77,10 @@ def test_rows_without_pictures_digits_or_another_question(world, rows):
     discriminator, _ = build(world)
     found = probe(judge, discriminator, trials, processor, 4000)
     assert all(found[name].count == 0 for name in NAMES)
-    assert "not measured against another picture" in probing.in_words(dict.fromkeys(NAMES))
+    line = dict.fromkeys(NAMES)
+    assert probing.in_words(line).startswith("no probe: it needs two usable rows")
+    line["probe_digit"] = 0.5
+    assert "not measured against another picture" in probing.in_words(line)
     assert draw_trials(made[:1], processor, LONGEST) == []
     assert draw_trials(made, processor, LONGEST, learned={"2", "3"}) == []
     assert draw_trials(made, processor, limit=3) == []
