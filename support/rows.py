@@ -17,7 +17,6 @@ import json
 import math
 import os
 import re
-import string
 from array import array
 from bisect import bisect_right
 from collections import Counter
@@ -29,7 +28,8 @@ from huggingface_hub import hf_hub_download, snapshot_download
 from PIL import Image, ImageOps
 
 from support.errors import RowError, UserError, counted
-from support.verifier import read_list, verify
+from support.options import chosen, options_of, with_options
+from support.verifier import verify
 
 
 @dataclass
@@ -281,8 +281,10 @@ def parse_row(row: dict, index: int, where: str, system_prompt=None, image_dir=N
             response = _written(turns.pop()[1])
     if not any(role == "user" for role, _ in turns):
         raise RowError("no user turn; a row needs a question")
-    options = _options(row)
-    turns = _with_options(turns, options)
+    options = options_of(row, turns)
+    if any(map(_is_picture, options)):
+        raise RowError("its options are images; write `<image 1>` there and name it in `image_1`")
+    turns = with_options(turns, options)
     turns, images = _in_order(turns, _pictures(row))
     if plain and "<image>" not in turns[0][1]:
         turns = [("user", "<image>" * len(images) + turns[0][1])]
@@ -308,7 +310,7 @@ def parse_row(row: dict, index: int, where: str, system_prompt=None, image_dir=N
     truth = row.get("reward_model") or {}
     equivalent = row.get("equivalent_answers") or truth.get("equivalent_answers")
     answers = _accepted(row.get("answer")) or _accepted(truth.get("ground_truth"))
-    answers = _chosen(answers, options) + _accepted(equivalent)
+    answers = chosen(answers, options) + _accepted(equivalent)
     return Example(
         index=index,
         where=where,
@@ -407,85 +409,6 @@ def _in_order(turns: list, pictures: dict[int, object]) -> tuple[list, list]:
             f"the text has places for images {shown}, but the row holds {held}; make them equal"
         )
     return turns, [pictures[number] for number in found]
-
-
-LETTERS = string.ascii_uppercase
-
-
-def _option_columns(row: dict) -> list | None:
-    """The choices of a row that has them in columns A, B ..., which may be called a or option_A."""
-    columns = {re.sub("^OPTION[ _]?", "", name.upper()): row[name] for name in row}
-    choices = []
-    for letter in LETTERS:
-        if columns.get(letter) in (None, ""):
-            break
-        choices.append(columns[letter])
-    if len(choices) > 1:
-        return choices
-    for name, value in row.items():
-        if re.search("(?i)option|choice", name) and isinstance(value, list) and value:
-            raise RowError(f"`{name}` names options, and no stage reads it; call it `options`")
-    return None
-
-
-def _options(row: dict) -> list[str]:
-    """The choices that a row offers, without letters: a list, also as text, or columns."""
-    value = _first(row, "options", "choices", "option")
-    if value is None:
-        value = _option_columns(row)
-    if isinstance(value, str):
-        value = value.strip()
-        if not value.startswith("["):
-            value = re.split(r"\s*[;\n]\s*", value)
-        elif value != "[]":
-            value = read_list(value)[0] or value
-    if isinstance(value, dict):  # letter -> text
-        value = [value[x] for x in LETTERS if x in value] if "A" in value else value.get("text")
-    value = [] if value in (None, "[]") else value
-    texts = isinstance(value, list) and all(isinstance(x, (str, int, float)) for x in value)
-    if not texts or len(value) == 1 or len(value) > len(LETTERS):
-        raise RowError(
-            f"its options are not a list of 2 to {len(LETTERS)} texts; make them one, or write "
-            f"them into the question and remove the field"
-        )
-    pairs = zip(LETTERS, map(str, value))
-    return [re.sub(rf"^\(?{letter}[.):] *", "", text.strip()) for letter, text in pairs]
-
-
-def _with_options(turns: list, options: list[str]) -> list:
-    """The turns. Where none shows the options, the user's last turn gets them, with letters."""
-    said = "\n".join(content for _, content in turns if isinstance(content, str))
-    pairs = list(zip(LETTERS, options))
-    if all(re.search(rf"\b{x}\W{{1,3}}{re.escape(text)}", said) for x, text in pairs):
-        return turns
-    last = max(i for i, (role, _) in enumerate(turns) if role == "user")
-    role, content = turns[last]
-    if not isinstance(content, str):
-        raise RowError(
-            "its question is in parts, which is not read together with options; write the options "
-            "into the question and remove the field"
-        )
-    content = "\n".join([content, *(f"{letter}. {text}" for letter, text in pairs)])
-    return [*turns[:last], (role, content), *turns[last + 1 :]]
-
-
-def _chosen(answers: list[str], options: list[str]) -> list[str]:
-    """The answers, with an option's text for its letter, and its letter for its text. RowError
-    where it is not clear which one is meant: a number may count them from 0 or from 1. A text that
-    is the letter of another option is not accepted."""
-    found, letters = list(answers), LETTERS[: len(options)]
-    for answer in answers if options else ():
-        named = [x for x, text in zip(letters, options) if text == answer or x == answer]
-        named = named or [x for x in letters if x == answer.strip("(). ").upper()]  # b, (B)
-        if len(named) > 1 or not named and re.fullmatch(r"\d+|[A-Z]", answer):
-            raise RowError(
-                f"it is not clear which of the row's {len(options)} options the answer {answer} "
-                f"means; give the option's text or its letter"
-            )
-        for letter in named:
-            text = options[letters.index(letter)]
-            found += [letter] if text in letters else [letter, text]
-    return list(dict.fromkeys(found))
 
 
 def _blank(content) -> bool:
