@@ -261,8 +261,8 @@ def parse_row(row: dict, index: int, where: str, system_prompt=None, image_dir=N
     (`question` or `prompt`, `image` or `images`, `system`, `response`, `answer`, ...)."""
     if not isinstance(row, dict):
         raise RowError(f"a row must be a JSON object, found {type(row).__name__}")
-    for name in ("video", "videos", "audio", "audios"):
-        if row.get(name):
+    for name, value in row.items():
+        if value and re.fullmatch(r"(?i)(video|audio)s?(_(path|file|url)s?)?", name):
             raise RowError(f"holds `{name}`, which no stage can use")
     turns = row.get("messages") or row.get("conversations") or row.get("prompt")
     response, plain = None, not isinstance(turns, list)
@@ -340,7 +340,8 @@ def _turn(turn: dict) -> tuple[str, object]:
     role = _first(turn, "role", "from")
     if role not in ROLES:
         raise RowError(f"a turn has the role {str(role)[:80]!r}, expected one of {sorted(ROLES)}")
-    if any(_is_picture(value) for name, value in turn.items() if name not in ("content", "value")):
+    beside = {name: value for name, value in turn.items() if name not in ("content", "value")}
+    if _is_picture(beside):
         raise RowError("a turn names an image outside of its content; move it into `images`")
     return ROLES[role], _first(turn, "content", "value")
 
@@ -355,34 +356,47 @@ def _pictures(row: dict) -> dict[int, object]:
     """Number -> picture, of all that a row names, from 1: in one of PICTURES, or in `image_1`,
     `image_2` and so on. RowError where a field that no stage reads names one: a question without
     its picture is another question."""
-    names = [name for name in PICTURES.split() if row.get(name) not in (None, "", [])]
+    held = [name for name in row if row[name] not in (None, "", [])]
+    names = [name for known in PICTURES.split() for name in held if name.lower() == known]
     images = row[names[0]] if names else []
     found = dict(enumerate(images if isinstance(images, list) else [images], 1))
-    for name, value in row.items():
-        if name in PICTURES.split() + TEXTS.split() or value in (None, ""):
+    for name in held:
+        value = row[name]
+        if name.lower() in PICTURES.split() + TEXTS.split():
             continue
-        if numbered := re.fullmatch(r"(?:image|img)_?(\d+)", name):
+        if numbered := re.fullmatch(r"(?i)(?:image|img)_?(\d+)", name):
             if found.setdefault(int(numbered[1]), value) != value:
                 number = numbered[1]
                 raise RowError(f"`{name}` and another field both give image {number}; rename one")
             continue
-        another = re.search("(image|img|pic|photo|figure)(?!.*id$)", name)  # no image_id
-        if _is_picture(value) and (another or not found):
-            raise RowError(f"`{name}` names an image, and no stage reads it; call it `image`")
+        another = re.search(SPEAKS, name) and not name.lower().endswith("id")  # no image_id
+        if _is_picture(value, name) and (another or not found):
+            raise RowError(
+                f"`{name}` names an image, a video or sound, and no stage reads it; call an image "
+                f"of this row `image`, or remove the field"
+            )
     return found
 
 
-def _is_picture(value) -> bool:
-    """Whether a field that nobody knows holds a picture or the name of one."""
+SPEAKS = "(?i)image|img|(?<!to)pic|photo|figure|video|audio"  # what names of pictures' fields hold
+
+
+def _is_picture(value, name: str = "") -> bool:
+    """Whether a field that nobody knows holds a picture, video or sound, or the name of one. An
+    address is one if the field's name says so."""
     if isinstance(value, list):
-        return any(map(_is_picture, value))
+        return any(_is_picture(part, name) for part in value)
     if isinstance(value, dict):
-        return bool(value.get("bytes")) or any(map(_is_picture, value.values()))
+        within = (_is_picture(part, f"{name} {key}") for key, part in value.items())
+        return bool(value.get("bytes")) or any(within)
     if not isinstance(value, str):
         return isinstance(value, bytes)
+    address = value.startswith(("http://", "https://"))
     encoded = "iVBORw0KGgo|/9j/|UklGR|R0lGOD"  # PNG, JPEG, WEBP and GIF in base64
-    suffixes = r"\.(?i:png|jpe?g|webp|gif|bmp|tiff?)"
-    return bool(re.match(rf"data:image/|(?:{encoded})\S{{40}}|\S{{1,500}}{suffixes}$", value))
+    suffixes = r"\.(?i:png|jpe?g|webp|gif|bmp|tiff?|mp4|webm|mov|avi|mkv|wav|mp3|flac)"
+    suffixes += r"(?:[?#]\S*)?" if address else ""
+    media = rf"data:image/|(?:{encoded})\S{{40}}|\S{{1,500}}{suffixes}$"
+    return bool(re.match(media, value) or address and re.search(SPEAKS, name))
 
 
 def _in_order(turns: list, pictures: dict[int, object]) -> tuple[list, list]:

@@ -261,6 +261,20 @@ BASE64 = base64.b64encode(PIXEL).decode() * 9
         ({"extra_info": {"index": 3, "image": "b.png"}}, RowError),  # verl
         ({"image_base64": BASE64}, RowError),
         ({"image": BASE64}, RowError),
+        ({"Image": "a.png"}, "[a.png]What?"),
+        ({"IMAGE_1": "a.png", "Img2": "b.png"}, "[a.png][b.png]What?"),
+        ({"image": "a.png", "Photo": "b.png"}, RowError),
+        ({"picture_url": "https://host/7"}, RowError),
+        ({"image": "a.png", "picture_url": "https://host/7"}, RowError),
+        ({"extra_info": {"image_url": "https://host/7"}}, RowError),
+        ({"url": "https://host/7.png?size=3"}, RowError),
+        ({"url": "https://host/7", "topic": "https://host/8"}, "What?"),
+        ({"image": "a.png", "url": "https://host/a.png"}, "[a.png]What?"),
+        ({"video_path": "a.mp4"}, RowError),
+        ({"image": "a.png", "Video_URL": "https://host/7"}, RowError),
+        ({"clip": "a.mp4"}, RowError),
+        ({"video_id": "7", "audio": None, "video_path": "", "is_video": False}, "What?"),
+        ({"image": "a.png", "options": ["b.png", "c.png"]}, RowError),
         ({"id": "question 7", "picture": None, "image_size": [3, 4]}, "What?"),
         ({"response": "a.png", "answer": "a.png"}, "What?"),
     ],
@@ -269,7 +283,8 @@ def test_a_picture_that_a_row_names_is_shown_or_the_row_is_left_out(tmp_path, fi
     row = {"question": "What?"} | fields
     if expected is RowError:
         with pytest.raises(
-            RowError, match="an image,|both give image|make them equal|not below"
+            RowError,
+            match="an image,|are images|both give image|make them equal|not below|no stage can use",
         ) as error:
             parsed(tmp_path, row)
         assert len(str(error.value)) < 400
@@ -292,7 +307,7 @@ def test_a_picture_in_the_response_is_a_bad_row(tmp_path, parts):
 
 
 def test_a_picture_beside_the_content_of_a_turn_is_a_bad_row(tmp_path):
-    for more in ({"image": "a.png"}, {"images": [NAMED]}):
+    for more in ({"image": "a.png"}, {"images": [NAMED]}, {"image_url": "https://host/7"}):
         with pytest.raises(RowError, match="a turn names an image outside of its content"):
             parsed(tmp_path, {"messages": [{"role": "user", "content": "q", **more}]})
     for part in ({"type": "text", "image": "a.png"}, {"type": "image", "image": "a.png"}):
