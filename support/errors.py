@@ -1,6 +1,8 @@
 """What a user can mend: errors that end a run in one line, and rows that are left out."""
 
+import os
 import sys
+from pathlib import Path
 
 # A stage imports torch first, and models of transformers after this. The report imports neither.
 if sys.flags.optimize > 1 and "torch" in sys.modules:
@@ -29,6 +31,24 @@ class Unfit(RowError):
 
 class Ended(Exception):
     """Ends the run, by a signal or because it had finished before: (message, exit code)."""
+
+
+# Of a file of a model or a checkpoint, and the directory that it belongs to.
+MAY_NOT_READ = "{}: this user may not read it; ask its owner for chmod -R a+rX {}"
+
+
+def unreadable(path: str) -> str:
+    """What to say of a file that this user may not read, or of the first directory above it that
+    they may not enter, since the system says of what lies within that it does not exist. "" for a
+    file that can be read, and where there is none."""
+    if os.access(path, os.R_OK):
+        return ""
+    path = Path(os.path.realpath(path))
+    for part in [*reversed(path.parents), path]:
+        mode, word, flag = ("a+r", "read", os.R_OK) if part == path else ("a+x", "enter", os.X_OK)
+        if os.path.exists(part) and not os.access(part, flag):
+            return f"{part}: this user may not {word} it; ask its owner for chmod {mode} {part}"
+    return ""
 
 
 def counted(number: int, noun: str) -> str:

@@ -18,7 +18,7 @@ from transformers import HfArgumentParser
 from transformers.utils import logging
 
 from support import digits, fit
-from support.errors import Ended, UserError
+from support.errors import Ended, UserError, unreadable
 from support.fields import Count, Minutes, Natural, Seed, Share, check_ranges, comments_of
 from support.ranks import rank, say
 
@@ -184,6 +184,8 @@ def check_directories(config) -> None:
         source = getattr(config, name, None)
         if not source or os.path.exists(source):
             continue
+        if said := unreadable(source):
+            raise UserError(f"--{name} {said}")
         if re.fullmatch(r"\w[\w.-]*/[\w.-]+", source) and source not in digits.MADE_BY:
             continue
         near, maker = _nearest(source, "config.json"), MAKERS.get((config.stage, name))

@@ -30,7 +30,7 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, GenerationConfig
 from transformers import ProcessorMixin, Qwen3VLMoeConfig, Qwen3VLProcessor
 
-from support.errors import RowError, UserError
+from support.errors import MAY_NOT_READ, RowError, UserError, unreadable
 from support.ranks import all_sum, barrier, rank, say
 
 CPU = torch.device("cpu")
@@ -68,6 +68,8 @@ def _check_readable(path: str) -> None:
     """UserError where this user may not read a model's directory or one of its files. Libraries say
     of some that they do not exist."""
     if not os.path.isdir(path):
+        if said := unreadable(path):
+            raise UserError(said)
         return
     names = [""]
     if os.access(path, os.R_OK | os.X_OK):
@@ -76,9 +78,7 @@ def _check_readable(path: str) -> None:
     for name in sorted(names):
         file = os.path.join(path, name)
         if not os.access(file, os.R_OK):
-            raise UserError(
-                f"{file}: this user may not read it; ask its owner for chmod -R a+rX {path}"
-            )
+            raise UserError(MAY_NOT_READ.format(file, path))
 
 
 def load_pretrained(path: str, config, unused: str = "$^", hollow: bool = False):

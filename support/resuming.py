@@ -28,7 +28,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 
-from support.errors import UserError
+from support.errors import MAY_NOT_READ, UserError
 from support.ranks import all_max, all_sum, barrier, rank, world_size, say
 
 
@@ -55,11 +55,20 @@ class Checkpoints:
         return sorted(int(number) for number in found if number.isdigit())
 
     def newest(self) -> int:
-        """The step of the newest checkpoint that is whole, by its checksums; 0 for none."""
+        """The step of the newest checkpoint that is whole, by its checksums; 0 for none. UserError
+        where this user may not read one: it may be whole."""
         for step in reversed(self.steps()):
-            if not all_max([not _is_whole(self.folder(step))])[0]:
+            folder, whole, closed = self.folder(step), False, ""
+            try:
+                whole = _is_whole(folder)
+            except PermissionError as error:
+                closed = error.filename
+            damaged, refused = all_max([not whole, bool(closed)])
+            if refused:
+                raise UserError(MAY_NOT_READ.format(closed or folder, folder))
+            if not damaged:
                 return step
-            say(f"{self.folder(step)} is damaged; trying the checkpoint before it")
+            say(f"{folder} is damaged; trying the checkpoint before it")
         return 0
 
     def progress(self, step: int) -> dict:
@@ -221,6 +230,8 @@ def _is_whole(path: str) -> bool:
             and shards <= set(expected)
             and all(_checksum(os.path.join(path, name)) == expected[name] for name in mine)
         )
+    except PermissionError:
+        raise
     except (OSError, ValueError, TypeError):
         return False
 

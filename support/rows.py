@@ -27,7 +27,7 @@ import numpy as np
 from huggingface_hub import hf_hub_download, snapshot_download
 from PIL import Image, ImageOps
 
-from support.errors import RowError, UserError, counted
+from support.errors import RowError, UserError, counted, unreadable
 from support.options import chosen, options_of, with_options
 from support.verifier import verify
 
@@ -161,6 +161,8 @@ def _open_source(source: str):
     try:
         if source.startswith("hf://datasets/"):
             path = hub_file(source)
+        if said := unreadable(path):
+            raise UserError(f"--data {said}")
         if path.endswith(FORMATS) and not os.path.isfile(path):
             raise UserError(f"--data {source}: no such file; give a file, or a hub id")
         if path.endswith(".jsonl"):
@@ -538,8 +540,11 @@ def _image_source(image, folders: list[str | None]) -> str | bytes:
         )
     for folder in (os.path.abspath(folder) for folder in folders if folder is not None):
         path = os.path.normpath(os.path.join(folder, image.removeprefix("file://")))
-        if path.startswith(os.path.join(folder, "")) and os.path.isfile(path):
-            return path
+        if path.startswith(os.path.join(folder, "")):
+            if said := unreadable(path):
+                raise RowError(f"image {said}")
+            if os.path.isfile(path):
+                return path
     raise RowError(
         f"image {image[:200]} is not below the data file's folder or --image_dir; set --image_dir"
     )

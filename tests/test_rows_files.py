@@ -3,6 +3,10 @@ and a file that cannot be read is one line."""
 
 import io
 import json
+import os
+import subprocess
+import sys
+import tempfile
 from pathlib import Path
 
 import pyarrow
@@ -15,6 +19,7 @@ from support import rows
 from support.errors import RowError, UserError
 from support.huggingface import load_processor
 from support.rows import load_data, open_image
+from tests.conftest import ROOT
 from tests.test_rows import PIXEL, PLAIN, VERL, write
 
 
@@ -203,6 +208,47 @@ def test_the_name_of_a_parquet_file_is_no_pattern(tmp_path):
     for name in ("x*", "xy", "a[1]", "q?", "**"):
         (example,) = load_data(str(tmp_path / f"{name}.parquet"))
         assert example.messages[0]["content"][0]["text"] == name
+
+
+AS_ANOTHER = """
+import os, sys
+from support.errors import RowError, UserError
+from support.rows import load_data
+
+if os.getuid() == 0:
+    os.setuid(65534)  # nobody
+for path in sys.argv[1:]:
+    try:
+        load_data(path)[0]
+    except (RowError, UserError) as error:
+        print(error)
+"""
+
+
+def test_what_a_user_may_not_read_is_named():
+    """A data file or an image, by itself or within a folder that this user may not enter. They lie
+    in a folder that every user reaches, unlike pytest's own."""
+    with tempfile.TemporaryDirectory() as folder:
+        top = Path(folder).resolve()
+        closed, single, row = top / "closed", top / "single.jsonl", top / "row.jsonl"
+        closed.mkdir()
+        (closed / "a.png").write_bytes(PIXEL)
+        row.write_text(json.dumps({"question": "q", "image": "closed/a.png"}))
+        for path in (single, closed / "rows.json", top / "b.parquet"):
+            path.write_text("[]")
+        os.chmod(top, 0o755)
+        for path in (closed, single, top / "b.parquet"):
+            os.chmod(path, 0o600)
+        paths = [single, closed / "rows.json", top / "b.parquet", row]
+        command = [sys.executable, "-c", AS_ANOTHER, *map(str, paths)]
+        env = os.environ | {"PYTHONPATH": str(ROOT)}
+        done = subprocess.run(command, capture_output=True, text=True, env=env)
+        os.chmod(closed, 0o755)
+    enter = f"{closed}: this user may not enter it; ask its owner for chmod a+x {closed}"
+    read = "this user may not read it; ask its owner for chmod a+r"
+    refused = [f"--data {path}: {read} {path}" for path in (single, top / "b.parquet")]
+    lines = [refused[0], f"--data {enter}", refused[1], f"image {enter}"]
+    assert done.stdout.splitlines() == lines, done.stderr
 
 
 @pytest.mark.parametrize("content", ['{"question": "q"}', "3", "[]"])

@@ -144,15 +144,21 @@ def test_files_have_the_mode_that_the_umask_gives(trained, tmp_path, mask, mode)
 
 AS_ANOTHER = """
 import os, sys
+from types import SimpleNamespace
 from discriminator import load_discriminator
 from model import load_policy
 import transformers.models.qwen3_vl.modeling_qwen3_vl
 from support.errors import UserError
+from support.flags import check_directories
+from support.resuming import Checkpoints
 
 if os.getuid() == 0:
     os.setuid(65534)  # nobody
 for path in sys.argv[1:]:
-    for load in (load_policy, load_discriminator):
+    named = lambda path: check_directories(SimpleNamespace(stage="sft", model=path))
+    checkpoint = lambda path: Checkpoints(path, keep=1).newest()
+    loads = [load_policy, load_discriminator, named]
+    for load in [checkpoint] if path.endswith("run") else loads:
         try:
             load(path)
         except UserError as error:
@@ -164,6 +170,7 @@ def test_what_a_user_may_not_read_is_named(trained):
     """A file or the whole directory. They lie in a folder that every user reaches, unlike
     pytest's own."""
     with tempfile.TemporaryDirectory() as folder:
+        folder = os.path.realpath(folder)
         os.chmod(folder, 0o755)
         paths, lines = [], []
         for name in ("model.safetensors", "tokenizer.json", "config.json", ""):
@@ -172,8 +179,20 @@ def test_what_a_user_may_not_read_is_named(trained):
             os.chmod(refused, 0)
             remedy = f"this user may not read it; ask its owner for chmod -R a+rX {paths[-1]}"
             lines += 2 * [f"{refused}: {remedy}"]
+        paths.append(os.path.join(paths[-1], "model"))  # in a folder that may not be entered
+        remedy = f"this user may not enter it; ask its owner for chmod a+x {refused[:-1]}"
+        lines += [f"{flag}{refused[:-1]}: {remedy}" for flag in ("", "", "--model ")]
+        for number in (1, 2):  # a checkpoint whose files another user may not read
+            paths.append(os.path.join(folder, f"{number}run"))
+            checkpoint = os.path.join(paths[-1], "checkpoint-8")
+            os.makedirs(checkpoint)
+            refused = os.path.join(checkpoint, "checksums.json")
+            Path(refused).write_text("{}")
+            os.chmod(checkpoint if number == 1 else refused, 0o600)
+            remedy = f"this user may not read it; ask its owner for chmod -R a+rX {checkpoint}"
+            lines.append(f"{refused}: {remedy}")
         env = os.environ | {"PYTHONPATH": str(ROOT)}
         command = [sys.executable, "-c", AS_ANOTHER, *paths]
         done = subprocess.run(command, capture_output=True, text=True, env=env)
-        os.chmod(paths[-1], 0o755)
+        os.chmod(paths[-4], 0o755)
     assert done.stdout.splitlines() == lines, done.stderr
