@@ -41,13 +41,11 @@ def _named_options(fields: dict, depth: int = 0) -> Iterator[tuple]:
     columns = _option_columns(fields)
     if any(depth == 0 or re.match(WORD, n) for n in columns):
         yield next(iter(columns)), columns
+    about = r"(?i)(?!correct|gold)(.*(option(?!al)|choice)|opts$)(?!.*(answer|type|id|idx|index)$)"
     for name, value in fields.items():
-        about = (
-            r"(?i)(?!correct|gold)(.*(option(?!al)|choice)|opts$)(?!.*(answer|type|id|idx|index)$)"
-        )
-        several = isinstance(value, (list, dict)) or re.search(r"[;,|/\n]", str(value))
-        if name not in columns and not _empty(value) and several and re.match(about, name):
-            yield name, value
+        if name not in columns and re.match(about, name) and not _empty(value):
+            if isinstance(value, (list, dict)) or re.search(r"[;,|/\n]", str(value)):
+                yield name, value
         for part in value if isinstance(value, list) else [value]:
             if isinstance(part, dict):
                 yield from _named_options(part, depth + 1)

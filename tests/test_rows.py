@@ -545,6 +545,7 @@ ODD = [None, True, False, 0, -1, 3.5, float("nan"), "", " ", "<image>", "<image>
 ODD += ["\ud800", "é\x00", [], [None], [[]], ["a.png"], {}, {"type": "image"}, {"bytes": b""}]
 ODD += [b"", b"x", [{"role": "user"}], [{"type": "text", "text": 1}], {"url": 1}, "__EMPTY__"]
 ODD += ["data:,", "data:image/png;base64,@@@@", "[" * 50, '["a", 1]', 10**400, ("t",), {"a": 1}]
+ODD += [{"A": "x", "B": "y", "C": None}, {"text": 3}, {"choices": ["x", "y"]}]
 KEYS = [
     *SHAREGPT,
     *OLDER,
@@ -560,6 +561,9 @@ KEYS = [
     "options",
     "A",
     "B",
+    "option_b",
+    "extra_info",
+    "Photo",
 ]
 
 
