@@ -87,7 +87,7 @@ class Examples(Sequence):
             for name in self.need:
                 if not getattr(example, name):
                     raise RowError(
-                        f"row without `{name}`, which this stage needs: found {_held(row)}, "
+                        f"row without `{name}`, or with an empty one: found {_held(row)}, "
                         f"expected {FIELDS[name]}"
                     )
             return example
@@ -372,6 +372,8 @@ def _pictures(row: dict) -> dict[int, object]:
                 raise RowError(f"`{name}` and another field both give image {number}; rename one")
             continue
         another = re.search(SPEAKS, name) and not name.lower().endswith("id")  # no image_id
+        if found and isinstance(value, str) and value.startswith(("http://", "https://")):
+            another = False  # an address beside a picture is where it came from
         if _is_picture(value, name) and (another or not found):
             raise RowError(
                 f"`{name}` names an image, a video or sound, and no stage reads it; call an image "
@@ -494,8 +496,8 @@ def check_truth(answers: list[str], is_right: Callable = verify) -> None:
     wrong. No response of the row could be right then."""
     if not any(is_right(answer, answers) for answer in answers):
         raise RowError(
-            f"no answer is right for the ground truth {answers}, not even itself; rewrite it, or "
-            f"change what judges it"
+            f"no answer is right for the ground truth {answers}, not even itself in a response "
+            f'whose caption and thought are "-"; rewrite it, or change what judges it'
         )
 
 
@@ -525,7 +527,10 @@ def _image_source(image, folders: list[str | None]) -> str | bytes:
     """A path, encoded bytes, a data URI, or a dict of these -> bytes or an existing path in one of
     the folders."""
     if isinstance(image, dict):
-        image = image.get("bytes") or image.get("path") or image.get("url")
+        encoded = image.get("bytes")
+        if isinstance(encoded, str) and not encoded.startswith("data:"):
+            encoded = base64.b64decode(encoded)  # as JSON has bytes
+        image = encoded or image.get("path") or image.get("url")
     if isinstance(image, str) and image.startswith("data:"):
         image = base64.b64decode(image.partition(",")[2])
     if isinstance(image, bytes):
