@@ -56,8 +56,12 @@ def verify(answer: str, ground_truth) -> bool:
         claims = [_read(_clean(meant)) for truth in truths for meant in _meant(truth)]
         letters = [claim.value for claim in claims if claim.kind == "choice"]
         texts = [claim for claim in claims if claim.kind != "choice" or claim.parts]
-        if said.kind == "choice" and said.parts and letters and texts:
-            claims = texts if said.value in letters else []  # "A. blue" is wrong for B, blue
+        choice = said.kind == "choice"
+        if letters and texts and (said.parts or not choice):
+            # "A. blue" and "A is blue" are wrong for B, blue. A text may hold letters: A(1, 2).
+            own = letters if choice else re.findall(r"\b[A-J]\b", " ".join(c.text for c in claims))
+            named = re.findall(r"^[A-J]\b", str(said.value) if choice else said.text)
+            claims = texts if {*named} <= {*own} else []
         verdicts = [_compare(said, claim, iter(range(MAX_STEPS))) for claim in claims]
     except Exception:  # what the rules fail to understand is not right
         return False
@@ -68,20 +72,22 @@ def _meant(truth) -> list:
     """The answers that a truth accepts, without what its data set writes around them."""
     if not isinstance(truth, str) or len(truth) > 9 * MAX_CHARS:
         return [truth]
-    truth = truth.rpartition("####")[2]  # GSM8K writes the solution before
-    truth = truth.rpartition("</think>")[2].strip()
+    truth = truth.strip()
     members, unit = read_list(truth)  # MMMU writes a list of answers as a string
     if members and all(isinstance(member, str) for member in members):
-        return [member + unit for member in members]
+        return [meant for member in members for meant in _meant(member + unit)]
     if re.fullmatch(r"\[ ?(['\"]).*\1 ?\]", truth):  # one with quotes that nobody has escaped
         return re.findall(r"""(?<=')[^'",]+(?=')|(?<=")[^'",]+(?=")""", truth) or [""]
+    if len(steps := re.split("####|(?i:</think>)", truth)) > 1:  # GSM8K writes the solution before
+        return _meant(steps[-1])
+    truth = re.sub(r"\\boxed +([-\w.,/]*\w)", r"\\boxed{\1}", truth)
     boxed = rf"\\boxed ?({_ARGUMENT})"
-    wrapped = [m[0] for m in re.finditer(rf"<answer>[^<>]*</answer>|{boxed}", truth)]
+    wrapped = [m[0] for m in re.finditer(rf"(?i:<answer>[^<>]*</answer>)|{boxed}", truth)]
     if len(wrapped) == 1:
         return wrapped
     # No answer can hold what is left of the tags, since they break its format.
-    truth = re.sub(r"</?(?:caption|think|answer)>", " ", truth)
-    return [re.sub(boxed, lambda match: match[1][1:-1], truth).strip()]
+    truth = re.sub(r"(?i)</?(?:caption|think|answer)>", " ", truth)
+    return [re.sub(boxed, lambda match: f" {match[1][1:-1]} ", truth).strip()]
 
 
 def read_list(text: str) -> tuple[list, str]:
@@ -156,7 +162,7 @@ _rewrite = _rules(r"""
 ^(\d+) ?[Rr] ?(?=\d+$) -> \1 R␣ ;; ^([A-Za-z]|[A-Z]{2,3}) (?:is|equals) (?!not\b) -> \1 =␣
 """)
 _WRAPPED = r"\\f?box(?:ed)? ?\{(.*)\}|\\\((.*)\\\)|\\\[(.*)\\\]|\"([^\"]*)\"|'([^']*)'"
-_WRAPPED += r"|`{1,3}([^`]*)`{1,3}|\*{1,3}([^*]+)\*{1,3}|__([^_]+)__|<answer>([^<>]*)</answer>"
+_WRAPPED += r"|`{1,3}([^`]*)`{1,3}|\*{1,3}([^*]+)\*{1,3}|(?i:<answer>([^<>]*)</answer>)"
 # Words of labels and of leading phrases. Another word may change the value, as in "half x = 5".
 _KNOWN = _one_of(r"""the of in for this my it there final correct right best total two(?=\s\w+s\b)
 average maximum minimum largest smallest longest shortest highest lowest shaded surface arc base

@@ -183,6 +183,15 @@ def test_a_letter_with_another_options_text():
             verify(text, truths) for text in ("A. blue", "B. red", "(A) blue", "A", "red")
         )
     assert verify("B. 5 cm", ["B", "5"]) and not verify("A. 5", ["B", "5"])
+    for text in ("# red", "# is red", "# = red", "Option # red", "**#** red", r"#\quad red"):
+        assert not verify(text.replace("#", "A"), ["C", "red"])
+    for text in ("A = 5", "A is 5", "option A = 5", "A equals 5", r"\text{A} = 5", r"A \in 5"):
+        assert not verify(text, ["B", "5"]) and verify(text.replace("A", "x"), ["B", "5"])
+    assert not any(verify(text, ["B", "(1,2)"]) for text in ("A (1, 2)", "A(1,2)", "A. (1,2)"))
+    # A text may begin with a letter itself.
+    for text in ("A(1, 2)", "A = 5", "A red apple"):
+        assert all(verify(text, truths) for truths in (["B", text], [text]))
+    assert not verify("A. point A", ["B", "point A"])
 
 
 def test_truths_as_data_sets_write_them():
@@ -206,8 +215,15 @@ def test_truths_as_data_sets_write_them():
         ("<answer>5", "5"),
         ("5</answer>", "5"),
         (r"x=\boxed{5}, y=\boxed{6}", "x = 5, y = 6"),
+        ("['#### 5']", "5"),
+        ("<ANSWER>3</ANSWER>", "3"),
+        ("<THINK>4</THINK> 3", "3"),
+        (r"\boxed 5", "5"),
+        (r"so $x = \boxed 12$.", "12"),
+        (r"\boxed{5}\boxed{6}", "5 6"),
     ):
         assert verify(answer, truth) and verify(truth, truth) and not verify("7", truth)
+    assert not verify("56", r"\boxed{5}\boxed{6}")
     for truth in ("NaN", float("nan"), "inf", "", "####", "<answer></answer>", "x" * 1025):
         assert not verify(truth, truth)  # no answer matches, so a stage leaves the row out
 
