@@ -127,6 +127,24 @@ Increasing | increasing
 The triangle | triangle
 C选项 | C
 9.8 m s^{-2} | 9.8 m/s^2
+5 \mathrm{~cm} | 5 cm
+25~\mathrm{N} | 25 N
+3.0 \times 10^{8} \mathrm{~m} / \mathrm{s} | 3.0e8 m/s
+\mathbb R | \mathbb{R}
+\R | \mathbb{R}
+(1,2) U (3,4) | (1,2)\cup(3,4)
+∴ 12 | 12
+⇒ x = 12 | 12
+→ 12 | 12
+=> 5 | 5
+__12__ | 12
+\boxed{__12__} | 12
+_yes_ | yes
+5 mbar | 5 millibars
+2x(x+1) | 2x^2+2x
+k(x-1) | kx-k
+A. trapezoid | A
+B. lies on the line | B
 """
 
 # Right, but refused: each would take a rule that costs more than it wins.
@@ -390,6 +408,19 @@ None | 5
 5...6 | 5
 5 to 6 | 5
 5→6 | 5
+=> 5 | x \ge 5
+A. lies. | A
+A. trap | A
+A) hardly | A
+D. the opposite | D
+C. refuted | C
+A) 排除 | A
+A) 以外 | A
+u(x+1) | ux+u
+p(x-1) | px-p
+y(t+1) | yt+y
+T(n+1) | Tn+T
+V(x+h) | Vx+Vh
 """
 
 
