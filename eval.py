@@ -64,20 +64,25 @@ class EvalConfig:
 
 
 MATCH_LIMIT = 1.0  # seconds of processor time that --untagged may take for a response
+MAX_PARTS = 1_000_000  # characters of --untagged times its counts; as many take up to 0.4 GB
 
 
 def check_pattern(untagged: str) -> None:
     """UserError where --untagged is no regular expression with a group for each block."""
-    if re.search(r"\{(\d*,)?\d{4,}", untagged):
+    # The compiler writes a repeated part out as often as the part has to occur, nested ones as
+    # often as the product of their counts.
+    times = math.prod(int(count) or 1 for count in re.findall(r"\{(\d{1,9})", untagged))
+    if times * len(untagged) > MAX_PARTS:
         raise UserError(
-            f"--untagged {untagged}: repeats something 1000 times or more, which takes too long to "
-            f"compile; write * or +, or a lower number"
+            f"--untagged {untagged}: its counts multiply to {times}, which takes too much memory; "
+            f"write * or +, or lower numbers"
         )
     try:
         groups = regex.compile(untagged).groupindex
-    except (regex.error, RecursionError) as error:
+    except (regex.error, RecursionError, MemoryError) as error:
+        why = str(error) or "memory ran out"
         raise UserError(
-            f"--untagged {untagged}: is no regular expression ({error}); write one with the groups "
+            f"--untagged {untagged}: is no regular expression ({why}); write one with the groups "
             f"{', '.join(BLOCKS)}"
         ) from None
     if {*groups} != {*BLOCKS}:

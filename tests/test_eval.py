@@ -117,7 +117,8 @@ def test_eval_of_several_samples(world, trained, tmp_path):
         ("", "has the groups none; name them caption, think, answer, as in (?P<answer>.*)"),
         ("(?P<answer>.*)", "has the groups answer; name them caption, think, answer"),
         ("(?P<caption>.)(?P<think>.)(?P<answer>.)(?P<more>.)", "has the groups caption, think,"),
-        ("(?P<caption>.)(?P<think>.)(?P<answer>(.){1,9999999})", "repeats something 1000 times"),
+        ("(?P<caption>.)(?P<think>.)(?P<answer>(.){9999999})", "its counts multiply to 9999999, "),
+        (r"(?:(?:(?:a{999}){999}){999,}){9}", "its counts multiply to 8973026991, which takes"),
     ],
 )
 def test_eval_refuses_a_pattern_before_it_answers(world, tmp_path, pattern, said):
