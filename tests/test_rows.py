@@ -141,6 +141,7 @@ def test_warm_up_pairs(tmp_path):
         ({"type": "image", "path": "a.png"}, "path"),
         ({"type": "image", "url": "a.png"}, "path"),
         ({"type": "image", "image": URI}, PIXEL),
+        ({"type": "image", "image": {"bytes": URI.partition(",")[2]}}, PIXEL),
         ({"type": "image", "image": {"bytes": PIXEL, "path": None}}, PIXEL),
         ({"type": "image", "image": {"bytes": None, "path": "a.png"}}, "path"),
         ({"type": "image_url", "image_url": {"url": URI}}, PIXEL),
