@@ -496,8 +496,8 @@ def check_truth(answers: list[str], is_right: Callable = verify) -> None:
     wrong. No response of the row could be right then."""
     if not any(is_right(answer, answers) for answer in answers):
         raise RowError(
-            f"no answer is right for the ground truth {answers}, not even itself in a response "
-            f'whose caption and thought are "-"; rewrite it, or change what judges it'
+            f"no answer is right for the ground truth {answers}, not even itself; rewrite it, or "
+            f"change what judges it (README.md, My own reward)"
         )
 
 
