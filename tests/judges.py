@@ -38,20 +38,15 @@ def dense_model(path) -> str:
     return str(path)
 
 
-def randomised(dense: str, kind: str = "learned"):
+def randomised(dense: str, kind: str = "learned", dropout=0.0, seed=2, mlps=0.3, head=0.1):
     """An upcycled discriminator whose experts, routers and heads are really different from one
-    another."""
-    discriminator, processor = load_discriminator(dense, kind, dropout=0.0)
-    generator = torch.Generator().manual_seed(2)
+    another. `mlps` and `head`: the std of what is added to them."""
+    discriminator, processor = load_discriminator(dense, kind, dropout)
+    generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in discriminator.named_parameters():
-            std = (
-                0.3
-                if ".mlp." in name and "language_model" in name
-                else 0.1
-                if name == "score.weight"
-                else 0.0
-            )
+            in_mlp = ".mlp." in name and "language_model" in name
+            std = mlps if in_mlp else head if name == "score.weight" else 0.0
             parameter.add_(std * torch.randn(parameter.shape, generator=generator))
     return discriminator, processor
 

@@ -33,13 +33,12 @@ from discriminator import (
     Discriminator,
     SparseMLP,
     judge,
-    load_discriminator,
     upcycle,
     view_packs,
 )
 from model import load_policy, prepare_for_packs, token_logprobs
 from support.rows import Example, load_data
-from tests.judges import TEACHER, sides
+from tests.judges import TEACHER, randomised, sides
 
 KINDS = ("learned", "dedicated", "dense", "text")
 
@@ -56,20 +55,8 @@ def written(r: Response) -> str:
 
 
 def build(world, kind: str = "learned", dropout: float = 0.0):
-    """A discriminator of random weights whose experts, routers and heads really differ from one
-    another."""
-    discriminator, processor = load_discriminator(world["init"], kind, dropout)
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for name, parameter in discriminator.named_parameters():
-            std = (
-                0.2
-                if ".mlp." in name and "language_model" in name
-                else 0.2
-                if name == "score.weight"
-                else 0.0
-            )
-            parameter.add_(std * torch.randn(parameter.shape, generator=generator))
+    """A discriminator of random weights, without dropout until it is trained."""
+    discriminator, processor = randomised(world["init"], kind, dropout, seed=1, mlps=0.2, head=0.2)
     return discriminator.eval(), processor
 
 
