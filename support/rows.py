@@ -372,7 +372,7 @@ def _pictures(row: dict) -> dict[int, object]:
                 raise RowError(f"`{name}` and another field both give image {number}; rename one")
             continue
         another = re.search(SPEAKS, name) and not name.lower().endswith("id")  # no image_id
-        if found and isinstance(value, str) and value.startswith(("http://", "https://")):
+        if found and _is_address(value):
             another = False  # an address beside a picture is where it came from
         if _is_picture(value, name) and (another or not found):
             raise RowError(
@@ -385,6 +385,11 @@ def _pictures(row: dict) -> dict[int, object]:
 SPEAKS = "(?i)image|img|(?<!to)pic|photo|figure|video|audio"  # what names of pictures' fields hold
 
 
+def _is_address(value) -> bool:
+    """Whether a value is an address of the web."""
+    return isinstance(value, str) and value.startswith(("http://", "https://"))
+
+
 def _is_picture(value, name: str = "") -> bool:
     """Whether a field that nobody knows holds a picture, video or sound, or the name of one. An
     address is one if the field's name says so."""
@@ -395,7 +400,7 @@ def _is_picture(value, name: str = "") -> bool:
         return bool(value.get("bytes")) or any(within)
     if not isinstance(value, str):
         return isinstance(value, bytes)
-    address = value.startswith(("http://", "https://"))
+    address = _is_address(value)
     encoded = "iVBORw0KGgo|/9j/|UklGR|R0lGOD"  # PNG, JPEG, WEBP and GIF in base64
     suffixes = r"\.(?i:png|jpe?g|webp|gif|bmp|tiff?|mp4|webm|mov|avi|mkv|wav|mp3|flac)"
     suffixes += r"(?:[?#]\S*)?" if address else ""
@@ -539,7 +544,7 @@ def _image_source(image, folders: list[str | None]) -> str | bytes:
         raise RowError(f"an image must be a path or encoded bytes, found {type(image).__name__}")
     if "\0" in image:
         raise RowError(f"image {image[:80]!r}: a path has no NUL; name the file")
-    if re.match(r"https?://", image):
+    if _is_address(image):
         raise RowError(
             f"image {image[:80]}: addresses are not fetched; download it beside the data"
         )
